@@ -1,0 +1,14 @@
+"""pliant: conditional and adaptive computation in vision networks.
+
+One set of weights, many budgets, honest timing. Importing it registers the named
+networks with timm; heavy parts (Lightning, plots, engines) load on use.
+"""
+
+from __future__ import annotations
+
+from pliant import models
+from pliant._version import __version__
+from pliant.methods.mixture_of_depths import MixtureOfDepths
+from pliant.surgery import Method, Plan, convert, plan
+
+__all__ = ["Method", "MixtureOfDepths", "Plan", "__version__", "convert", "models", "plan"]

@@ -1,0 +1,175 @@
+"""What a network is made of: its stages, its blocks and their shapes.
+
+The only file of pliant that knows families of networks. A *block* is a module of one
+of the types in `_READERS` (or a `Block` that pliant put in one's place); a *stage* is
+a container whose direct children include blocks. Detecting the containers, instead of
+reading timm's ``feature_info``, finds RegNet's stages (which are no ``Sequential``)
+and ConvNeXt's (which nest their blocks one level down) alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from timm.models import _efficientnet_blocks as efficientnet
+from timm.models import convnext, regnet, resnet, vision_transformer
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """A module that stands where a block of a stage stood, and says its shape.
+
+    Methods derive what they put in place of a block from it, so that a network that
+    was converted once can still be read, for a second method or for measuring.
+
+    Args:
+        channels: channels in and out (a replacement never changes the width).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"channels={self.channels}"
+
+
+class RemovedBlock(Block):
+    """No block at all: the input is the output. The control of every block method."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` [B, C, H, W] itself."""
+        return x
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One block of a stage.
+
+    Attributes:
+        path: dotted path from the network's root, ``"layer1.0"``.
+        module: the block itself.
+        in_channels: channels of its input (tokens' width for a transformer).
+        out_channels: channels of its output.
+        stride: its spatial stride.
+    """
+
+    path: str
+    module: nn.Module
+    in_channels: int
+    out_channels: int
+    stride: int
+
+    @property
+    def kind(self) -> str:
+        """The block's type, as a reader knows it: ``"resnet.Bottleneck"``."""
+        cls = type(self.module)
+        return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A container of blocks: its dotted path and its blocks in order."""
+
+    path: str
+    blocks: tuple[BlockInfo, ...]
+
+
+Shape = tuple[int, int, int]  # in channels, out channels, stride
+
+_READERS: dict[type[nn.Module], Callable[..., Shape]] = {
+    resnet.BasicBlock: lambda b: (b.conv1.in_channels, b.conv2.out_channels, b.stride),
+    resnet.Bottleneck: lambda b: (b.conv1.in_channels, b.conv3.out_channels, b.stride),
+    regnet.Bottleneck: lambda b: (
+        b.conv1.conv.in_channels,
+        b.conv3.conv.out_channels,
+        b.conv2.conv.stride[0],
+    ),
+    efficientnet.DepthwiseSeparableConv: lambda b: (
+        b.conv_dw.in_channels,
+        b.conv_pw.out_channels,
+        b.conv_dw.stride[0],
+    ),
+    efficientnet.InvertedResidual: lambda b: (
+        b.conv_pw.in_channels,
+        b.conv_pwl.out_channels,
+        b.conv_dw.stride[0],
+    ),
+    efficientnet.EdgeResidual: lambda b: (
+        b.conv_exp.in_channels,
+        b.conv_pwl.out_channels,
+        b.conv_exp.stride[0],
+    ),
+    convnext.ConvNeXtBlock: lambda b: (
+        b.conv_dw.in_channels,
+        b.conv_dw.out_channels,
+        b.conv_dw.stride[0],
+    ),
+    vision_transformer.Block: lambda b: (b.norm1.weight.shape[0],) * 2 + (1,),
+    Block: lambda b: (b.channels, b.channels, 1),
+}
+
+
+def _read(module: nn.Module) -> Shape | None:
+    for cls in type(module).__mro__:
+        if cls in _READERS:
+            return _READERS[cls](module)
+    return None
+
+
+def _containers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Every module below (and with) `module` that is not itself inside a block."""
+    yield path, module
+    for name, child in module.named_children():
+        if _read(child) is None:
+            yield from _containers(child, f"{path}.{name}" if path else name)
+
+
+def stages(model: nn.Module) -> list[Stage]:
+    """The stages of a network, in the order in which they were registered.
+
+    Args:
+        model: a network, converted or not.
+
+    Returns:
+        One `Stage` for each container that directly holds blocks; empty when the
+        network's family is not known here.
+
+    Example:
+        >>> import timm
+        >>> [len(stage.blocks) for stage in stages(timm.create_model("resnet18"))]
+        [2, 2, 2, 2]
+    """
+    found = []
+    for path, container in _containers(model, ""):
+        blocks = []
+        for name, child in container.named_children():
+            shape = _read(child)
+            if shape is not None:
+                blocks.append(BlockInfo(f"{path}.{name}" if path else name, child, *shape))
+        if blocks:
+            found.append(Stage(path, tuple(blocks)))
+    return found
+
+
+def block_families() -> list[str]:
+    """The block types that `stages` can read, for error messages."""
+    return sorted(
+        f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in _READERS if cls is not Block
+    )
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """Channels, height and width that a network was made for, ``(3, 224, 224)``.
+
+    Height and width come from timm's configuration of the network, the channels from
+    its first convolution (so ``in_chans`` counts). None when nothing tells.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = config.get("input_size")
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if size is None or first is None:
+        return None
+    return first.in_channels, int(size[1]), int(size[2])

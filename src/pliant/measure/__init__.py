@@ -1,0 +1,1 @@
+"""Measuring: parameters, multiply-accumulates, latency, accuracy; rows and tables of them."""

@@ -1,0 +1,50 @@
+"""Multiply-accumulates and parameters of a network: one honest figure each.
+
+The project's MAC figure is that of convolutions and matrix products (kernel mixing
+included), for one image: `torch.utils.flop_counter` divided by two. Norms,
+activations, pools and additions count nothing. Papers count differently; their
+conventions live where their tables are reproduced and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of learnable values, shared ones once.
+
+    Example:
+        >>> count_parameters(nn.Linear(3, 2))
+        8
+    """
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image, on whatever device the model is.
+
+    Args:
+        model: any network, also on the meta device (no arithmetic is done there).
+        input_size: channels, height, width.
+
+    Returns:
+        Multiply-accumulates of convolutions and matrix products.
+
+    Example:
+        >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), (3, 10, 10))
+        21600
+    """
+    like = next(model.parameters(), torch.empty(0))
+    x = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x)
+    finally:
+        for module in training:
+            module.training = True
+    return int(counter.get_total_flops()) // 2

@@ -1,0 +1,8 @@
+"""The methods, one file each. Adding one is its file, and its line here."""
+
+from __future__ import annotations
+
+from pliant.methods.mixture_of_depths import MixtureOfDepths
+from pliant.surgery import Method
+
+METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (MixtureOfDepths,)}

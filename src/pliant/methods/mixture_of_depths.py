@@ -1,0 +1,462 @@
+"""CNN Mixture-of-Depths: every second block processes only the channels that matter.
+
+Cakaj, Mehnert, Yang, *CNN Mixture-of-Depths*, arXiv 2409.17016. A small selector
+ranks the channels of a feature map; the top k go through a narrow copy of the block
+that stood here, are scaled by their scores and added to the first k channels. All
+shapes are fixed, so the graph is static.
+
+Shapes in this file::
+
+    B  batch             x       [B, C, H, W]  feature map
+    C  channels          scores  [B, k]        sigmoid scores, best first
+    k  processed, C // c index   [B, k] or [k] channels that are processed
+    r  reduction         y       [B, k, H, W]  the core's output
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.models import resnet
+from torch import Tensor, nn
+
+from pliant.anatomy import Block, BlockInfo, RemovedBlock, stages
+from pliant.surgery import Method, PassedOver, Site, Survey
+
+Network = TypeVar("Network", bound=nn.Module)
+
+Selection = Literal["learned", "random", "fixed", "first", "none"]
+Order = Literal["score", "index"]
+Fusion = Literal["first", "last", "original", "replace"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOfDepths(Method):
+    """Replace every second block by one that processes the top k of its channels.
+
+    Where the paper leaves something open, it is an option here and the default is the
+    reading that reproduces its parameter and MAC counts.
+
+    Args:
+        c: k = C // c channels of C are processed (section 3.2). None: the width of
+            the network's first block, the largest that is legal (64 for ResNet-50).
+        reduction: r of the selector, C -> C // r -> C (section 3.1; 16 in the paper).
+        selection: which channels. ``"learned"`` by the selector; ``"random"`` fresh
+            for each sample and forward, from torch's default generator, in evaluation
+            too (the paper's MoD50-rand); ``"fixed"`` random, drawn once; ``"first"``
+            the first k; ``"none"`` removes the block, the control that the paper
+            leaves out. Only ``"learned"`` has a selector and scores.
+        order: in which order the channels reach the core. ``"score"`` best first, the
+            literal reading; ``"index"`` as they stand in `x`, a steadier input for
+            each filter of the core.
+        fusion: where the core's output goes. ``"first"`` is added to the first k
+            channels (equation 1); ``"last"`` to the last k (Table 8); ``"original"``
+            to the channels it came from (Table 9); ``"replace"`` overwrites those
+            (appendix E, where it did worse).
+        blocks: ``"odd"``: 0-based odd blocks of every stage (section 3.4); ``"all"``:
+            all but each stage's first; or the paths of the blocks, ``("layer3.1",)``.
+        stages: numbers of the stages to change, 0-based; None is all of them.
+        inner_shortcut: add the core's input to its output. Off: equation 1 adds
+            `x` already.
+        last_act: end the core with an activation. Off for residual families.
+        zero_init_last: start the core's last norm at zero, so that the converted
+            network begins as the network without these blocks; the useful start for
+            a trained network. Refused with `last_act` alone: gradients would be zero
+            for ever.
+
+    Raises:
+        ValueError: an option is out of its range. When applied: `c` leaves a block
+            without a channel (named with C and c), or a block named in `blocks`
+            changes width or resolution.
+
+    Example:
+        >>> import timm
+        >>> from pliant import convert
+        >>> model = convert(timm.create_model("resnet34"), MixtureOfDepths(c=16, order="index"))
+        >>> model.layer1[1].k
+        4
+    """
+
+    c: int | None = None
+    reduction: int = 16
+    selection: Selection = "learned"
+    order: Order = "score"
+    fusion: Fusion = "first"
+    blocks: Literal["odd", "all"] | tuple[str, ...] = "odd"
+    stages: tuple[int, ...] | None = None
+    inner_shortcut: bool = False
+    last_act: bool = False
+    zero_init_last: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("c", self.c, 1), ("reduction", self.reduction, 1)):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self.reduction is None:
+            raise ValueError("reduction must be a whole number of at least 1, not None")
+        for name, kind in (("selection", Selection), ("order", Order), ("fusion", Fusion)):
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
+        if isinstance(self.blocks, str) and self.blocks not in ("odd", "all"):
+            raise ValueError(f"blocks must be 'odd', 'all' or a tuple of paths, not {self.blocks!r}")
+        # A checkpoint's JSON knows lists only.
+        if not isinstance(self.blocks, str):
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+        if self.stages is not None:
+            object.__setattr__(self, "stages", tuple(self.stages))
+        if self.last_act and self.zero_init_last and not self.inner_shortcut:
+            raise ValueError(
+                "last_act with zero_init_last and without inner_shortcut gives the core and the "
+                "selector a gradient of zero for ever; drop one of the two"
+            )
+
+    def survey(self, model: nn.Module) -> Survey:
+        """Find the blocks to replace; see `Method.survey`."""
+        found = stages(model)
+        for n in self.stages or ():
+            if not 0 <= n < len(found):
+                raise ValueError(f"stages holds {n}, but {type(model).__name__} has {len(found)} stages")
+        every = {block.path: block for stage in found for block in stage.blocks}
+        wanted = self._wanted(every)
+        c = self.c
+        if c is None and found:
+            first = found[0].blocks[0]
+            c = min(first.in_channels, first.out_channels)
+        sites, passed_over = [], []
+        for n, stage in enumerate(found):
+            for i, block in enumerate(stage.blocks):
+                if wanted is not None:
+                    take, why = block.path in wanted, "not named in blocks"
+                elif self.stages is not None and n not in self.stages:
+                    take, why = False, f"stage {n} is not in stages={self.stages}"
+                elif i == 0:
+                    take, why = False, "a stage's first block stays"
+                else:
+                    take, why = self.blocks == "all" or i % 2 == 1, "an even block stays"
+                if take:
+                    why = _unfit(block)
+                    take = not why
+                if take:
+                    assert c is not None
+                    sites.append(Site(block.path, self._detail(block, c)))
+                else:
+                    passed_over.append(PassedOver(block.path, why))
+        notes: tuple[str, ...] = ()
+        if self.selection != "none" and not self.zero_init_last and sites:
+            notes = (
+                "the new blocks are narrow and start fresh: a trained network has to be trained "
+                "again; zero_init_last=True starts as the network without them",
+            )
+        return Survey(tuple(sites), tuple(passed_over), notes)
+
+    def replace(self, module: nn.Module, site: Site) -> nn.Module:
+        """Build the block for one site; see `Method.replace`."""
+        if self.selection == "none":
+            return RemovedBlock(site.detail["C"])
+        core = _CORES[type(module)](module, site.detail["C"], site.detail["k"], self)
+        return MoDBlock(module, core, site.detail["C"], site.detail["k"], self)
+
+    def _wanted(self, every: dict[str, BlockInfo]) -> set[str] | None:
+        if isinstance(self.blocks, str):
+            return None
+        for path in self.blocks:
+            if path not in every:
+                raise ValueError(f"blocks names {path!r}, which is no block; blocks: {', '.join(every)}")
+            block = every[path]
+            if block.stride != 1 or block.in_channels != block.out_channels:
+                raise ValueError(
+                    f"{path} has stride {block.stride} and goes from {block.in_channels} to "
+                    f"{block.out_channels} channels; a Mixture-of-Depths block keeps both, so it "
+                    f"can only take the place of a block of stride 1 and constant width"
+                )
+        return set(self.blocks)
+
+    def _detail(self, block: BlockInfo, c: int) -> dict[str, int]:
+        channels = block.in_channels
+        k = channels // c
+        if self.selection == "none":
+            return {"C": channels}
+        narrowest = min(k, _core_width(block.module, channels, k))
+        if narrowest < 1:
+            raise ValueError(
+                f"{block.path}: C = {channels} channels with c = {c} leave k = {k} for the selector "
+                f"and {narrowest} inside its core; choose a smaller c"
+            )
+        return {"C": channels, "c": c, "k": k}
+
+
+class ChannelSelector(nn.Module):
+    """Rank the channels of a feature map and pick the best k (section 3.1, figure 2).
+
+    GAP -> Linear(C, C // r) -> ReLU -> Linear(C // r, C) -> top k -> sigmoid, without
+    bias or norm. Ranks the logits: saturated sigmoids tie. Half and bfloat16 are
+    promoted to float32, under autocast too, because ranking needs the digits.
+
+    Args:
+        channels: C.
+        k: how many are picked.
+        hidden: width of the hidden layer.
+        order: ``"score"`` or ``"index"``.
+    """
+
+    def __init__(self, channels: int, k: int, hidden: int, order: Order = "score") -> None:
+        super().__init__()
+        self.k, self.order = k, order
+        self.fc1 = nn.Linear(channels, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, channels, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores [B, k], at least float32, and index [B, k], int64, for `x`."""
+        logits = self.logits(x)
+        # sorted=True: unsorted, engines return different orders for the same values.
+        top, index = logits.topk(self.k, dim=1, sorted=True)
+        if self.order == "index":
+            index, rank = index.sort(dim=1)
+            top = top.gather(1, rank)
+        return top.sigmoid(), index
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The channels' relevance before the sigmoid, [B, C], at least float32."""
+        kind = "cpu" if x.is_meta else x.device.type  # there is no autocast on meta
+        # Autocast would cast the two layers down; entering it when it is off would
+        # only cost time (and a graph node).
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            wide = torch.promote_types(x.dtype, torch.float32)
+            pooled = x.mean((2, 3), dtype=wide)
+            hidden = F.relu(F.linear(pooled, self.fc1.weight.to(wide)))
+            return F.linear(hidden, self.fc2.weight.to(wide))
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"k={self.k}, order={self.order!r}"
+
+
+class RandomSelector(nn.Module):
+    """Pick k channels at random, without scores: the paper's MoD50-rand.
+
+    Args:
+        channels: C.
+        k: how many are picked.
+        fixed: draw once, now, instead of afresh for each sample and forward.
+        order: ``"score"`` keeps the random order, ``"index"`` sorts.
+    """
+
+    index: Tensor | None
+
+    def __init__(self, channels: int, k: int, fixed: bool, order: Order = "score") -> None:
+        super().__init__()
+        self.channels, self.k, self.order = channels, k, order
+        drawn = torch.randperm(channels)[:k] if fixed else None
+        if drawn is not None and order == "index":
+            drawn = drawn.sort().values
+        self.register_buffer("index", drawn)
+
+    def forward(self, x: Tensor) -> tuple[None, Tensor]:
+        """Return no scores, and index [k] when fixed, else [B, k]."""
+        if self.index is not None:
+            return None, self.index
+        # The default generator: one of our own would break graphs.
+        index = torch.rand(x.shape[0], self.channels, device=x.device).topk(self.k, dim=1).indices
+        return None, index.sort(dim=1).values if self.order == "index" else index
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"k={self.k}, fixed={self.index is not None}, order={self.order!r}"
+
+
+class MoDBlock(Block):
+    """One Mixture-of-Depths block: select, process, scale, fuse (sections 3.1 to 3.3).
+
+    Args:
+        replaced: the block whose place it takes; gives device, dtype and drop path.
+        core: the narrow block, [B, k, H, W] to [B, k, H, W].
+        channels: C.
+        k: channels that are processed.
+        config: the method's options.
+    """
+
+    selector: nn.Module | None
+
+    def __init__(
+        self, replaced: nn.Module, core: nn.Module, channels: int, k: int, config: MixtureOfDepths
+    ) -> None:
+        super().__init__(channels)
+        self.k = k
+        self.fusion: Fusion = config.fusion
+        self.inner_shortcut = config.inner_shortcut
+        like = next(replaced.parameters())
+        with torch.device(like.device):
+            if config.selection == "learned":
+                hidden = max(1, channels // config.reduction)
+                self.selector = ChannelSelector(channels, k, hidden, config.order).to(like.dtype)
+            elif config.selection == "first":
+                self.selector = None
+            else:
+                fixed = config.selection == "fixed"
+                self.selector = RandomSelector(channels, k, fixed, config.order)
+        self.core = core
+        drop_path = getattr(replaced, "drop_path", None)
+        self.drop_path = nn.Identity() if drop_path is None else copy.deepcopy(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
+        if self.selector is None:
+            return self._fuse(x, self._process(x[:, : self.k]), None)
+        scores, index = self.selector(x)
+        if index.dim() == 1:
+            return self._fuse(x, self._process(x.index_select(1, index)), index)
+        y = self._process(x.gather(1, _spread(index, x)))
+        if scores is not None:
+            y = y * scores.to(y.dtype)[:, :, None, None]
+        return self._fuse(x, y, index)
+
+    def _process(self, picked: Tensor) -> Tensor:
+        y: Tensor = self.core(picked)
+        y = self.drop_path(y + picked if self.inner_shortcut else y)
+        return y
+
+    def _fuse(self, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
+        k, y = self.k, y.to(x.dtype)
+        if self.fusion == "first":
+            return torch.cat((x[:, :k] + y, x[:, k:]), 1)
+        if self.fusion == "last":
+            return torch.cat((x[:, :-k], x[:, -k:] + y), 1)
+        if index is None:
+            index = torch.arange(k, device=x.device)
+        where = _spread(index.expand(x.shape[0], k), x)
+        return x.scatter_add(1, where, y) if self.fusion == "original" else x.scatter(1, where, y)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"channels={self.channels}, k={self.k}, fusion={self.fusion!r}"
+
+
+def without_mod_blocks(model: Network) -> Network:
+    """A copy of a network with its Mixture-of-Depths blocks removed.
+
+    The base line of the MoD tax: no MoD block can be cheaper than none.
+
+    Raises:
+        ValueError: the network has no Mixture-of-Depths block.
+    """
+    model = copy.deepcopy(model)
+    blocks = [(path, m) for path, m in model.named_modules() if isinstance(m, MoDBlock)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no Mixture-of-Depths block to remove")
+    for path, block in blocks:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, RemovedBlock(block.channels))
+    return model
+
+
+def _spread(index: Tensor, x: Tensor) -> Tensor:
+    """`index` [B, k] as [B, k, H, W], to gather and scatter whole channels of `x`."""
+    return index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])
+
+
+def _unfit(block: BlockInfo) -> str:
+    """Why no core can stand in for this block; empty when one can."""
+    m: Any = block.module
+    if type(m) not in _CORES:
+        known = ", ".join(f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in _CORES)
+        return f"no Mixture-of-Depths core for a {block.kind} (there is one for {known})"
+    if block.stride != 1 or block.in_channels != block.out_channels:
+        return f"stride {block.stride}, {block.in_channels} to {block.out_channels} channels"
+    if any(conv.groups != 1 for conv in m.modules() if isinstance(conv, nn.Conv2d)):
+        return "grouped convolutions: a core of k channels cannot keep the groups"
+    if m.se is not None:
+        return f"channel attention ({type(m.se).__name__}) has no narrow form here"
+    if not isinstance(m.aa, nn.Identity):
+        return f"anti-aliasing ({type(m.aa).__name__}) has no narrow form here"
+    if not isinstance(m.bn1, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return f"{type(m.bn1).__name__}: a core needs batch norm"
+    return ""
+
+
+def _core_width(block: nn.Module, channels: int, k: int) -> int:
+    """Width inside the core: the block's own, shrunk with k (1x1 k -> k // 4)."""
+    if isinstance(block, resnet.Bottleneck):
+        return int(k * block.conv1.out_channels // channels)
+    return k
+
+
+def _bottleneck_core(
+    block: resnet.Bottleneck, channels: int, k: int, config: MixtureOfDepths
+) -> nn.Sequential:
+    """1x1 k -> k // 4, norm, act, 3x3, norm, act, 1x1 -> k, norm."""
+    width = _core_width(block, channels, k)
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", _narrow_conv(block.conv1, k, width)),
+        ("bn1", _narrow_norm(block.bn1, width)),
+        ("act1", copy.deepcopy(block.act1)),
+        ("conv2", _narrow_conv(block.conv2, width, width)),
+        ("bn2", _narrow_norm(block.bn2, width)),
+        ("drop_block", copy.deepcopy(block.drop_block)),
+        ("act2", copy.deepcopy(block.act2)),
+        ("conv3", _narrow_conv(block.conv3, width, k)),
+        ("bn3", _narrow_norm(block.bn3, k, zero=config.zero_init_last)),
+        ("act3", copy.deepcopy(block.act3)),
+    ]
+    return _core(layers, config)
+
+
+def _basic_core(block: resnet.BasicBlock, _channels: int, k: int, config: MixtureOfDepths) -> nn.Sequential:
+    """3x3 k -> k, norm, act, 3x3 k -> k, norm."""
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", _narrow_conv(block.conv1, k, k)),
+        ("bn1", _narrow_norm(block.bn1, k)),
+        ("drop_block", copy.deepcopy(block.drop_block)),
+        ("act1", copy.deepcopy(block.act1)),
+        ("conv2", _narrow_conv(block.conv2, k, k)),
+        ("bn2", _narrow_norm(block.bn2, k, zero=config.zero_init_last)),
+        ("act2", copy.deepcopy(block.act2)),
+    ]
+    return _core(layers, config)
+
+
+# A core for another family: its builder here, its shape in anatomy.
+_CORES: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    resnet.Bottleneck: _bottleneck_core,
+    resnet.BasicBlock: _basic_core,
+}
+
+
+def _core(layers: list[tuple[str, nn.Module]], config: MixtureOfDepths) -> nn.Sequential:
+    if not config.last_act:
+        layers = layers[:-1]
+    kept = [(name, layer) for name, layer in layers if not isinstance(layer, nn.Identity)]
+    return nn.Sequential(OrderedDict(kept))
+
+
+def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A convolution as `conv`, padding and dilation kept, of other widths, fresh."""
+    new = nn.Conv2d(
+        in_channels,
+        out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
+    return new
+
+
+def _narrow_norm(norm: nn.BatchNorm2d, channels: int, zero: bool = False) -> nn.BatchNorm2d:
+    """A batch norm as `norm`, of another width, fresh."""
+    new = type(norm)(channels, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    if zero and new.affine:
+        nn.init.zeros_(new.weight)
+    like = next(iter(norm.parameters()), None)
+    return new if like is None else new.to(like.device, like.dtype)

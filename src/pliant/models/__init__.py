@@ -1,0 +1,19 @@
+"""Named networks, registered with timm when `pliant` is imported."""
+
+from __future__ import annotations
+
+import timm
+
+from pliant.models import cifar, mod
+
+__all__ = ["cifar", "list_networks", "mod"]
+
+
+def list_networks() -> list[str]:
+    """Names of all networks that pliant registers with timm, sorted.
+
+    Example:
+        >>> "resnet50_mod" in list_networks()
+        True
+    """
+    return sorted(timm.list_models(module="cifar") + timm.list_models(module="mod"))

@@ -1,0 +1,87 @@
+"""Register networks with timm: a timm base network, plus surgery.
+
+timm takes any callable as ``model_cls``, so one path serves ``create_model``,
+``list_models``, ``in_chans``, ``num_classes``, ``features_only``, ``output_stride``
+and the loading of weights alike.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from pliant.surgery import Method, convert, mark_named
+
+Builder = Callable[..., nn.Module]
+
+
+def register(
+    module: str,
+    name: str,
+    build: Builder,
+    *,
+    method: type[Method] | None = None,
+    input_size: tuple[int, int, int] = (3, 224, 224),
+    num_classes: int = 1000,
+    feature_levels: int = 5,
+    **method_defaults: Any,
+) -> None:
+    """Register one network with timm, under a name that must be free.
+
+    Args:
+        module: ``__name__`` of the file that registers.
+        name: the network's name.
+        build: gives the plain network for timm's keyword arguments.
+        method: converts the network; keyword arguments of ``create_model`` that are
+            its options go to it, all others to `build`.
+        input_size: channels, height, width the network is made for.
+        num_classes: classes by default.
+        feature_levels: how many feature maps ``features_only`` gives by default.
+        method_defaults: options of the method for this name.
+
+    Raises:
+        ValueError: timm knows the name already (it would only warn, and overwrite).
+    """
+    if timm.is_model(name):
+        raise ValueError(f"timm already has a model named {name!r}; choose another name")
+    options = {f.name for f in fields(method)} if method else set()  # type: ignore[arg-type]
+
+    def network(**kwargs: Any) -> nn.Module:
+        chosen = method_defaults | {k: kwargs.pop(k) for k in options & kwargs.keys()}
+        model = build(**kwargs)
+        if method is not None:
+            convert(model, method(**chosen), inplace=True)
+            mark_named(model)
+        return model
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        kwargs.setdefault("num_classes", num_classes)
+        levels = {"out_indices": tuple(range(feature_levels))}
+        model: nn.Module = build_model_with_cfg(network, name, pretrained, feature_cfg=levels, **kwargs)
+        return model
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = module
+    entry.__doc__ = f"{name}: see `{module}`."
+    home = sys.modules[module]
+    config = {
+        "num_classes": num_classes,
+        "input_size": input_size,
+        "pool_size": None,
+        "crop_pct": 0.875 if input_size[1] >= 64 else 1.0,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+    }
+    home.__dict__.setdefault("default_cfgs", {}).update(generate_default_cfgs({name: config}))
+    setattr(home, name, entry)
+    register_model(entry)

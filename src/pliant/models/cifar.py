@@ -1,0 +1,112 @@
+"""Plain ResNets for small images: a 3x3 stem and no pool, on timm's ResNet.
+
+Two families:
+
+- ``resnet{18,34,50}_cifar``: the ImageNet networks' stages (64 to 512 channels) behind
+  a 3x3 stem, as in Table 11 of *CNN Mixture-of-Depths*.
+- ``resnet20_cifar``, ``resnet56_cifar``: He et al. 2016, section 4.2: 6n + 2 layers,
+  three stages of 16, 32 and 64 channels, shortcuts without parameters (option A).
+
+Shapes: images [B, in_chans, H, W], 32 x 32 by default; any size that three (or two)
+halvings can take.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from pliant.models._build import register
+
+
+class PadShortcut(nn.Module):
+    """Shortcut without parameters: every second pixel, new channels zero (option A).
+
+    Args:
+        channels: how many channels are added, half on each side.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C + channels, ceil(H / 2), ceil(W / 2)]."""
+        half = self.channels // 2
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, self.channels - half))
+
+
+def cifar_resnet(
+    *,
+    channels: tuple[int, ...] = (64, 128, 256, 512),
+    pad_shortcut: bool = False,
+    **kwargs: Any,
+) -> ResNet:
+    """A ResNet of timm with a 3x3 stem, no pool, and three or four stages.
+
+    Args:
+        channels: width of each stage before the block's expansion; the stem has the
+            first. Even numbers.
+        pad_shortcut: shortcuts without parameters in place of projections.
+        kwargs: timm's ``ResNet`` takes the rest (``block``, ``layers``, ...).
+
+    Raises:
+        ValueError: not three or four stages, or an odd width of the stem.
+    """
+    channels = tuple(channels)
+    if len(channels) not in (3, 4):
+        raise ValueError(f"channels must name three or four stages, not {channels}")
+    if channels[0] % 2:
+        raise ValueError(f"the stem's width, channels[0] = {channels[0]}, must be even")
+    # timm fixes a plain stem to 64 channels; a deep one is twice stem_width wide. The
+    # convolution itself is replaced below, so only the width of the deep stem is used.
+    model = ResNet(channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
+    in_chans = kwargs.get("in_chans", 3)
+    with torch.device(model.fc.weight.device if isinstance(model.fc, nn.Linear) else "cpu"):
+        model.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    if len(channels) == 3:
+        model.layer4 = nn.Sequential()  # timm's forward calls it
+    # No halving before the first stage, where timm's ResNet has two.
+    model.feature_info = [
+        {**info, "reduction": max(1, info["reduction"] // 4)} for info in model.feature_info
+    ]
+    if pad_shortcut:
+        for stage in (model.layer2, model.layer3, model.layer4):
+            for block in list(stage)[:1]:
+                block.downsample = PadShortcut(block.conv2.out_channels - block.conv1.in_channels)
+    return model
+
+
+_he = partial(cifar_resnet, block=BasicBlock, channels=(16, 32, 64), pad_shortcut=True)
+
+CIFAR_NETWORKS = {
+    "resnet18": partial(cifar_resnet, block=BasicBlock, layers=(2, 2, 2, 2)),
+    "resnet34": partial(cifar_resnet, block=BasicBlock, layers=(3, 4, 6, 3)),
+    "resnet50": partial(cifar_resnet, block=Bottleneck, layers=(3, 4, 6, 3)),
+    "resnet20": partial(_he, layers=(3, 3, 3)),
+    "resnet56": partial(_he, layers=(9, 9, 9)),
+}
+CIFAR_SIZE = (3, 32, 32)
+
+
+def feature_levels(base: str) -> int:
+    """Feature maps of a CIFAR network: the stem's and one a stage."""
+    return 4 if base in ("resnet20", "resnet56") else 5
+
+
+for _base, _build in CIFAR_NETWORKS.items():
+    register(
+        __name__,
+        f"{_base}_cifar",
+        _build,
+        input_size=CIFAR_SIZE,
+        num_classes=10,
+        feature_levels=feature_levels(_base),
+    )

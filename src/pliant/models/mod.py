@@ -1,0 +1,53 @@
+"""The Mixture-of-Depths networks by name (Tables 1, 5, 7 and 11 of arXiv 2409.17016).
+
+``resnet{18,26,34,42,50,75,86,101,152}_mod`` for 224 x 224 images, and the CIFAR forms
+``resnet{18,34,50}_cifar_mod`` and ``resnet{20,56}_cifar_mod``. Every option of
+`MixtureOfDepths` is a keyword of ``timm.create_model``.
+
+Example:
+    >>> import timm, pliant
+    >>> timm.create_model("resnet50_mod", c=16, order="index", num_classes=10).num_classes
+    10
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from pliant.methods.mixture_of_depths import MixtureOfDepths
+from pliant.models._build import register
+from pliant.models.cifar import CIFAR_NETWORKS, CIFAR_SIZE, feature_levels
+
+# Table 5. timm's own resnet26 is a bottleneck network of 2 2 2 2.
+RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet26": (BasicBlock, (2, 2, 3, 4)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet42": (BasicBlock, (3, 3, 6, 6)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet75": (Bottleneck, (3, 4, 14, 3)),
+    "resnet86": (Bottleneck, (3, 4, 18, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+
+for _base, (_block, _layers) in RESNETS.items():
+    register(
+        __name__,
+        f"{_base}_mod",
+        partial(ResNet, block=_block, layers=_layers),
+        method=MixtureOfDepths,
+    )
+
+for _base, _build in CIFAR_NETWORKS.items():
+    register(
+        __name__,
+        f"{_base}_cifar_mod",
+        _build,
+        method=MixtureOfDepths,
+        input_size=CIFAR_SIZE,
+        num_classes=10,
+        feature_levels=feature_levels(_base),
+    )

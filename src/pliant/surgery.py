@@ -1,0 +1,349 @@
+"""Replace parts of a network: `Method`, `plan`, `convert`.
+
+A method says which *sites* of a network it changes and what takes the place of one. A
+site is one submodule: a single module (a block, a convolution) or the container of a
+run of blocks (a stage). `plan` runs the whole surgery on a weightless copy, so that
+every error comes before anything is touched; `convert` then acts, and records on the
+network what was done, so that a checkpoint can do it again.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pliant import anatomy
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a method acts.
+
+    Attributes:
+        path: dotted path of the submodule that is replaced. For a run of blocks it is
+            their container, whose replacement keeps the blocks' names.
+        detail: what the method found out about the site (``{"C": 256, "k": 4}``);
+            handed back to it in `Method.replace`, and printed in the plan.
+    """
+
+    path: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A block that a method could have changed and did not, with the reason."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A method's answer to "which sites?"."""
+
+    sites: tuple[Site, ...]
+    passed_over: tuple[PassedOver, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Method(ABC):
+    """A way to change a network: a frozen, keyword-only dataclass of hyper-parameters.
+
+    Adding a method is one file with a subclass and its layers, and one line in
+    `pliant.methods.METHODS`. Options are plain values (numbers, strings, tuples,
+    None), so that a checkpoint can hold them as JSON.
+
+    Attributes:
+        wraps: methods whose replacements may lie inside this method's sites. A method
+            that rebuilds a stage lists those that it can hold; every other overlap
+            is refused, because it would silently undo one of the two.
+    """
+
+    wraps: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        """The method's name in messages and checkpoints: that of its class."""
+        return type(self).__name__
+
+    @abstractmethod
+    def survey(self, model: nn.Module) -> Survey:
+        """Find the sites in `model`, which must be left as it is.
+
+        Raises:
+            ValueError: an option does not fit this network; the message names the
+                block and the value.
+        """
+
+    @abstractmethod
+    def replace(self, module: nn.Module, site: Site) -> nn.Module:
+        """What takes the place of `module`, found at `site`.
+
+        On the device and in the dtype of `module`, whose parts may be used again.
+        """
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done to a network, recorded on it.
+
+    Attributes:
+        method: the method, with its options.
+        sites: paths that it replaced.
+        named: it belongs to the network's registered name (``resnet50_mod``), which
+            therefore rebuilds it without being told.
+    """
+
+    method: Method
+    sites: tuple[str, ...]
+    named: bool = False
+
+
+class ThreadedRun(nn.Sequential):
+    """A run of blocks through which a value of this forward is threaded.
+
+    For methods whose blocks share something (one routing for several convolutions):
+    each block that is a `Threaded` takes ``(x, value)`` and gives ``(x, value)``; the
+    others see ``x`` alone. The value starts as None and dies with the forward:
+    nothing is kept on a module, so copies, threads and compilation are safe.
+
+    Example:
+        >>> run = ThreadedRun.of(nn.Sequential(nn.ReLU(), nn.ReLU()))
+        >>> run(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
+
+    @classmethod
+    def of(cls, blocks: nn.Module) -> ThreadedRun:
+        """The children of `blocks` as a run, under their own names."""
+        run = cls()
+        for name, block in blocks.named_children():
+            run.add_module(name, block)
+        return run
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Send `x` through the blocks, any shapes; returns the last block's output."""
+        return self.thread(x, None)[0]
+
+    def thread(self, x: Tensor, value: Any) -> tuple[Tensor, Any]:
+        """As `forward`, with a value that comes from, and goes on to, other runs."""
+        for block in self:
+            if isinstance(block, (Threaded, ThreadedRun)):
+                x, value = block.thread(x, value)
+            else:
+                x = block(x)
+        return x, value
+
+
+class Threaded(nn.Module, ABC):
+    """A block of a `ThreadedRun` that reads or sets the threaded value."""
+
+    @abstractmethod
+    def thread(self, x: Tensor, value: Any) -> tuple[Tensor, Any]:
+        """The output for `x`, and the value for the blocks that follow."""
+
+
+def conversions(model: nn.Module) -> tuple[Conversion, ...]:
+    """What `convert` did to this network, oldest first."""
+    record: tuple[Conversion, ...] = getattr(model, "_pliant_conversions", ())
+    return record
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One row of a plan: at `path`, `before` becomes `after`."""
+
+    method: str
+    path: str
+    before: str
+    after: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `convert` would do. Printing it gives the coverage report.
+
+    Attributes:
+        replacements: what is replaced.
+        passed_over: ``(method, block, reason)`` of what is not.
+        notes: what a method wants the user to know.
+        parameters: number before and after.
+        macs: multiply-accumulates of one image before and after, by `measure.macs`;
+            None where the network does not say its input size.
+        input_size: channels, height and width that `macs` is for.
+    """
+
+    replacements: tuple[Replacement, ...]
+    passed_over: tuple[tuple[str, PassedOver], ...]
+    notes: tuple[str, ...]
+    parameters: tuple[int, int]
+    macs: tuple[int, int] | None
+    input_size: tuple[int, int, int] | None
+
+    def __str__(self) -> str:
+        lines = []
+        for r in self.replacements:
+            lines.append(f"{r.path}: {r.before} -> {r.after} ({r.detail})")
+        if self.passed_over:
+            lines.append("passed over:")
+            lines += [f"  {p.path}: {p.reason}" for _, p in self.passed_over]
+        before, after = self.parameters
+        lines.append(f"parameters: {before:,} -> {after:,} ({after / max(before, 1):.1%})")
+        if self.macs is not None and self.input_size is not None:
+            before, after = self.macs
+            size = "x".join(str(n) for n in self.input_size)
+            lines.append(f"MACs at {size}: {before:,} -> {after:,} ({after / max(before, 1):.1%})")
+        else:
+            lines.append("MACs: not counted (the network does not say its input size)")
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def plan(
+    model: nn.Module,
+    *methods: Method,
+    input_size: tuple[int, int, int] | None = None,
+) -> Plan:
+    """What converting `model` by `methods` would do, without doing it.
+
+    Args:
+        model: a network whose stages `anatomy.stages` can read. Left as it is.
+        methods: applied in this order.
+        input_size: channels, height and width to count multiply-accumulates for;
+            by default what the network says of itself.
+
+    Raises:
+        ValueError: no method given; a method that matches nothing; methods whose
+            sites overlap in an order that would be wrong; an option that does not fit.
+
+    Example:
+        >>> import timm, pliant
+        >>> print(plan(timm.create_model("resnet18"), pliant.MixtureOfDepths()).parameters)
+        (11689512, 5966696)
+    """
+    from pliant.measure.macs import count_macs, count_parameters
+
+    if not methods:
+        raise ValueError("no method given; pass one, for example MixtureOfDepths()")
+    skeleton = _skeleton(model)
+    size = input_size or anatomy.input_size(model)
+    parameters = count_parameters(skeleton)
+    macs = count_macs(skeleton, size) if size else 0
+    replacements: list[Replacement] = []
+    passed_over: list[tuple[str, PassedOver]] = []
+    notes: list[str] = []
+    for method in methods:
+        old = {path: _type_name(m) for path, m in skeleton.named_modules()}
+        survey = _apply(skeleton, method)
+        for site in survey.sites:
+            new = _type_name(skeleton.get_submodule(site.path))
+            detail = ", ".join(f"{k}={v}" for k, v in site.detail.items())
+            replacements.append(Replacement(method.name, site.path, old[site.path], new, detail))
+        passed_over += [(method.name, p) for p in survey.passed_over]
+        notes += survey.notes
+    return Plan(
+        replacements=tuple(replacements),
+        passed_over=tuple(passed_over),
+        notes=tuple(notes),
+        parameters=(parameters, count_parameters(skeleton)),
+        macs=(macs, count_macs(skeleton, size)) if size else None,
+        input_size=size,
+    )
+
+
+def convert(model: Network, *methods: Method, inplace: bool = False) -> Network:
+    """Replace parts of a network by methods.
+
+    Args:
+        model: a timm network, or any whose stages `anatomy.stages` can read.
+        methods: applied in this order, for example ``MixtureOfDepths(c=64)``.
+        inplace: change `model` itself rather than a copy.
+
+    Returns:
+        The converted network, in the mode (training or evaluation), on the device
+        and in the dtype of `model`. New parts have fresh weights.
+
+    Raises:
+        ValueError: as `plan`; `model` is then untouched, also with ``inplace``.
+
+    Example:
+        >>> import timm, pliant
+        >>> network = convert(timm.create_model("resnet50"), pliant.MixtureOfDepths(c=64))
+        >>> sum(p.numel() for p in network.parameters())
+        18105861
+    """
+    if not methods:
+        raise ValueError("no method given; pass one, for example MixtureOfDepths()")
+    rehearsal = _skeleton(model)
+    for method in methods:
+        _apply(rehearsal, method)
+    network = model if inplace else copy.deepcopy(model)
+    for method in methods:
+        _apply(network, method)
+    return network
+
+
+def mark_named(model: nn.Module) -> None:
+    """Say that all conversions so far belong to the network's registered name."""
+    record = tuple(replace(c, named=True) for c in conversions(model))
+    model._pliant_conversions = record  # type: ignore[assignment]
+
+
+def _apply(model: nn.Module, method: Method) -> Survey:
+    """Carry out one method on `model` itself; all of its sites, or none."""
+    survey = method.survey(model)
+    if not survey.sites:
+        reasons = "".join(f"\n  {p.path}: {p.reason}" for p in survey.passed_over)
+        known = ", ".join(anatomy.block_families())
+        why = reasons or f" no block of a known family (known: {known})"
+        raise ValueError(f"{method.name} matches nothing in {type(model).__name__}:{why}")
+    _refuse_overlaps(model, method, survey.sites)
+    new = [method.replace(model.get_submodule(s.path), s) for s in survey.sites]
+    for site, module in zip(survey.sites, new, strict=True):
+        parent, _, name = site.path.rpartition(".")
+        old = model.get_submodule(site.path)
+        setattr(model.get_submodule(parent), name, module.train(old.training))
+    done = Conversion(method, tuple(s.path for s in survey.sites))
+    model._pliant_conversions = (*conversions(model), done)  # type: ignore[assignment]
+    return survey
+
+
+def _refuse_overlaps(model: nn.Module, method: Method, sites: Iterable[Site]) -> None:
+    paths = [site.path for site in sites]
+    for path in paths:
+        if paths.count(path) > 1 or any(path.startswith(f"{p}.") for p in paths):
+            raise ValueError(f"{method.name} names the site {path} twice, or one inside another")
+    for earlier in conversions(model):
+        for there in earlier.sites:
+            for here in paths:
+                inside = here == there or here.startswith(f"{there}.")
+                around = here == there or there.startswith(f"{here}.")
+                if (inside or around) and not (around and earlier.method.name in method.wraps):
+                    raise ValueError(
+                        f"{method.name} at {here} overlaps {earlier.method.name} at {there}, "
+                        f"which was applied before it and would be undone or broken; apply "
+                        f"{method.name} first, or to other stages"
+                    )
+
+
+def _skeleton(model: Network) -> Network:
+    """A copy of `model` without weights (on the meta device): cheap to operate on."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _type_name(module: nn.Module) -> str:
+    return type(module).__name__
