@@ -320,9 +320,9 @@ class MoDBlock(Block):
         return self._fuse(x, y, index)
 
     def _process(self, picked: Tensor) -> Tensor:
-        y: Tensor = self.core(picked)
-        y = self.drop_path(y + picked if self.inner_shortcut else y)
-        return y
+        y = self.core(picked)
+        processed: Tensor = self.drop_path(y + picked if self.inner_shortcut else y)
+        return processed
 
     def _fuse(self, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
         k, y = self.k, y.to(x.dtype)
