@@ -179,7 +179,7 @@ class Plan:
         passed_over: ``(method, block, reason)`` of what is not.
         notes: what a method wants the user to know.
         parameters: number before and after.
-        macs: multiply-accumulates of one image before and after, by `measure.macs`;
+        macs: multiply-accumulates of one image before and after, by `measuring.macs`;
             None where the network does not say its input size.
         input_size: channels, height and width that `macs` is for.
     """
@@ -231,7 +231,7 @@ def plan(
         >>> print(plan(timm.create_model("resnet18"), pliant.MixtureOfDepths()).parameters)
         (11689512, 5463902)
     """
-    from pliant.measure.macs import count_macs, count_parameters
+    from pliant.measuring.macs import count_macs, count_parameters
 
     if not methods:
         raise ValueError("no method given; pass one, for example MixtureOfDepths()")
