@@ -1,0 +1,1 @@
+"""What a trained network does: routing by class, and plots."""
