@@ -1,47 +1,75 @@
-# Everything runs in .venv, which `make setup` makes from any Python 3.10 or newer.
+# Everything runs in .venv, which `make setup` makes from any Python 3.10 or newer:
+# `make setup PYTHON=python3.12` names one. `make gpu` alone uses the Python at hand.
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FAST := -m "not slow and not gpu"
 export MPLBACKEND := Agg
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup quickstart test test-all test-lowest lint bench gpu clean
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-all test-lowest lint bench gpu clean
 
-setup: $(STAMP)
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## make .venv and install pliant into it, versions from constraints.txt
+
+# $(call check_python,NAME) stops with one clear sentence where NAME cannot make a .venv.
+define check_python
+@command -v $(1) >/dev/null || { echo "There is no $(1) here; name a Python of 3.10 or newer, as in: make setup PYTHON=python3.12" >&2; exit 1; }
+@$(1) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "pliant needs Python 3.10 or newer, and $(1) is `$(1) -V 2>&1`; name another, as in: make setup PYTHON=python3.12" >&2; exit 1; }
+@$(1) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(1) cannot make virtual environments: install its venv package (Debian and Ubuntu: python3-venv)" >&2; exit 1; }
+endef
 
 $(STAMP): pyproject.toml constraints.txt
+	$(call check_python,$(PYTHON))
+	@echo "Installing into $(VENV): about 3 GB, most of it torch, and a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	touch $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
 
-quickstart: setup
-	$(BIN)/pliant quickstart
+quickstart: setup ## train plain and Mixture-of-Depths networks on real images, five minutes
+	$(BIN)/python -m pliant quickstart
 
-lint: setup
+lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: lint ## lint and the fast tests, doctests included
+	$(BIN)/python -m pytest $(FAST)
 
-test-all: lint
+test-all: lint ## lint and every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
-# The oldest versions that pyproject.toml admits, in a place of their own.
-test-lowest:
-	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e '.[dev]'
-	.venv-lowest/bin/python -m pytest -m "not slow and not gpu"
+# The oldest versions of constraints-lowest.txt have wheels up to Python 3.12.
+test-lowest: $(LOWEST)/.installed ## the fast tests on the oldest versions that pyproject.toml admits
+	$(LOWEST)/bin/python -m pytest $(FAST)
 
-bench: setup
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(call check_python,$(PYTHON))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || { echo "the oldest versions need Python 3.10 to 3.12: make test-lowest PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt pip setuptools
+	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+bench: setup ## latency, MACs and the MoD tax on this machine's CPU
 	$(BIN)/python -m pliant bench
 
-# On a machine with a GPU and its own torch: no .venv, the python at hand.
-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
-	PYTHONPATH=src $(PYTHON) -m pliant bench --device cuda
+# For a machine with a GPU and a torch of its own: no .venv, nothing is installed. Every
+# step runs whatever became of the one before; the exit status tells if one failed.
+gpu: export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu: ## GPU tests and timings by the Python at hand; DATA=folder adds a training comparison
+	@failed=; step() { echo "+ $$*"; "$$@" || failed="$$failed; $$*"; }; \
+	step $(PYTHON) -m pytest -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py); \
+	step $(PYTHON) -m pliant bench --device cuda; \
+	if [ -n "$(DATA)" ]; then step $(PYTHON) -m pliant compare cifar10 --data "$(DATA)" --device cuda; fi; \
+	if [ -n "$$failed" ]; then echo "failed:$${failed#;}" >&2; exit 1; fi
 
-clean:
-	rm -rf $(VENV) .venv-lowest build runs .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove what make made
+	rm -rf $(VENV) $(LOWEST) build runs .pytest_cache .mypy_cache .ruff_cache
