@@ -1,1 +1,5 @@
-"""Measuring: parameters, multiply-accumulates, latency, accuracy; rows and tables of them."""
+"""Measuring: parameters, multiply-accumulates, latency; rows and tables of them.
+
+The function is `pliant.measure`; the package is named otherwise, so that neither
+hides the other.
+"""

@@ -1,0 +1,340 @@
+"""Rows of measurements: `Measurement`, to CSV and back, and as tables to read.
+
+CSV keeps everything. Tables keep what the figures can bear: ratios to two decimals and
+the tax in percent, both with their spread, and times to the digit where their spread
+begins. What is the same in all rows (threads, batch, engine, pixels, ...) stands once
+above the table; what differs is a column.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pliant._files import atomic_path
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+AS_IS = "network"
+NO_BLOCKS = "without MoD blocks"
+LOWER_RESOLUTION = "lower resolution"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One row: one network in one engine, timed beside the others of its run.
+
+    Times are for a whole batch. A spread (``_iqr``) is the interquartile range over
+    rounds. Ratios and the tax are taken within each round and then their median, so
+    that a drift of the machine cancels. None: not applicable, or not measured.
+
+    Attributes:
+        model: the network's name.
+        variant: ``network``, ``without MoD blocks`` or ``lower resolution``.
+        parameters: learnable values.
+        macs: multiply-accumulates of one image.
+        input_size: channels, height, width.
+        batch: images a forward.
+        device: ``cpu`` or ``cuda``.
+        engine: ``eager`` or ``compiled``.
+        dtype: of weights and images, ``float32``.
+        channels_last: memory format of both.
+        threads: of PyTorch's pool.
+        rounds: rounds that were timed.
+        median_ms: median time of a forward over rounds.
+        iqr_ms: its spread.
+        min_ms: of the fastest round.
+        max_ms: of the slowest round.
+        against: name of the baseline.
+        time_ratio: time over the baseline's.
+        time_ratio_iqr: its spread.
+        mac_ratio: multiply-accumulates over the baseline's.
+        tax: time over that of the same network without its MoD blocks, minus one.
+        tax_iqr: its spread.
+        accuracy: top-1 in percent, where somebody has measured it (`dataclasses.replace`).
+        note: what a reader must know, for example that operations fell and time did not.
+        error: why there are no times.
+        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`.
+    """
+
+    model: str
+    variant: str = AS_IS
+    parameters: int | None = None
+    macs: int | None = None
+    input_size: tuple[int, int, int] | None = None
+    batch: int = 1
+    device: str = "cpu"
+    engine: str = "eager"
+    dtype: str = "float32"
+    channels_last: bool = False
+    threads: int = 1
+    rounds: int = 0
+    median_ms: float | None = None
+    iqr_ms: float | None = None
+    min_ms: float | None = None
+    max_ms: float | None = None
+    against: str = ""
+    time_ratio: float | None = None
+    time_ratio_iqr: float | None = None
+    mac_ratio: float | None = None
+    tax: float | None = None
+    tax_iqr: float | None = None
+    accuracy: float | None = None
+    note: str = ""
+    error: str = ""
+    cpu: str = ""
+    cores: int = 0
+    gpu: str = ""
+    os: str = ""
+    python: str = ""
+    torch: str = ""
+    timm: str = ""
+    pliant: str = ""
+    commit: str = ""
+    date: str = ""
+
+    @property
+    def speedup(self) -> float | None:
+        """The baseline's time over this one's."""
+        return None if self.time_ratio is None else 1 / self.time_ratio
+
+    @property
+    def label(self) -> str:
+        """Name for tables and plots: the model, and what was changed in it.
+
+        Example:
+            >>> Measurement(model="resnet50", variant="lower resolution", input_size=(3, 176, 176)).label
+            'resnet50 at 176 px'
+        """
+        if self.variant == AS_IS:
+            return self.model
+        if self.variant == LOWER_RESOLUTION:
+            return f"{self.model} at {_pixels(self.input_size)} px"
+        return f"{self.model} {self.variant}"
+
+
+FIELDS = {f.name: str(f.type) for f in fields(Measurement)}
+
+
+def write_rows(path: str | Path, rows: Iterable[Measurement], append: bool = False) -> None:
+    """Write rows to a CSV file with a header; the file is replaced whole or not at all.
+
+    Args:
+        path: the file; its folder is made if missing.
+        rows: may be none, which leaves the header.
+        append: keep the rows that the file has and add these.
+
+    Raises:
+        ValueError: `append` to a file that `read_rows` refuses.
+    """
+    path = Path(path)
+    rows = [*(read_rows(path) if append and path.exists() else []), *rows]
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(FIELDS)
+        writer.writerows([_to_text(getattr(row, name)) for name in FIELDS] for row in rows)
+
+
+def read_rows(path: str | Path) -> list[Measurement]:
+    """Rows that `write_rows` wrote, exactly as they were.
+
+    Raises:
+        ValueError: a damaged or foreign file; the message names file and line.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            if header != list(FIELDS):
+                odd = sorted(set(header) ^ set(FIELDS))
+                why = f"columns that differ: {', '.join(odd)}" if odd else "columns in another order"
+                raise ValueError(f"{path}, line 1: not a file of pliant's measurements ({why})")
+            return [_from_texts(texts, f"{path}, line {reader.line_num}") for texts in reader]
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not a readable CSV file: {e}") from e
+
+
+def _to_text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return "x".join(str(n) for n in value)
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _from_texts(texts: Sequence[str], where: str) -> Measurement:
+    if len(texts) != len(FIELDS):
+        raise ValueError(f"{where}: {len(texts)} fields, not {len(FIELDS)}; the line is damaged")
+    values: dict[str, Any] = {}
+    for (name, kind), text in zip(FIELDS.items(), texts, strict=True):
+        try:
+            values[name] = _from_text(kind, text)
+        except ValueError:
+            raise ValueError(f"{where}: {name} is {text!r}, which is no {kind}") from None
+    return Measurement(**values)
+
+
+def _from_text(kind: str, text: str) -> Any:
+    if not text and kind.endswith("| None"):
+        return None
+    kind = kind.removesuffix(" | None")
+    if kind == "tuple[int, int, int]":
+        channels, height, width = (int(n) for n in text.split("x"))
+        return channels, height, width
+    if kind == "bool":
+        if text not in ("True", "False"):
+            raise ValueError
+        return text == "True"
+    return {"int": int, "float": float, "str": str}[kind](text)
+
+
+Text = Callable[[Measurement], str]
+
+# name of a column: heading, and what a row says in it (empty: nothing).
+COLUMNS: dict[str, tuple[str, Text]] = {
+    "label": ("network", lambda r: r.label),
+    "parameters": ("parameters", lambda r: _scaled(r.parameters, 1e6, "M")),
+    "macs": ("MACs", lambda r: _scaled(r.macs, 1e9, "G")),
+    "time": ("time (IQR), ms", lambda r: _with_spread(r.median_ms, r.iqr_ms)),
+    "time_ratio": ("time ratio (IQR)", lambda r: _ratio(r.time_ratio, r.time_ratio_iqr)),
+    "mac_ratio": ("MAC ratio", lambda r: _ratio(r.mac_ratio, None)),
+    "speedup": ("speed-up", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
+    "tax": ("MoD tax (IQR)", lambda r: _percent(r.tax, r.tax_iqr)),
+    "accuracy": ("top-1, %", lambda r: "" if r.accuracy is None else f"{r.accuracy:.2f}"),
+    "note": ("note", lambda r: f"not measured: {r.error}" if r.error else r.note),
+}
+
+# What a figure depends on: above the table where all rows agree, else a column.
+CONDITIONS: dict[str, tuple[str, Text]] = {
+    "hardware": ("hardware", lambda r: r.gpu or f"{r.cpu} ({r.cores} cores)"),
+    "device": ("device", lambda r: r.device),
+    "threads": ("threads", lambda r: str(r.threads)),
+    "engine": ("engine", lambda r: r.engine),
+    "batch": ("batch", lambda r: str(r.batch)),
+    "pixels": ("pixels", lambda r: _pixels(r.input_size)),
+    "dtype": ("dtype", lambda r: r.dtype),
+    "layout": ("memory format", lambda r: "channels_last" if r.channels_last else "contiguous"),
+    "rounds": ("rounds", lambda r: str(r.rounds)),
+    "against": ("ratios against", lambda r: r.against),
+    "torch": ("torch", lambda r: r.torch),
+    "commit": ("commit", lambda r: r.commit[:12] + ("-dirty" if r.commit.endswith("-dirty") else "")),
+}
+
+
+def markdown_table(rows: Sequence[Measurement], columns: Sequence[str] | None = None) -> str:
+    """Rows as a Markdown table under a line that states the conditions they share.
+
+    Args:
+        rows: measurements, in the order they shall have.
+        columns: names in `COLUMNS`; by default all that say something in these rows.
+            Conditions on which rows differ are always shown.
+
+    Raises:
+        ValueError: a column that does not exist.
+
+    Example:
+        >>> print(markdown_table([Measurement(model="a", median_ms=2.51, iqr_ms=0.2)], ["label", "time"]))
+        device cpu · threads 1 · engine eager · batch 1 · ...
+        <BLANKLINE>
+        | network | time (IQR), ms |
+        |---|---:|
+        | a | 2.5 (0.2) |
+    """
+    shared, headings, body = _laid_out(rows, columns)
+    aligned = ["---" if h in _LEFT else "---:" for h in headings]
+    lines = [f"| {' | '.join(cells)} |" for cells in [headings, *_escaped(body)]]
+    lines.insert(1, f"|{'|'.join(aligned)}|")
+    return "\n".join([shared, "", *lines])
+
+
+def terminal_table(rows: Sequence[Measurement], columns: Sequence[str] | None = None) -> Table:
+    """As `markdown_table`, for `rich.print`."""
+    from rich.table import Table
+    from rich.text import Text as Plain
+
+    shared, headings, body = _laid_out(rows, columns)
+    table = Table(caption=Plain(shared), caption_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in _LEFT else "right")
+    for cells in body:
+        table.add_row(*(Plain(cell) for cell in cells))
+    return table
+
+
+_LEFT = {heading for name in ("label", "note") for heading in [COLUMNS[name][0]]}
+
+
+def _laid_out(
+    rows: Sequence[Measurement], columns: Sequence[str] | None
+) -> tuple[str, list[str], list[list[str]]]:
+    """The conditions all rows share, the headings, and a list of cells for each row."""
+    for name in columns or ():
+        if name not in COLUMNS:
+            raise ValueError(f"no column {name!r}; the columns are {', '.join(COLUMNS)}")
+    shared, differing = [], {}
+    for name, (heading, text) in CONDITIONS.items():
+        # A row without times says nothing of rounds, nor one that has no size of pixels.
+        told = {text(r) for r in rows if not (r.error and name in ("rounds", "pixels"))} - {""}
+        if len(told) > 1:
+            differing[name] = (heading, text)
+        elif told and (name, told) != ("rounds", {"0"}) and (name != "hardware" or rows[0].cpu):
+            shared.append(f"{heading} {told.pop()}")
+    wanted = columns or [n for n, (_, text) in COLUMNS.items() if n == "label" or any(map(text, rows))]
+    chosen = [COLUMNS[n] for n in wanted]
+    at = list(wanted).index("label") + 1 if "label" in wanted else 0
+    chosen[at:at] = differing.values()
+    return " · ".join(shared), [h for h, _ in chosen], [[text(r) for _, text in chosen] for r in rows]
+
+
+def _escaped(body: list[list[str]]) -> list[list[str]]:
+    return [[cell.replace("|", r"\|").replace("\n", " ") for cell in cells] for cells in body]
+
+
+def _pixels(size: tuple[int, int, int] | None) -> str:
+    if size is None:
+        return ""
+    return str(size[1]) if size[1] == size[2] else f"{size[1]}x{size[2]}"
+
+
+def _scaled(value: int | None, unit: float, suffix: str) -> str:
+    """A count in its unit, to three digits: 25.6 M, 0.041 G. Counts are exact in the CSV."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "0"
+    decimals = max(0, 2 - math.floor(math.log10(value / unit)))
+    return f"{value / unit:.{min(decimals, 6)}f} {suffix}"
+
+
+def _with_spread(value: float | None, spread: float | None) -> str:
+    """Value and spread to the first digit of the spread; without one, to three digits.
+
+    At most four digits of the value are shown, whatever the spread.
+    """
+    if value is None:
+        return ""
+    whole = math.floor(math.log10(value)) if value > 0 else 0
+    if not spread:
+        return f"{value:.{max(0, 2 - whole)}f}"
+    decimals = max(0, min(-math.floor(math.log10(spread)), 3 - whole))
+    return f"{value:.{decimals}f} ({spread:.{decimals}f})"
+
+
+def _ratio(value: float | None, spread: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" + ("" if spread is None else f" ({spread:.2f})")
+
+
+def _percent(value: float | None, spread: float | None) -> str:
+    if value is None:
+        return ""
+    text = f"{100 * value:.0f} %".replace("-0 %", "0 %")
+    return text if spread is None else f"{text} ({100 * spread:.0f})"
