@@ -167,6 +167,8 @@ def attempt(entrant: Entrant, step: Callable[[Entrant], None]) -> None:
 
 def _reason(error: Exception) -> str:
     """An error on one line, without folders of this machine: rows are published."""
+    if "InvalidCxxCompiler" in str(error):
+        return "no C++ compiler found; torch.compile needs one, for example g++"
     lines = str(error).strip().splitlines() or [""]
     text = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/", "", lines[0])[:200]
     kind = type(error).__name__

@@ -200,13 +200,13 @@ Text = Callable[[Measurement], str]
 # name of a column: heading, and what a row says in it (empty: nothing).
 COLUMNS: dict[str, tuple[str, Text]] = {
     "label": ("network", lambda r: r.label),
-    "parameters": ("parameters", lambda r: _scaled(r.parameters, 1e6, "M")),
-    "macs": ("MACs", lambda r: _scaled(r.macs, 1e9, "G")),
-    "time": ("time (IQR), ms", lambda r: _with_spread(r.median_ms, r.iqr_ms)),
-    "time_ratio": ("time ratio (IQR)", lambda r: _ratio(r.time_ratio, r.time_ratio_iqr)),
+    "parameters": ("parameters, M", lambda r: _scaled(r.parameters, 1e6)),
+    "macs": ("MACs, G", lambda r: _scaled(r.macs, 1e9)),
+    "time": ("time, ms", lambda r: _with_spread(r.median_ms, r.iqr_ms)),
+    "time_ratio": ("time ratio", lambda r: _ratio(r.time_ratio, r.time_ratio_iqr)),
     "mac_ratio": ("MAC ratio", lambda r: _ratio(r.mac_ratio, None)),
     "speedup": ("speed-up", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
-    "tax": ("MoD tax (IQR)", lambda r: _percent(r.tax, r.tax_iqr)),
+    "tax": ("MoD tax", lambda r: _percent(r.tax, r.tax_iqr)),
     "accuracy": ("top-1, %", lambda r: "" if r.accuracy is None else f"{r.accuracy:.2f}"),
     "note": ("note", lambda r: f"not measured: {r.error}" if r.error else r.note),
 }
@@ -223,9 +223,15 @@ CONDITIONS: dict[str, tuple[str, Text]] = {
     "layout": ("memory format", lambda r: "channels_last" if r.channels_last else "contiguous"),
     "rounds": ("rounds", lambda r: str(r.rounds)),
     "against": ("ratios against", lambda r: r.against),
+}
+
+# Always above the table, all that occur.
+ORIGINS: dict[str, tuple[str, Text]] = {
     "torch": ("torch", lambda r: r.torch),
     "commit": ("commit", lambda r: r.commit[:12] + ("-dirty" if r.commit.endswith("-dirty") else "")),
+    "date": ("measured", lambda r: r.date[:10]),
 }
+LEGEND = "in brackets: interquartile range over rounds"
 
 
 def markdown_table(rows: Sequence[Measurement], columns: Sequence[str] | None = None) -> str:
@@ -243,7 +249,7 @@ def markdown_table(rows: Sequence[Measurement], columns: Sequence[str] | None = 
         >>> print(markdown_table([Measurement(model="a", median_ms=2.51, iqr_ms=0.2)], ["label", "time"]))
         device cpu · threads 1 · engine eager · batch 1 · ...
         <BLANKLINE>
-        | network | time (IQR), ms |
+        | network | time, ms |
         |---|---:|
         | a | 2.5 (0.2) |
     """
@@ -255,14 +261,15 @@ def markdown_table(rows: Sequence[Measurement], columns: Sequence[str] | None = 
 
 
 def terminal_table(rows: Sequence[Measurement], columns: Sequence[str] | None = None) -> Table:
-    """As `markdown_table`, for `rich.print`."""
+    """As `markdown_table`, for `rich.print`; figures stay whole where space is short."""
     from rich.table import Table
     from rich.text import Text as Plain
 
     shared, headings, body = _laid_out(rows, columns)
     table = Table(caption=Plain(shared), caption_justify="left")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in _LEFT else "right")
+        left = heading in _LEFT
+        table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
     for cells in body:
         table.add_row(*(Plain(cell) for cell in cells))
     return table
@@ -286,6 +293,11 @@ def _laid_out(
             differing[name] = (heading, text)
         elif told and (name, told) != ("rounds", {"0"}) and (name != "hardware" or rows[0].cpu):
             shared.append(f"{heading} {told.pop()}")
+    for heading, text in ORIGINS.values():
+        if all_told := sorted({text(r) for r in rows} - {""}):
+            shared.append(f"{heading} {', '.join(all_told)}")
+    if any(r.iqr_ms is not None for r in rows):
+        shared.append(LEGEND)
     wanted = columns or [n for n, (_, text) in COLUMNS.items() if n == "label" or any(map(text, rows))]
     chosen = [COLUMNS[n] for n in wanted]
     at = list(wanted).index("label") + 1 if "label" in wanted else 0
@@ -303,14 +315,14 @@ def _pixels(size: tuple[int, int, int] | None) -> str:
     return str(size[1]) if size[1] == size[2] else f"{size[1]}x{size[2]}"
 
 
-def _scaled(value: int | None, unit: float, suffix: str) -> str:
-    """A count in its unit, to three digits: 25.6 M, 0.041 G. Counts are exact in the CSV."""
+def _scaled(value: int | None, unit: float) -> str:
+    """A count in its unit, to three digits: 25.6, 0.0406. Counts are exact in the CSV."""
     if value is None:
         return ""
     if value == 0:
         return "0"
     decimals = max(0, 2 - math.floor(math.log10(value / unit)))
-    return f"{value / unit:.{min(decimals, 6)}f} {suffix}"
+    return f"{value / unit:.{min(decimals, 6)}f}"
 
 
 def _with_spread(value: float | None, spread: float | None) -> str:
