@@ -402,7 +402,7 @@ def render(report: CountReport) -> Table:
     from rich import box
     from rich.table import Table
 
-    title = "CNN Mixture-of-Depths: counts published and ours"
+    title = "CNN Mixture-of-Depths: counts published and ours (parameters in millions)"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for n, name in enumerate(_COLUMNS):
         table.add_column(name, justify="right" if n in _NUMBERS else "left", no_wrap=n == 1)
