@@ -1,0 +1,232 @@
+"""What a checkpoint says of its network: `Config`, and the rules for what it may say.
+
+Everything here comes from, or goes to, a file that anybody may have written: plain
+values only, and of ``timm.create_model``'s arguments only those that build.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeGuard
+
+import timm
+
+from pliant._version import __version__
+from pliant.methods import METHODS
+from pliant.surgery import Method
+
+FORMAT = "pliant"
+FORMAT_VERSION = 1
+
+# Arguments of `timm.create_model` that fetch or read files, or that say where and how a
+# network runs rather than what it is.
+_NOT_OURS = {"checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype"}
+_NOT_OURS |= {"model_cfg", "kwargs_filter"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What ``config.json`` says.
+
+    Attributes:
+        network: timm's name of the base network.
+        arguments: keyword arguments of ``timm.create_model``.
+        methods: applied to the base network in this order; those that belong to its
+            name are not repeated.
+        num_classes: outputs of the classifier; None for a network without one.
+        classes: their names, if known.
+        input_size: channels, height, width of an image, if known.
+        mean: of each channel, subtracted from images in [0, 1], if known.
+        std: of each channel, by which they are then divided, if known.
+        interpolation: how images are resized, ``"bicubic"``, if known.
+        crop_pct: share of the resized image's side that is kept, if known.
+        crop_mode: which part is kept, ``"center"``, if known.
+        channels_last: the weights lie in memory that way.
+        state: what modules keep beside tensors (their ``get_extra_state``).
+        sha256: of ``model.safetensors``.
+        versions: of pliant, torch and timm, which wrote the folder.
+    """
+
+    network: str
+    arguments: Mapping[str, Any]
+    methods: tuple[Method, ...] = ()
+    num_classes: int | None = None
+    classes: tuple[str, ...] | None = None
+    input_size: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+    channels_last: bool = False
+    state: Mapping[str, Any]
+    sha256: str = ""
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        _check_network(self.network)
+        check_arguments(self.arguments)
+        plain(self.state, "state")
+        count, names = self.num_classes, self.classes
+        if count is not None and not (_is_whole(count) and count >= 0):
+            raise ValueError(f"num_classes must be a whole number, not {count!r}")
+        if names is not None and not (all(isinstance(n, str) for n in names) and len(names) == count):
+            raise ValueError(f"classes must be {count} names, one for each class, not {names!r}")
+        size = self.input_size
+        if size is not None and not (len(size) == 3 and all(_is_whole(n) and n > 0 for n in size)):
+            raise ValueError(f"input_size must be channels, height and width, not {size!r}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            channels = size[0] if size else None
+            if values is None:
+                continue
+            if not all(_is_number(v) and (name == "mean" or v > 0) for v in values):
+                kind = "numbers" if name == "mean" else "positive numbers"
+                raise ValueError(f"{name} must be {kind}, not {values!r}")
+            if len(values) not in (1, channels or len(values)):
+                raise ValueError(
+                    f"{name} must be one number for each of {channels} channels, not {values!r}"
+                )
+        for name, text in (("interpolation", self.interpolation), ("crop_mode", self.crop_mode)):
+            if not isinstance(text, (str, type(None))):
+                raise ValueError(f"{name} must be a string, not {text!r}")
+        if self.crop_pct is not None and not (_is_number(self.crop_pct) and self.crop_pct > 0):
+            raise ValueError(f"crop_pct must be a positive number, not {self.crop_pct!r}")
+        if not isinstance(self.channels_last, bool):
+            raise ValueError(f"channels_last must be true or false, not {self.channels_last!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``config.json``, as `json.dump` takes it."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        content["methods"] = [{"name": m.name, "options": _options(m)} for m in self.methods]
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
+
+    @classmethod
+    def from_json(cls, content: Any) -> Config:
+        """Read what `to_json` gave, trusting none of it.
+
+        Raises:
+            ValueError: it is not that, or of a newer version, or names an unknown
+                network, method or option.
+        """
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f'it was not written by pliant (no "format": "{FORMAT}")')
+        version = content.get("format_version")
+        if not _is_whole(version) or version < 1:
+            raise ValueError(f"format_version must be a whole number from 1, not {version!r}")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"its format version is {version}, and pliant {__version__} knows versions up to "
+                f"{FORMAT_VERSION}; upgrade pliant (pip install --upgrade pliant)"
+            )
+        missing = [f.name for f in fields(cls) if f.name not in content]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        values = {f.name: plain(content[f.name], f.name) for f in fields(cls)}
+        for name in ("methods", "classes", "input_size", "mean", "std"):
+            optional = name != "methods" and values[name] is None
+            if not (optional or isinstance(values[name], tuple)):
+                raise ValueError(f"{name} must be a list, not {values[name]!r}")
+        for name in ("arguments", "state", "versions"):
+            if not isinstance(values[name], dict):
+                raise ValueError(f"{name} must be an object, not {values[name]!r}")
+        values["methods"] = tuple(_method(entry) for entry in values["methods"])
+        return cls(**values)
+
+
+def _method(entry: Any) -> Method:
+    """A method from its name and options, which the dataclass checks."""
+    if not (isinstance(entry, dict) and entry.keys() == {"name", "options"}):
+        raise ValueError(f"a method must have a name and options, not {entry!r}")
+    name, options = entry["name"], entry["options"]
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(
+            f"unknown method {name!r} (known: {', '.join(METHODS)}); a newer pliant may have it"
+        )
+    method: Any = METHODS[name]
+    known = [f.name for f in fields(method) if f.init]
+    if not isinstance(options, dict) or not options.keys() <= set(known):
+        strange = some(options.keys() - set(known)) if isinstance(options, dict) else repr(options)
+        raise ValueError(
+            f"unknown option {strange} of {name} (known: {', '.join(known)}); a newer pliant may have it"
+        )
+    try:
+        made: Method = method(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    return made
+
+
+def _options(method: Any) -> dict[str, Any]:
+    return {f.name: plain(getattr(method, f.name), f.name) for f in fields(method) if f.init}
+
+
+def _check_network(name: Any) -> None:
+    """Only timm's registered names: never a tag, a path or an address to fetch from."""
+    # timm itself takes "hf-hub:owner/name" and "local-dir:path", and a tag after a dot.
+    if not (isinstance(name, str) and name.isidentifier() and timm.is_model(name)):
+        raise ValueError(
+            f"unknown network {name!r}: it is not registered with timm {timm.__version__} or pliant "
+            f"{__version__}; upgrade them, or import the package that registers it"
+        )
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that could load something, or that JSON cannot hold."""
+    for name, value in arguments.items():
+        if not name.isidentifier() or is_foreign(name):
+            raise ValueError(
+                f"the argument {name!r} does not belong in a checkpoint: it can load files, or run code"
+            )
+        plain(value, name)
+
+
+def is_foreign(name: str) -> bool:
+    """Whether `name` is an argument that says something else than what is built."""
+    return name in _NOT_OURS or name.startswith("pretrained")
+
+
+def plain(value: Any, name: str) -> Any:
+    """Return `value` if JSON can hold it, lists as tuples; an error that names `name` if not."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(v, name) for v in value)
+    if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
+        return {k: plain(v, k) for k, v in value.items()}
+    if callable(value):
+        raise ValueError(
+            f"{name}={value!r} is code, which a checkpoint does not hold; give the network a name that "
+            f'timm knows, such as act_layer="silu", or pass arguments={{"{name}": ...}} with it'
+        )
+    raise ValueError(
+        f"{name}={value!r} is neither a finite number nor text, None, or a list or dict of these"
+    )
+
+
+def sequence(name: str, values: Any) -> Any:
+    """A tuple of plain values from any sequence: a list, an array, a tensor."""
+    if values is None:
+        return None
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a sequence, not {values!r}")
+    return plain(tuple(values), name)
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
