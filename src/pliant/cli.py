@@ -1,0 +1,314 @@
+"""The command line: ``pliant COMMAND --help`` tells all.
+
+Each command is a thin layer over a function of the library. What a user can get wrong is
+a `ValueError` or `OSError` there, and one sentence without a traceback here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pliant.surgery import Method
+
+app = typer.Typer(
+    help="Conditional and adaptive computation for vision networks.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+reproduce_app = typer.Typer(help="Hold published figures against ours.", no_args_is_help=True)
+app.add_typer(reproduce_app, name="reproduce")
+
+Changes = Annotated[
+    list[str] | None, typer.Argument(help="key=value changes, such as epochs=5 seed=1 model_args.c=16")
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Threads = Annotated[int | None, typer.Option(help="of PyTorch; by default as many as it takes")]
+
+
+@app.command()
+def models(pattern: Annotated[str, typer.Argument(help="part of the name")] = "") -> None:
+    """List the networks that pliant registers with timm, with parameters and MACs."""
+    import timm
+    import torch
+    from rich.table import Table
+
+    from pliant.anatomy import input_size
+    from pliant.measuring.macs import count_macs, count_parameters
+    from pliant.models import list_networks
+
+    table = Table("network", "input", "parameters", "MACs")
+    for name in list_networks():
+        if pattern in name:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+            size = input_size(model)
+            assert size is not None
+            shape = "x".join(map(str, size))
+            macs = f"{count_macs(model, size) / 1e9:.3f} G"
+            table.add_row(name, shape, f"{count_parameters(model):,}", macs)
+    _print(table)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="any network of timm")],
+    options: Annotated[
+        list[str] | None, typer.Argument(help="options of the method, such as c=16 order=index")
+    ] = None,
+    method: Annotated[str, typer.Option(help="name of the method")] = "MixtureOfDepths",
+    save_to: Annotated[
+        Path | None, typer.Option(help="convert, and save the network (fresh weights) to this folder")
+    ] = None,
+) -> None:
+    """Show what a method would replace in a network, and what that costs."""
+    import timm
+
+    from pliant.checkpoint import save
+    from pliant.methods import METHODS
+    from pliant.surgery import convert
+    from pliant.surgery import plan as make_plan
+
+    if not timm.is_model(model):
+        raise ValueError(f"timm has no model named {model!r}; timm.list_models() lists those it has")
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    chosen = METHODS[method](**_options(METHODS[method], options or []))
+    network = timm.create_model(model)
+    typer.echo(str(make_plan(network, chosen)))
+    if save_to is not None:
+        save(convert(network, chosen, inplace=True), save_to)
+        typer.echo(f"saved to {save_to}")
+
+
+@app.command()
+def measure(
+    models: Annotated[list[str], typer.Argument(help="networks of timm, or folders that `save` wrote")],
+    against: Annotated[str | None, typer.Option(help="the baseline of all ratios")] = None,
+    batch: Annotated[int, typer.Option(help="images a forward")] = 1,
+    pixels: Annotated[int | None, typer.Option(help="height and width, if not each network's own")] = None,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    engine: Annotated[str, typer.Option(help="eager or compiled")] = "eager",
+    channels_last: Annotated[bool, typer.Option(help="memory format")] = False,
+    threads: Threads = None,
+    rounds: Annotated[int, typer.Option(help="how often each network is timed, in turn")] = 15,
+    tax: Annotated[bool, typer.Option(help="time MoD networks without their blocks too")] = True,
+    lower_resolution: Annotated[int | None, typer.Option(help="time the baseline at these too")] = None,
+    rows: Annotated[Path | None, typer.Option(help="CSV file that gets the rows, appended")] = None,
+    markdown: Annotated[bool, typer.Option(help="print a Markdown table")] = False,
+    plot: Annotated[Path | None, typer.Option(help="figure of --plot-y against latency")] = None,
+    plot_y: Annotated[str, typer.Option(help="macs, parameters or accuracy")] = "macs",
+) -> None:
+    """Parameters, MACs and latency, interleaved in one run; ratios and the MoD tax."""
+    from pliant.analysis.plots import plot_against_latency
+    from pliant.measuring.latency import measure as run
+    from pliant.measuring.rows import markdown_table, terminal_table, write_rows
+
+    with _progress("timing") as step:
+        found = run(
+            {name: _network(name) for name in models},
+            against=None if against is None else (against if against in models else _network(against)),
+            batch=batch,
+            input_size=pixels,
+            device=device,
+            dtype=dtype,
+            engine=engine,
+            channels_last=channels_last,
+            threads=threads,
+            rounds=rounds,
+            tax=tax,
+            lower_resolution=lower_resolution,
+            progress=step,
+        )
+    if markdown:
+        typer.echo(markdown_table(found))
+    else:
+        _print(terminal_table(found))
+    if rows is not None:
+        write_rows(rows, found, append=True)
+    if plot is not None:
+        typer.echo(f"figure: {plot_against_latency(found, plot_y, plot)}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the training recipes."""
+    from pliant.recipes import get_recipe, list_recipes
+
+    for name in list_recipes():
+        typer.echo(f"{name:34} {get_recipe(name).note}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="name of a recipe, such as digits.resnet18_mod")],
+    changes: Changes = None,
+    folder: Annotated[Path | None, typer.Option(help="of the run, if not runs/<recipe>-s<seed>")] = None,
+    resume: Annotated[bool, typer.Option(help="go on where the run in the folder stopped")] = False,
+    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+) -> None:
+    """Train a network by a recipe; the best one on validation is saved and tested."""
+    from pliant.recipes import get_recipe
+    from pliant.train import fit
+    from pliant.train.recipe import override
+
+    run = fit(override(get_recipe(recipe), changes or []), folder, resume=resume, progress=progress)
+    typer.echo(f"best epoch {run.best_epoch + 1}: validation {100 * run.val_accuracy:.2f} %")
+    if run.test_accuracy is not None:
+        typer.echo(f"test {100 * run.test_accuracy:.2f} %")
+    if run.unreadable:
+        typer.echo(f"unreadable images: {run.unreadable}, named in the run's log")
+    typer.echo(f"saved in {run.folder}")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="a saved model: a folder that `save` or `train` wrote")],
+    data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, folder or imagenet")] = "digits",
+    path: Annotated[Path | None, typer.Option(help="folder of the data; digits need none")] = None,
+    batch: Annotated[int, typer.Option(help="images a forward")] = 256,
+    device: Device = "cpu",
+) -> None:
+    """Score a saved model on the test images of a data set."""
+    from pliant.train import evaluate as score
+
+    found = score(folder, data=data, path=path, batch=batch, device=device)
+    typer.echo(str(found))
+
+
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="recipe of the plain network, such as cifar10.resnet20")],
+    changes: Changes = None,
+    seeds: Annotated[int, typer.Option(help="how many, from the recipe's seed on")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="only these labels; repeat for several")] = None,
+    folder: Annotated[Path, typer.Option(help="of the runs; finished ones are not run again")] = Path(
+        "runs/compare"
+    ),
+    rows: Annotated[Path | None, typer.Option(help="CSV file that gets the scores, appended")] = None,
+) -> None:
+    """Train a plain network, its Mixture-of-Depths form and the controls, and score them."""
+    from pliant.compare import compare as run
+    from pliant.compare import mod_controls, terminal_summary, write_scores
+    from pliant.recipes import get_recipe
+    from pliant.train.recipe import override
+
+    plain = override(get_recipe(recipe), changes or [])
+    scores = []
+    for seed in range(plain.seed, plain.seed + seeds):
+        chosen = mod_controls(replace(plain, seed=seed))
+        unknown = set(only or ()) - chosen.keys()
+        if unknown:
+            raise ValueError(f"no label {unknown.pop()!r}; the labels are {', '.join(chosen)}")
+        chosen = {label: one for label, one in chosen.items() if not only or label in only}
+        for score, _ in run(chosen, folder / recipe, started=lambda label, _: typer.echo(label)).values():
+            scores.append(score)
+            if rows is not None:
+                write_scores(rows, [score], append=True)
+    _print(terminal_summary(scores))
+
+
+@reproduce_app.command()
+def counts(markdown: Annotated[bool, typer.Option(help="print Markdown")] = False) -> None:
+    """Parameters and MACs of every published row that pliant builds, beside ours."""
+    from pliant.published import markdown as as_markdown
+    from pliant.published import render, reproduce_counts
+
+    report = reproduce_counts()
+    if markdown:
+        typer.echo(as_markdown(report))
+    else:
+        _print(render(report))
+
+
+@app.command()
+def quickstart(
+    changes: Changes = None,
+    folder: Annotated[Path, typer.Option(help="for runs, rows, figures and the page")] = Path(
+        "runs/quickstart"
+    ),
+    threads: Threads = None,
+    readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table")] = None,
+) -> None:
+    """Train and measure plain and Mixture-of-Depths networks in five minutes."""
+    from pliant.quickstart import quickstart as run
+
+    run(folder, changes=changes or (), threads=threads, readme=readme)
+
+
+@app.command()
+def bench(
+    device: Device = "cpu",
+    results: Annotated[Path, typer.Option(help="folder for rows, tables and figures")] = Path("results"),
+    quick: Annotated[bool, typer.Option(help="tiny networks, to see that it works")] = False,
+) -> None:
+    """Measure the speed tables: plain and Mixture-of-Depths networks in each engine."""
+    from pliant.bench import run_bench
+
+    run_bench(device=device, results=results, quick=quick)
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # What is piped is not cut to a terminal's width.
+    console.print(table, width=None if console.is_terminal else max(console.width, 200))
+
+
+def _options(method: type[Method], changes: list[str]) -> dict[str, Any]:
+    """``["c=16", "order=index"]`` as keyword arguments of a method."""
+    from pliant.train.recipe import literal
+
+    known = {field.name for field in fields(method)}
+    options = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"{change!r} is not of the form key=value, such as c=16")
+        if key not in known:
+            raise ValueError(f"{method.__name__} has no option {key!r}; it has {', '.join(sorted(known))}")
+        options[key] = literal(text)
+    return options
+
+
+def _network(name: str) -> Any:
+    """A folder that `save` wrote, as its network; any other name as it is."""
+    from pliant.checkpoint import load
+
+    return load(name) if Path(name).is_dir() else name
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar for functions that report ``(done, total, what)``."""
+    from rich.console import Console
+
+    from pliant.quickstart import progress_bar
+
+    with progress_bar(Console(stderr=True), title) as step:
+        yield step
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one sentence, exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        typer.secho(f"pliant: {error}", fg="red", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Train networks side by side at one recipe, and score them.
+
+An accuracy is worth what its controls are worth. `mod_controls` gives those that a
+Mixture-of-Depths network needs; `compare` trains whatever it is given and returns one
+`Score` for each, ready for CSV and tables. Runs that are finished are not run again, so
+a comparison that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pliant._files import atomic_path
+from pliant.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pliant.train import Run
+
+PLAIN, REMOVED = "plain", "blocks removed"
+
+# What each control changes in a Mixture-of-Depths network (label -> method options).
+MOD_CONTROLS: dict[str, dict[str, Any]] = {
+    "MoD, score order": {},
+    "MoD, index order": {"order": "index"},
+    "random channels, fresh": {"selection": "random"},
+    "random channels, fixed": {"selection": "fixed"},
+    "first k channels": {"selection": "first"},
+    REMOVED: {"selection": "none"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What one training run cost and reached.
+
+    Attributes:
+        label: the network's role in the comparison.
+        recipe: name of the recipe.
+        model: network that ``timm.create_model`` builds.
+        model_args: its arguments, as JSON.
+        data: name of the data set.
+        pixels: height and width of the images.
+        epochs: passes over the training images.
+        seed: of initial weights, order and augmentation.
+        parameters: learnable values.
+        macs: multiply-accumulates of one image.
+        train_accuracy: of the best epoch, in percent, as `fit` logs it.
+        val_accuracy: of the best epoch, in percent.
+        gap: training minus validation accuracy, in points (section 5.2 of the paper).
+        test_accuracy: of the best epoch's weights, tested once, in percent.
+        seconds: of training. Machines differ; compare within one comparison only.
+        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`.
+    """
+
+    label: str
+    recipe: str
+    model: str
+    model_args: str
+    data: str
+    pixels: int
+    epochs: int
+    seed: int
+    parameters: int
+    macs: int
+    train_accuracy: float
+    val_accuracy: float
+    gap: float
+    test_accuracy: float | None
+    seconds: float
+    cpu: str = ""
+    cores: int = 0
+    gpu: str = ""
+    os: str = ""
+    python: str = ""
+    torch: str = ""
+    timm: str = ""
+    pliant: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+def mod_controls(plain: Recipe, mod_model: str | None = None) -> dict[str, Recipe]:
+    """A plain network's recipe, and the same for MoD and each of its controls.
+
+    Args:
+        plain: of a network that has a form ``<model>_mod``.
+        mod_model: name of that form, where it is another.
+
+    Example:
+        >>> list(mod_controls(Recipe(name="digits", model="resnet18_cifar")))[:2]
+        ['plain', 'MoD, score order']
+    """
+    model = mod_model or f"{plain.model}_mod"
+    return {PLAIN: plain} | {
+        label: replace(plain, model=model, model_args={**plain.model_args, **options})
+        for label, options in MOD_CONTROLS.items()
+    }
+
+
+def compare(
+    recipes: Mapping[str, Recipe],
+    folder: str | Path,
+    *,
+    progress: bool = True,
+    started: Callable[[str, Recipe], None] | None = None,
+    finished: Callable[[str, Run], None] | None = None,
+    **fit_options: Any,
+) -> dict[str, tuple[Score, Run]]:
+    """Train and test each recipe in turn.
+
+    Args:
+        recipes: by label.
+        folder: each run gets a folder of its own in it, named after label and seed; one
+            that holds the finished run of the same recipe is read instead.
+        progress: show `fit`'s progress bar.
+        started: called with label and recipe before each run.
+        finished: called with label and run after it.
+        fit_options: further keywords of `pliant.train.fit`.
+
+    Returns:
+        Score and run for each label, in the order given.
+    """
+    from pliant.measuring.macs import count_macs, count_parameters
+    from pliant.measuring.provenance import provenance
+    from pliant.train import fit
+
+    done = {}
+    for label, recipe in recipes.items():
+        if started:
+            started(label, recipe)
+        place = Path(folder) / f"{_slug(label)}-s{recipe.seed}"
+        run = fit(recipe, place, resume=(place / "recipe.json").is_file(), progress=progress, **fit_options)
+        best = run.history[run.best_epoch]
+        device = next(run.model.parameters()).device
+        score = Score(
+            label=label,
+            recipe=recipe.name,
+            model=recipe.model,
+            model_args=json.dumps(dict(recipe.model_args)),
+            data=recipe.data,
+            pixels=recipe.pixels,
+            epochs=recipe.epochs,
+            seed=recipe.seed,
+            parameters=count_parameters(run.model),
+            macs=count_macs(run.model, (recipe.in_chans, recipe.pixels, recipe.pixels)),
+            train_accuracy=100 * best["train_accuracy"],
+            val_accuracy=100 * best["val_accuracy"],
+            gap=100 * (best["train_accuracy"] - best["val_accuracy"]),
+            test_accuracy=None if run.test_accuracy is None else 100 * run.test_accuracy,
+            seconds=run.seconds,
+            **provenance(device),
+        )
+        done[label] = (score, run)
+        if finished:
+            finished(label, run)
+    return done
+
+
+def write_scores(path: str | Path, scores: Iterable[Score], append: bool = False) -> None:
+    """Write scores to a CSV file; the file is replaced whole or not at all.
+
+    Args:
+        path: the file; its folder is made if missing.
+        scores: what to write.
+        append: keep the rows that the file has and add these.
+
+    Raises:
+        ValueError: `append` to a file with other columns.
+    """
+    path = Path(path)
+    header = [f.name for f in fields(Score)]
+    old: list[list[str]] = []
+    if append and path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            first, *old = list(csv.reader(file)) or [[]]
+        if first != header:
+            raise ValueError(
+                f"{path} has the columns {first}, which are not those of scores; name another file"
+            )
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(old)
+        for score in scores:
+            values = asdict(score).values()
+            writer.writerow(f"{v:.4f}" if isinstance(v, float) else "" if v is None else v for v in values)
+
+
+HEADINGS = ("network", "test, %", "validation, %", "gap, points", "parameters", "MACs", "training, s")
+
+
+def summary(scores: Sequence[Score]) -> list[tuple[str, ...]]:
+    """Cells for a table with `HEADINGS`: a row for each label, seeds averaged.
+
+    Accuracies of several seeds are given as mean ± standard deviation.
+    """
+    rows = []
+    for label in dict.fromkeys(score.label for score in scores):
+        own = [score for score in scores if score.label == label]
+        tests = [score.test_accuracy for score in own if score.test_accuracy is not None]
+        first = own[0]
+        rows.append(
+            (
+                label,
+                _mean(tests, 1),
+                _mean([score.val_accuracy for score in own], 1),
+                _mean([score.gap for score in own], 1),
+                f"{first.parameters:,}",
+                f"{first.macs / 1e6:.2f} M",
+                _mean([score.seconds for score in own], 0),
+            )
+        )
+    return rows
+
+
+def terminal_summary(scores: Sequence[Score]) -> Table:
+    """`summary` for `rich.print`."""
+    from rich.table import Table
+
+    table = Table(*HEADINGS)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in summary(scores):
+        table.add_row(*row)
+    return table
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _slug(label: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in label.lower()).split())

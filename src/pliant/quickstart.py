@@ -1,0 +1,255 @@
+"""The first five minutes: train on real images, measure, and write one page.
+
+Plain, Mixture-of-Depths and control networks learn scikit-learn's digits at one recipe;
+ResNet-50 and its Mixture-of-Depths form are timed at 224 pixels. One table says what
+each costs and scores; ``report.html`` adds the curves, the plots and which channels
+the selectors choose for which class (figure 4 of the paper, for this data).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pliant._files import atomic_path
+from pliant.compare import PLAIN, Score, compare, mod_controls, write_scores
+from pliant.report import FigureBlock, TableBlock, write_report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pliant.measuring.rows import Measurement
+    from pliant.train import Run
+
+RECIPE = "digits.resnet18"
+LARGE, LARGE_MOD, LOWER_PIXELS = "resnet50", "resnet50_mod", 176
+LEARNED = "MoD, score order"
+VERSIONS = ("pliant", "torch", "timm", "python")
+BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
+COLUMNS = ("label", "accuracy", "parameters", "macs", "time", "time_ratio", "mac_ratio", "tax")
+DIGITS_SECONDS, LARGE_SECONDS = 15.0, 45.0  # of timing, at most
+
+
+def quickstart(
+    folder: str | Path = "runs/quickstart",
+    *,
+    changes: Sequence[str] = (),
+    large: tuple[str, str] = (LARGE, LARGE_MOD),
+    threads: int | None = None,
+    readme: str | Path | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Train, measure, print one table, and write ``report.html``.
+
+    Finished runs in `folder` are not trained again; delete the folder to start over.
+
+    Args:
+        folder: for runs, rows (``scores.csv``, ``latency.csv``), figures and the page.
+        changes: ``key=value`` changes of the recipe, as `pliant train` takes them.
+        large: the plain and the Mixture-of-Depths network that are timed at 224 px.
+        threads: of PyTorch; by default as many as it takes by itself.
+        readme: a file whose part between the quickstart marks gets the table.
+        console: of rich, to print on.
+
+    Returns:
+        Path of the page.
+    """
+    import torch
+    from rich.console import Console
+
+    from pliant.measuring.rows import terminal_table, write_rows
+    from pliant.recipes import get_recipe
+    from pliant.train.recipe import override
+
+    console = console or Console()
+    folder = Path(folder)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    recipes = mod_controls(override(get_recipe(RECIPE), changes))
+    console.print(
+        f"Training {len(recipes)} networks on scikit-learn's digits, "
+        f"{recipes[PLAIN].epochs} epochs each, {torch.get_num_threads()} threads."
+    )
+    done = compare(
+        recipes,
+        folder / "runs",
+        started=lambda label, _: console.print(f"[bold]{label}[/bold]"),
+        finished=lambda _, run: console.print(f"  test accuracy {100 * (run.test_accuracy or 0):.1f} %"),
+    )
+    scores = [score for score, _ in done.values()]
+    write_scores(folder / "scores.csv", scores)
+    rows = _latencies(done, large, console)
+    write_rows(folder / "latency.csv", rows)
+    page = _page(folder, done, rows)
+    console.print(terminal_table(rows, COLUMNS))
+    console.print(f"The page: {page}")
+    if readme is not None:
+        _into_readme(Path(readme), rows)
+    return page
+
+
+def _latencies(
+    done: dict[str, tuple[Score, Run]], large: tuple[str, str], console: Console
+) -> list[Measurement]:
+    """Rows for the trained networks at their size, and for the large ones at 224 px."""
+    from pliant.measuring.latency import measure
+    from pliant.measuring.rows import AS_IS
+
+    scores = {label: score for label, (score, _) in done.items()}
+    size = next(iter(scores.values()))
+    names = {f"{label} ({score.data})": score for label, score in scores.items()}
+    small = {name: done[score.label][1].model for name, score in names.items()}
+    with progress_bar(console, f"Timing them at {size.pixels} px") as step:
+        rows = measure(
+            small,
+            against=next(iter(small)),
+            input_size=(done[PLAIN][1].recipe.in_chans, size.pixels, size.pixels),
+            max_run_time=DIGITS_SECONDS,
+            min_run_time=0.02,
+            progress=step,
+        )
+    # The networks without blocks are in the table by themselves, trained.
+    rows = [replace(r, accuracy=names[r.model].test_accuracy) for r in rows if r.variant == AS_IS]
+    plain, mod = large
+    with progress_bar(console, f"Timing {plain} and {mod} at 224 px") as step:
+        rows += measure(
+            [plain, mod],
+            against=plain,
+            channels_last=True,
+            lower_resolution=LOWER_PIXELS,
+            max_run_time=LARGE_SECONDS,
+            progress=step,
+        )
+    return rows
+
+
+@contextmanager
+def progress_bar(console: Console, title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar for functions that report ``(done, total, what)``, as `measure` does."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("")
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
+
+
+def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measurement]) -> Path:
+    from pliant.analysis.plots import plot_against_latency
+    from pliant.analysis.training_plots import plot_curves
+    from pliant.compare import HEADINGS, summary
+    from pliant.measuring.rows import layout
+
+    digits = [r for r in rows if r.accuracy is not None]
+    large = [r for r in rows if r.accuracy is None]
+    figures = folder / "figures"
+    plot_curves({label: run.history for label, (_, run) in done.items()}, figures / "curves.svg")
+    plot_against_latency(digits, "accuracy", figures / "accuracy.svg")
+    plot_against_latency(large, "macs", figures / "macs.svg")
+    blocks = [
+        FigureBlock(
+            "Training",
+            "Loss and accuracy by epoch. Solid: validation; dotted: training, under augmentation.",
+            figures / "curves.svg",
+        ),
+        FigureBlock(
+            "Accuracy against latency, digits",
+            "Batch 1. Networks this small are bound by the number of operators, not by arithmetic.",
+            figures / "accuracy.svg",
+        ),
+        FigureBlock(
+            "Operations against latency, 224 px",
+            "Batch 1. Where operations fell and time did not, a point lies below the baseline, not left.",
+            figures / "macs.svg",
+        ),
+        *_selections(figures, done),
+    ]
+    shared, headings, cells = layout(rows, COLUMNS)
+    scores = [score for score, _ in done.values()]
+    first = rows[0]
+    return write_report(
+        folder / "report.html",
+        "Plain and Mixture-of-Depths networks: cost and score",
+        findings=_findings(scores, large),
+        tables=[
+            TableBlock("What each costs and scores", shared, headings, cells),
+            TableBlock(
+                "Training",
+                f"{scores[0].epochs} epochs, one seed ({scores[0].seed})",
+                HEADINGS,
+                summary(scores),
+            ),
+        ],
+        figures=blocks,
+        provenance={
+            "command": "pliant quickstart",
+            "machine": f"{first.cpu}, {first.cores} cores, {first.os}",
+            "threads": first.threads,
+            "versions": ", ".join(f"{name} {getattr(first, name)}" for name in VERSIONS),
+            "commit": first.commit or "installed package",
+            "date": first.date,
+            "rows": "scores.csv and latency.csv beside this page",
+        },
+    )
+
+
+def _selections(figures: Path, done: dict[str, tuple[Score, Run]]) -> list[FigureBlock]:
+    """Figure 4 of the paper: selection frequency of channels by class."""
+    from pliant.analysis.routing import selection_frequency
+    from pliant.analysis.training_plots import plot_selection_frequency
+    from pliant.train.data import batches, load_data
+
+    _, run = done[LEARNED]
+    data = load_data(run.recipe)
+    assert data.test is not None
+    found = selection_frequency(run.model, batches(data.test, run.recipe, data, train=False), data.classes)
+    block = next(path for path in found.counts if path.startswith("layer3."))
+    path = plot_selection_frequency(found, block, figures / "selection.svg")
+    always, never, among = len(found.always(block)), len(found.never(block)), len(found.overall(block))
+    caption = (
+        f"{block} of “{LEARNED}”, test images; rows are classes. Of {among} channels, {always} are "
+        f"selected for every image and {never} for none. Where rows are alike, selection hardly "
+        f"depends on the class."
+    )
+    return [FigureBlock("Which channels are selected, by class", caption, path)]
+
+
+def _findings(scores: Sequence[Score], large: Sequence[Measurement]) -> list[str]:
+    from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION
+
+    best = max(scores, key=lambda s: s.test_accuracy or 0)
+    worst = min(scores, key=lambda s: s.test_accuracy or 0)
+    said = [
+        f"On digits every network scores between {worst.test_accuracy:.1f} % ({worst.label}) and "
+        f"{best.test_accuracy:.1f} % ({best.label}), one seed each: digits show that a network "
+        f"learns, not which is better."
+    ]
+    mod = next((r for r in large if r.tax is not None and r.variant == AS_IS), None)
+    rival = next((r for r in large if r.variant == LOWER_RESOLUTION and r.time_ratio), None)
+    if mod and mod.time_ratio and mod.tax is not None:
+        said.append(
+            f"{mod.model} takes {mod.time_ratio:.2f} of {mod.against}'s time (MACs: {mod.mac_ratio:.2f}) "
+            f"on this machine in eager PyTorch, batch {mod.batch}, {mod.threads} threads. Its "
+            f"Mixture-of-Depths blocks add {100 * mod.tax:.0f} % to the same network without them: "
+            f"the MoD tax."
+        )
+    if rival and rival.time_ratio:
+        said.append(f"An honest rival: {rival.label} takes {rival.time_ratio:.2f} of the time.")
+    return said
+
+
+def _into_readme(path: Path, rows: Sequence[Measurement]) -> None:
+    """Put the table between the marks of a Markdown file."""
+    from pliant.measuring.rows import markdown_table
+
+    text = path.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{path} has no part between {BEGIN} and {END} for the table; add the two lines")
+    table = markdown_table(rows, COLUMNS)
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    with atomic_path(path) as temporary:
+        temporary.write_text(pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text), encoding="utf-8")
