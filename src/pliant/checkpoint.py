@@ -241,8 +241,9 @@ def _describe(
     given = {k: v for k, v in {**_arguments(model), **(arguments or {})}.items() if v is not None}
     check_arguments(given)
     num_classes = given.get("num_classes") if hasattr(model, "num_classes") else None
-    if classes is None and len(known.get("label_names") or ()) == num_classes:
-        classes = known["label_names"]
+    names = known.get("label_names")
+    if classes is None and names and len(names) == num_classes:
+        classes = names
     size = input_size or anatomy.input_size(model)
     if input_size is None and size and "img_size" in given:
         side = given["img_size"]
