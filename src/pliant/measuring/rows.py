@@ -200,7 +200,7 @@ Text = Callable[[Measurement], str]
 # name of a column: heading, and what a row says in it (empty: nothing).
 COLUMNS: dict[str, tuple[str, Text]] = {
     "label": ("network", lambda r: r.label),
-    "parameters": ("parameters, M", lambda r: _scaled(r.parameters, 1e6)),
+    "parameters": ("params, M", lambda r: _scaled(r.parameters, 1e6)),
     "macs": ("MACs, G", lambda r: _scaled(r.macs, 1e9)),
     "time": ("time, ms", lambda r: _with_spread(r.median_ms, r.iqr_ms)),
     "time_ratio": ("time ratio", lambda r: _ratio(r.time_ratio, r.time_ratio_iqr)),
@@ -261,17 +261,27 @@ def markdown_table(rows: Sequence[Measurement], columns: Sequence[str] | None = 
 
 
 def terminal_table(rows: Sequence[Measurement], columns: Sequence[str] | None = None) -> Table:
-    """As `markdown_table`, for `rich.print`; figures stay whole where space is short."""
+    """As `markdown_table`, for `rich.print`, and narrower: notes stand below, speed-ups do not.
+
+    Figures stay whole down to a terminal of 80 characters; names break between words.
+    """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text as Plain
 
+    notes = [f"{r.label}: {text}" for r in rows if (text := COLUMNS["note"][1](r))] if not columns else []
+    if columns is None:
+        told = [n for n, (_, text) in COLUMNS.items() if any(map(text, rows))]
+        columns = [n for n in told if n not in ("speedup", "note")]
     shared, headings, body = _laid_out(rows, columns)
-    table = Table(caption=Plain(shared), caption_justify="left")
-    for heading in headings:
-        left = heading in _LEFT
-        table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
-    for cells in body:
-        table.add_row(*(Plain(cell) for cell in cells))
+    caption = Plain("\n".join([*notes, shared]))
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, heading in enumerate(headings):
+        cells = [row[i] for row in body]
+        whole = max((len(w) for c in cells for w in (c.split() if heading in _LEFT else [c])), default=1)
+        table.add_column(heading, justify="left" if heading in _LEFT else "right", min_width=min(whole, 30))
+    for row in body:
+        table.add_row(*map(Plain, row))
     return table
 
 
@@ -287,8 +297,7 @@ def _laid_out(
             raise ValueError(f"no column {name!r}; the columns are {', '.join(COLUMNS)}")
     shared, differing = [], {}
     for name, (heading, text) in CONDITIONS.items():
-        # A row without times says nothing of rounds, nor one that has no size of pixels.
-        told = {text(r) for r in rows if not (r.error and name in ("rounds", "pixels"))} - {""}
+        told = {text(r) for r in rows if not _silent(r, name)} - {""}
         if len(told) > 1:
             differing[name] = (heading, text)
         elif told and (name, told) != ("rounds", {"0"}) and (name != "hardware" or rows[0].cpu):
@@ -303,6 +312,15 @@ def _laid_out(
     at = list(wanted).index("label") + 1 if "label" in wanted else 0
     chosen[at:at] = differing.values()
     return " · ".join(shared), [h for h, _ in chosen], [[text(r) for _, text in chosen] for r in rows]
+
+
+def _silent(row: Measurement, condition: str) -> bool:
+    """Rows without times say nothing of rounds; a lower resolution stands in the name."""
+    return (
+        bool(row.error)
+        if condition == "rounds"
+        else condition == "pixels" and row.variant == LOWER_RESOLUTION
+    )
 
 
 def _escaped(body: list[list[str]]) -> list[list[str]]:
