@@ -87,6 +87,7 @@ _READERS: dict[type[nn.Module], Callable[..., Shape]] = {
         b.conv3.conv.out_channels,
         b.conv2.conv.stride[0],
     ),
+    efficientnet.ConvBnAct: lambda b: (b.conv.in_channels, b.conv.out_channels, b.conv.stride[0]),
     efficientnet.DepthwiseSeparableConv: lambda b: (
         b.conv_dw.in_channels,
         b.conv_pw.out_channels,
