@@ -665,7 +665,7 @@ JSON = st.recursive(
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_in_the_config_is_refused_or_harmless(saved, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("strange")
     (folder / "model.safetensors").symlink_to(saved[0] / "model.safetensors")
@@ -677,7 +677,8 @@ def test_any_value_in_the_config_is_refused_or_harmless(saved, tmp_path_factory,
     except CheckpointError:
         return
     same_state(model, saved[1])
-    same_outputs(model, saved[1])
+    # Another memory format is another kernel, with other roundings.
+    torch.testing.assert_close(outputs(model), outputs(saved[1]))
 
 
 def test_config_is_checked_when_made_by_hand(saved):

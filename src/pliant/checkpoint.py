@@ -33,6 +33,8 @@ from pliant._version import __version__
 from pliant.methods import METHODS
 from pliant.surgery import conversions, convert
 
+__all__ = ["CheckpointError", "Config", "load", "read_config", "save"]
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
