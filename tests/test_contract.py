@@ -1,0 +1,385 @@
+"""Every registered network keeps every promise.
+
+Cheap promises are checked for all of them without weights (on the meta device); the
+costly ones for the smallest network of each method and family, and for all of them in
+`make test-all`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from pliant.anatomy import stages
+from pliant.methods.mixture_of_depths import MoDBlock
+from pliant.models import list_networks
+from pliant.models._build import register
+from pliant.models.cifar import cifar_resnet
+from pliant.surgery import conversions
+
+NETWORKS = list_networks()
+CIFAR = [name for name in NETWORKS if "_cifar" in name]
+IMAGENET = [name for name in NETWORKS if "_cifar" not in name]
+NARROW = {"channels": (8, 16, 24, 32)}
+
+# One for each method and family of blocks, and what makes it small.
+SMALLEST = {
+    "resnet20_cifar": {},
+    "resnet20_cifar_mod": {"reduction": 2},
+    "resnet18_cifar": NARROW,
+    "resnet18_cifar_mod": {**NARROW, "c": 2, "reduction": 2},
+    "resnet50_cifar_mod": {**NARROW, "c": 2, "reduction": 2},
+    "resnet18_mod": {},
+}
+COSTLY = [
+    pytest.param(name, SMALLEST.get(name, {}), marks=() if name in SMALLEST else pytest.mark.slow, id=name)
+    for name in NETWORKS
+]
+
+
+def meta(name, **kwargs) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
+def images(name, batch=2, channels=3, size=None):
+    size = size or (32 if name in CIFAR else 64)
+    return torch.empty(batch, channels, size, size, device="meta")
+
+
+def real(name, kwargs) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs)
+    size = 16 if name in CIFAR else 64
+    return model, torch.randn(4, 3, size, size)
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def test_the_networks_that_are_promised():
+    promised = {f"resnet{n}_mod" for n in (18, 26, 34, 42, 50, 75, 86, 101, 152)}
+    for n in (18, 34, 50, 20, 56):
+        promised |= {f"resnet{n}_cifar", f"resnet{n}_cifar_mod"}
+    assert set(NETWORKS) == promised
+    assert sorted(NETWORKS) == NETWORKS
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_timm_knows_it(name):
+    assert name in timm.list_models()
+    assert name not in timm.list_models(pretrained=True)
+    assert timm.get_pretrained_cfg(name).architecture == name
+    config = meta(name).pretrained_cfg
+    assert config["input_size"] == ((3, 32, 32) if name in CIFAR else (3, 224, 224))
+    assert config["num_classes"] == (10 if name in CIFAR else 1000)
+
+
+@pytest.mark.parametrize("taken", ["resnet26", "mobilenetv1_100", "resnet50_mod"])
+def test_a_taken_name_is_refused(taken):
+    before = timm.model_entrypoint(taken)
+    with pytest.raises(ValueError, match=f"timm already has a model named '{taken}'; choose another name"):
+        register("pliant.models.mod", taken, cifar_resnet)
+    assert timm.model_entrypoint(taken) is before
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pretrained_is_a_clear_error(name):
+    with torch.device("meta"), pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
+        timm.create_model(name, pretrained=True)
+
+
+# --- shapes, without weights -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_forward_with_other_channels_and_classes(name):
+    model = meta(name, in_chans=1, num_classes=7).eval()
+    x = images(name, channels=1)
+    assert model(x).shape == (2, 7)
+    assert model.num_classes == 7
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.num_features)
+    with pytest.raises(RuntimeError):
+        model(images(name, channels=3))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_default_classes(name):
+    assert meta(name).eval()(images(name)).shape == (2, 10 if name in CIFAR else 1000)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_reset_classifier(name):
+    model = meta(name).eval()
+    with torch.device("meta"):
+        model.reset_classifier(3)
+        assert model(images(name)).shape == (2, 3)
+        model.reset_classifier(0)
+        assert model(images(name)).shape == (2, model.num_features)
+        model.reset_classifier(0, "")
+        assert model(images(name)).dim() == 4
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_without_head(name):
+    assert meta(name, num_classes=0).eval()(images(name)).dim() == 2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features(name):
+    model = meta(name, features_only=True, in_chans=5).eval()
+    x = images(name, channels=5)
+    features = model(x)
+    channels, reduction = model.feature_info.channels(), model.feature_info.reduction()
+    assert len(features) == len(channels) == len(stages(meta(name))) + 1
+    for f, c, r in zip(features, channels, reduction, strict=True):
+        assert f.shape == (2, c, x.shape[2] // r, x.shape[3] // r)
+    assert reduction[0] == (1 if name in CIFAR else 2)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_chosen_features(name):
+    model = meta(name, features_only=True, out_indices=(1, 3)).eval()
+    assert model.feature_info.out_indices == (1, 3) or list(model.feature_info.out_indices) == [1, 3]
+    whole = meta(name, features_only=True).eval()(images(name))
+    assert [f.shape for f in model(images(name))] == [whole[1].shape, whole[3].shape]
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("name", IMAGENET)
+def test_output_stride(name, stride):
+    model = meta(name, output_stride=stride).eval()
+    assert model.forward_features(images(name, size=128)).shape[2:] == (128 // stride, 128 // stride)
+    features = meta(name, features_only=True, output_stride=stride).eval()
+    assert features.feature_info.reduction()[-1] == stride
+    assert features(images(name, size=128))[-1].shape[2] == 128 // stride
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name.endswith("_mod")])
+def test_mod_networks_are_their_plain_ones_with_blocks_replaced(name):
+    model = meta(name)
+    (done,) = conversions(model)
+    assert done.named
+    odd = [b.path for stage in stages(model) for i, b in enumerate(stage.blocks) if i % 2]
+    assert list(done.sites) == odd
+    first = 16 if name in ("resnet20_cifar_mod", "resnet56_cifar_mod") else 64
+    for path in odd:
+        block = model.get_submodule(path)
+        assert isinstance(block, MoDBlock)
+        assert block.k == block.channels // first
+    bare = meta(name, selection="none")
+    assert not any(isinstance(m, MoDBlock) for m in bare.modules())
+    assert list(conversions(bare)[0].sites) == odd
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("resnet18_mod", [2, 2, 2, 2]),
+        ("resnet26_mod", [2, 2, 3, 4]),
+        ("resnet34_mod", [3, 4, 6, 3]),
+        ("resnet42_mod", [3, 3, 6, 6]),
+        ("resnet50_mod", [3, 4, 6, 3]),
+        ("resnet75_mod", [3, 4, 14, 3]),
+        ("resnet86_mod", [3, 4, 18, 3]),
+        ("resnet101_mod", [3, 4, 23, 3]),
+        ("resnet152_mod", [3, 8, 36, 3]),
+        ("resnet20_cifar", [3, 3, 3]),
+        ("resnet56_cifar_mod", [9, 9, 9]),
+        ("resnet34_cifar", [3, 4, 6, 3]),
+    ],
+)
+def test_layers(name, layers):
+    assert [len(stage.blocks) for stage in stages(meta(name))] == layers
+
+
+def test_every_option_of_the_method_is_a_keyword():
+    model = meta("resnet50_mod", c=16, order="index", fusion="original", stages=[1], inner_shortcut=True)
+    (done,) = conversions(model)
+    assert done.sites == ("layer2.1", "layer2.3")
+    assert (done.method.c, done.method.order, done.method.fusion) == (16, "index", "original")
+    with pytest.raises(ValueError, match="order must be one of"):
+        meta("resnet50_mod", order="random")
+    with pytest.raises(TypeError):
+        meta("resnet50_mod", not_an_option=1)
+
+
+def test_other_keywords_of_timm_reach_the_network():
+    model = meta("resnet18_mod", drop_path_rate=0.1, stem_type="deep", stem_width=32)
+    assert isinstance(model.conv1, nn.Sequential)
+    assert model.layer4[1].drop_path.drop_prob == pytest.approx(0.1)
+
+
+# --- the CIFAR networks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar_stem(name):
+    model = meta(name)
+    assert (model.conv1.kernel_size, model.conv1.stride, model.conv1.bias) == ((3, 3), (1, 1), None)
+    assert isinstance(model.maxpool, nn.Identity)
+    assert model.forward_features(images(name)).shape[2] == (
+        8 if "resnet20" in name or "resnet56" in name else 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ((16, 32), r"channels must name three or four stages, not \(16, 32\)"),
+        ((15, 32, 64), r"the stem's width, channels\[0\] = 15, must be even"),
+    ],
+)
+def test_cifar_widths_are_checked(channels, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("resnet18_cifar", channels=channels)
+
+
+def test_option_a_shortcut_is_that_of_he():
+    model = timm.create_model("resnet20_cifar")
+    x = torch.randn(2, 16, 7, 7)
+    out = model.layer2[0].downsample(x)
+    assert out.shape == (2, 32, 4, 4)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert not out[:, :8].any()
+    assert not out[:, 24:].any()
+    # 6n + 2 layers, 0.27 M and 0.85 M parameters (He et al. 2016, table 6).
+    assert sum(p.numel() for p in model.parameters()) == 269_722
+    assert sum(p.numel() for p in timm.create_model("resnet56_cifar").parameters()) == 853_018
+
+
+# --- trained networks of others -------------------------------------------------------------------
+
+
+def trained(shared: Path, name: str, file: str) -> nn.Module:
+    path = shared / "data" / "checkpoints" / file
+    if not path.exists():
+        pytest.skip(f"{path.name} is not in ../shared/data/checkpoints")
+    state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
+    state = {k.removeprefix("module.").replace("linear.", "fc."): v for k, v in state.items()}
+    model = timm.create_model(name)
+    model.load_state_dict(state)  # strict: every name and shape is theirs
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    shared = Path(__file__).resolve().parents[2] / "shared" / "data"
+    packed = shared / "cifar10-test_batch.zip"
+    if not packed.exists():
+        pytest.skip("the CIFAR-10 test set is not in ../shared/data")
+    spec = importlib.util.spec_from_file_location("unpack", shared / "unpack.py")
+    unpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unpack)
+    pixels, labels = unpack.read_cifar(str(packed))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((torch.from_numpy(pixels.copy()) / 255 - mean) / std).permute(0, 3, 1, 2), torch.from_numpy(
+        labels
+    )
+
+
+def correct(model, data, n) -> int:
+    images, labels = data[0][:n], data[1][:n]
+    with torch.inference_mode():
+        return sum(
+            int((model(x).argmax(1) == y).sum())
+            for x, y in zip(images.split(250), labels.split(250), strict=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "right"),
+    [
+        ("resnet20_cifar", "resnet20-12fca82f.th", 915),
+        pytest.param("resnet56_cifar", "resnet56-4bfd9763.th", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_trained_networks_load_and_score_on_1000_images(shared, cifar10, name, file, right):
+    assert correct(trained(shared, name, file), cifar10, 1000) == right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "file", "right"),
+    [("resnet20_cifar", "resnet20-12fca82f.th", 9173), ("resnet56_cifar", "resnet56-4bfd9763.th", 9339)],
+)
+def test_trained_networks_score_what_their_readme_says(shared, cifar10, name, file, right):
+    assert correct(trained(shared, name, file), cifar10, 10_000) == right
+
+
+# --- costly promises, with weights ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kwargs"), COSTLY)
+def test_a_training_step_reaches_every_parameter(name, kwargs):
+    model, x = real(name, kwargs)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    # Twice: timm starts a block's last norm at zero, so what is behind it learns from step 2.
+    for _ in range(2):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), torch.arange(len(x)))
+        loss.backward()
+        optimiser.step()
+    assert loss.isfinite()
+    for n, p in model.named_parameters():
+        assert p.grad is not None, n
+        assert p.grad.isfinite().all(), n
+        assert not torch.equal(p, before[n]), n
+
+
+@pytest.mark.parametrize(("name", "kwargs"), COSTLY)
+def test_a_sample_alone_is_as_in_a_batch(name, kwargs):
+    model, x = real(name, kwargs)
+    with torch.no_grad():
+        model.train()(x)  # statistics that are not those of the start
+        together = model.eval()(x)
+        alone = torch.cat([model(sample[None]) for sample in x])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    assert together.std() > 1e-3, "samples must differ for this to say anything"
+
+
+@pytest.mark.parametrize(("name", "kwargs"), COSTLY)
+def test_compiles_without_a_break(name, kwargs):
+    torch._dynamo.reset()
+    model, x = real(name, kwargs)
+    model.eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(compiled(x + 1), model(x + 1))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("name", "kwargs"), COSTLY)
+def test_copies_are_equal(name, kwargs):
+    model, x = real(name, kwargs)
+    model.eval()
+    stored = io.BytesIO(pickle.dumps(model))
+    for again in (copy.deepcopy(model), pickle.load(stored)):
+        with torch.no_grad():
+            assert torch.equal(again(x), model(x))
+        assert conversions(again) == conversions(model)
+        assert not {id(p) for p in again.parameters()} & {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize(("name", "kwargs"), COSTLY)
+def test_state_goes_into_a_fresh_network(name, kwargs):
+    model, x = real(name, kwargs)
+    torch.manual_seed(99)
+    fresh = timm.create_model(name, **kwargs)
+    with torch.no_grad():
+        out = model.eval()(x)
+        # timm's zero-initialised last norms make two fresh networks alike only in part.
+        assert not torch.equal(fresh.eval()(x), out)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(fresh(x), out)
