@@ -70,6 +70,7 @@ def measure(
     rounds: int = 15,
     min_run_time: float = 0.1,
     max_run_time: float | None = None,
+    max_prepare_time: float | None = None,
     tax: bool = True,
     lower_resolution: int | None = None,
     seed: int = 0,
@@ -99,6 +100,8 @@ def measure(
         min_run_time: seconds that one network runs in one round, at least.
         max_run_time: seconds after which no further round begins (three are always
             run). Building and compiling do not count.
+        max_prepare_time: seconds after which no further network is compiled and warmed
+            up: the rows of those that are left say so. The first always is.
         tax: time each Mixture-of-Depths network without its blocks too, for its tax.
         lower_resolution: pixels at which the baseline is timed too, as a rival.
         seed: of random weights and images; the caller's generators are left alone.
@@ -137,8 +140,11 @@ def measure(
             low = lower_resolution if name == base else None
             entrants += variants(name, model, input_size, low, tax)
         steps = len(entrants) * (1 + rounds)
+        start = time.monotonic()
         for i, entrant in enumerate(entrants):
             report(i, steps, f"preparing {entrant.label}")
+            if i and max_prepare_time is not None and time.monotonic() - start >= max_prepare_time:
+                entrant.error = entrant.error or f"left out: preparing took over {max_prepare_time:g} s"
             attempt(entrant, partial(_prepare, setting=setting, min_run_time=min_run_time))
         # An engine that quietly compiled anew, or gave up, would spoil the times.
         with torch.compiler.set_stance("fail_on_recompile"):

@@ -275,11 +275,13 @@ def terminal_table(rows: Sequence[Measurement], columns: Sequence[str] | None = 
         columns = [n for n in told if n not in ("speedup", "note")]
     shared, headings, body = _laid_out(rows, columns)
     caption = Plain("\n".join([*notes, shared]))
-    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     for i, heading in enumerate(headings):
-        cells = [row[i] for row in body]
-        whole = max((len(w) for c in cells for w in (c.split() if heading in _LEFT else [c])), default=1)
-        table.add_column(heading, justify="left" if heading in _LEFT else "right", min_width=min(whole, 30))
+        if heading in _LEFT:
+            longest = max((len(word) for cells in body for word in cells[i].split()), default=1)
+            table.add_column(heading, width=max(24, longest))
+        else:
+            table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in body:
         table.add_row(*map(Plain, row))
     return table

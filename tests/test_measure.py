@@ -1,0 +1,639 @@
+"""Measuring: who is timed in which order, what is computed from times, rows and tables."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+import torch.utils.benchmark
+from torch import nn
+
+import pliant
+from pliant.analysis.plots import plot_against_latency
+from pliant.measuring import engines, entrants, provenance
+from pliant.measuring.latency import NOT_FASTER, PERHAPS_FASTER, measure
+from pliant.measuring.macs import count_macs, count_parameters
+from pliant.measuring.rows import (
+    LOWER_RESOLUTION,
+    NO_BLOCKS,
+    Measurement,
+    markdown_table,
+    read_rows,
+    terminal_table,
+    write_rows,
+)
+from pliant.methods.mixture_of_depths import without_mod_blocks
+
+SMALL = (1, 8, 8)
+
+
+def conv(width: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A timer that takes its times from `times(width of the images, round)` and logs its calls.
+
+    Networks are told apart by what they are called with: each entrant's timer gets a number.
+    """
+    log = SimpleNamespace(calls=[], threads=[], timers=0, times=lambda entrant, turn: 1.0)
+
+    class Timer:
+        def __init__(self, stmt: str, globals: dict[str, object], num_threads: int) -> None:  # noqa: A002
+            self.number, self.stmt, self.globals = log.timers, stmt, globals
+            self.turn = -2  # two calls that warm up come before round 0
+            log.timers += 1
+            log.threads.append(num_threads)
+
+        def timeit(self, number: int) -> SimpleNamespace:
+            log.calls.append((self.number, self.turn, number))
+            exec(self.stmt, dict(self.globals))
+            self.turn += 1
+            return SimpleNamespace(mean=log.times(self.number, self.turn - 1))
+
+    monkeypatch.setattr(torch.utils.benchmark, "Timer", Timer)
+    return log
+
+
+def test_networks_are_timed_in_turn(clock: SimpleNamespace) -> None:
+    models = {"a": conv(), "b": conv(), "c": conv()}
+    measure(models, input_size=SMALL, rounds=2, threads=3, min_run_time=0)
+    order = [(number, turn) for number, turn, _ in clock.calls]
+    warm_up = [(0, -2), (0, -1), (1, -2), (1, -1), (2, -2), (2, -1)]
+    assert order == warm_up + [(n, t) for t in (0, 1) for n in (0, 1, 2)]
+    assert clock.threads == [3, 3, 3]
+
+
+def test_calls_a_round_fill_the_least_run_time(clock: SimpleNamespace) -> None:
+    clock.times = lambda entrant, turn: 0.03 if entrant == 0 else 0.5
+    measure({"a": conv(), "b": conv()}, input_size=SMALL, rounds=1, min_run_time=0.1)
+    assert [c for c in clock.calls if c[1] == 0] == [(0, 0, 4), (1, 0, 1)]
+
+
+def test_a_ratio_is_taken_within_a_round(clock: SimpleNamespace) -> None:
+    # The machine slows down threefold; the ratio of the two is always 1.5.
+    clock.times = lambda entrant, turn: (1 + max(turn, 0)) * (0.002 if entrant == 0 else 0.003)
+    base, row = measure({"a": conv(), "b": conv()}, against="a", input_size=SMALL, rounds=3)
+    assert (row.median_ms, row.min_ms, row.max_ms, row.iqr_ms) == (6.0, 3.0, 9.0, 3.0)
+    assert (row.time_ratio, row.time_ratio_iqr) == (1.5, 0.0)
+    assert row.speedup == pytest.approx(2 / 3)
+    assert (base.time_ratio, base.speedup, base.mac_ratio) == (1.0, 1.0, 1.0)
+    assert row.rounds == 3
+    assert row.against == "a"
+
+
+def test_spread_of_ratios_is_their_interquartile_range(clock: SimpleNamespace) -> None:
+    clock.times = lambda entrant, turn: 1.0 if entrant == 0 else (1.0, 1.1, 1.2, 1.3, 1.9)[max(turn, 0)]
+    _, row = measure({"a": conv(), "b": conv()}, against="a", input_size=SMALL, rounds=5)
+    assert row.time_ratio == pytest.approx(1.2)
+    assert row.time_ratio_iqr == pytest.approx(0.2)
+
+
+def test_one_round_has_no_spread(clock: SimpleNamespace) -> None:
+    (row,) = measure({"a": conv()}, input_size=SMALL, rounds=1)
+    assert row.median_ms == 1000.0
+    assert row.iqr_ms is None
+
+
+def test_tax_is_over_the_same_network_without_its_blocks(clock: SimpleNamespace) -> None:
+    # In order: baseline, MoD network, that without blocks.
+    clock.times = lambda entrant, turn: (2.0, 1.2, 1.0)[entrant] * (1 + max(turn, 0))
+    rows = measure("resnet20_cifar_mod", against="resnet20_cifar", rounds=3)
+    assert [(r.model, r.variant) for r in rows] == [
+        ("resnet20_cifar", "network"),
+        ("resnet20_cifar_mod", "network"),
+        ("resnet20_cifar_mod", NO_BLOCKS),
+    ]
+    assert rows[1].tax == pytest.approx(0.2)
+    assert rows[1].tax_iqr == 0.0
+    assert [r.tax for r in (rows[0], rows[2])] == [None, None]
+    bare = without_mod_blocks(timm.create_model("resnet20_cifar_mod"))
+    assert rows[2].parameters == count_parameters(bare)
+    assert rows[2].macs == count_macs(bare, (3, 32, 32))
+    assert rows[2].time_ratio == pytest.approx(0.5)
+
+
+def test_no_tax_wanted(clock: SimpleNamespace) -> None:
+    (row,) = measure("resnet20_cifar_mod", rounds=1, tax=False)
+    assert row.tax is None
+    assert row.time_ratio is None
+    assert row.against == ""
+
+
+@pytest.mark.parametrize(
+    ("ratios", "note"),
+    [((0.8, 0.8, 0.8), ""), ((0.9, 0.9, 1.3), PERHAPS_FASTER), ((1.0, 1.0, 1.0), NOT_FASTER)],
+)
+def test_fewer_operations_without_less_time_are_marked(
+    clock: SimpleNamespace, ratios: tuple[float, ...], note: str
+) -> None:
+    clock.times = lambda entrant, turn: 1.0 if entrant == 0 else ratios[max(turn, 0)]
+    base, row = measure({"wide": conv(8), "narrow": conv(4)}, against="wide", input_size=SMALL, rounds=3)
+    assert row.mac_ratio == 0.5
+    assert row.note == note
+    assert base.note == ""
+
+
+def test_more_operations_and_more_time_are_no_surprise(clock: SimpleNamespace) -> None:
+    clock.times = lambda entrant, turn: 1.0 + entrant
+    rows = measure({"narrow": conv(4), "wide": conv(8)}, against="narrow", input_size=SMALL, rounds=2)
+    assert rows[1].mac_ratio == 2.0
+    assert rows[1].note == ""
+
+
+def test_baseline_at_a_lower_resolution(clock: SimpleNamespace) -> None:
+    clock.times = lambda entrant, turn: (1.0, 0.5, 0.7)[entrant]
+    model = conv()
+    rows = measure({"m": conv(2)}, against=model, input_size=SMALL, lower_resolution=5, rounds=2)
+    assert [r.variant for r in rows] == ["network", LOWER_RESOLUTION, "network"]
+    assert rows[1].input_size == (1, 5, 5)
+    assert rows[1].label == "Sequential at 5 px"
+    assert rows[1].macs == count_macs(model, (1, 5, 5)) == 4 * 9 * 9
+    assert rows[1].time_ratio == 0.5
+    assert rows[2].time_ratio == 0.7
+
+
+def test_no_further_round_after_the_time_is_up(
+    clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("pliant.measuring.latency.time.monotonic", lambda: next(now))
+    # It is read as preparing starts, as rounds start, and after each round: 10 s each.
+    (row,) = measure({"a": conv()}, input_size=SMALL, rounds=50, max_run_time=45)
+    assert row.rounds == 5
+    (row,) = measure({"a": conv()}, input_size=SMALL, rounds=50, max_run_time=1)
+    assert row.rounds == 3
+
+
+def test_no_further_network_is_prepared_after_the_time_is_up(
+    clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("pliant.measuring.latency.time.monotonic", lambda: next(now))
+    models = {name: conv() for name in "abcd"}
+    rows = measure(models, input_size=SMALL, rounds=2, max_prepare_time=25)
+    assert [row.error for row in rows] == ["", "", "", "left out: preparing took over 25 s"]
+    assert [row.rounds for row in rows] == [2, 2, 2, 0]
+
+
+def test_progress_counts_to_the_end(clock: SimpleNamespace) -> None:
+    told: list[tuple[int, int, str]] = []
+    measure({"a": conv(), "b": conv()}, input_size=SMALL, rounds=2, progress=lambda *t: told.append(t))
+    assert [t[0] for t in told] == list(range(7))
+    assert {t[1] for t in told} == {6}
+    assert told[0][2] == "preparing a"
+    assert told[-1][2] == "done"
+
+
+class Fails(nn.Module):
+    """Works so many times (once it is counted, too), then does not."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("out of luck in /home/someone/secret/file.py\nand more")
+        return x * self.weight
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])  # counting; warming up; the second round
+def test_a_failing_network_costs_its_row_only(clock: SimpleNamespace, after: int) -> None:
+    models = {"a": conv(), "bad": Fails(after), "c": conv()}
+    rows = measure(models, against="a", input_size=SMALL, rounds=3)
+    assert [r.rounds for r in rows] == [3, 0, 3]
+    assert rows[1].error == "RuntimeError: out of luck in file.py"
+    assert rows[1].median_ms is rows[1].time_ratio is rows[1].iqr_ms is None
+    assert [r.error for r in (rows[0], rows[2])] == ["", ""]
+    assert rows[2].time_ratio == 1.0
+
+
+def test_a_failing_baseline_costs_the_ratios(clock: SimpleNamespace) -> None:
+    rows = measure({"a": conv()}, against=Fails(0), input_size=SMALL, rounds=1)
+    assert rows[1].median_ms == 1000.0
+    assert rows[1].time_ratio is None
+    assert rows[1].note == "the baseline failed: no ratio"
+
+
+def test_without_a_compiler_the_compiled_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class InvalidCxxCompilerError(RuntimeError):
+        pass
+
+    def compiled(*_args: object, **_kwargs: object) -> Callable[..., None]:
+        def run(_x: object) -> None:
+            raise InvalidCxxCompilerError("InvalidCxxCompiler: No working C++ compiler found in /opt/x")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    (row,) = measure({"a": conv()}, input_size=SMALL, engine="compiled", rounds=1)
+    assert row.error == "no C++ compiler found; torch.compile needs one, for example g++"
+    assert row.median_ms is None
+    assert row.macs == count_macs(conv(), SMALL)
+
+
+def test_compiling_is_for_one_size_and_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(
+        torch, "compile", lambda model, *, mode=None, dynamic: given.update(mode=mode, dynamic=dynamic)
+    )
+    engines.ENGINES["compiled"](conv(), torch.device("cpu"))
+    assert given == {"mode": None, "dynamic": False}
+    engines.ENGINES["compiled"](conv(), torch.device("cuda"))
+    assert given == {"mode": "reduce-overhead", "dynamic": False}
+
+
+@pytest.mark.slow
+def test_ten_networks_compile_side_by_side() -> None:
+    # The default cache of compiled code holds eight for a forward that all share.
+    models = {str(n): timm.create_model("resnet20_cifar", channels=(2 * n, 4, 4)) for n in range(1, 11)}
+    rows = measure(models, engine="compiled", rounds=1, min_run_time=0)
+    if any("compiler" in row.error for row in rows):
+        pytest.skip("no C++ compiler on this machine")
+    assert [row.error for row in rows] == [""] * 10
+
+
+def test_networks_threads_and_generators_are_left_as_they_were() -> None:
+    model = conv().train()
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    threads, random = torch.get_num_threads(), torch.get_rng_state()
+    (row,) = measure(
+        model, input_size=SMALL, dtype="bfloat16", channels_last=True, rounds=1, threads=2, min_run_time=0
+    )
+    assert (row.dtype, row.channels_last, row.threads) == ("bfloat16", True, 2)
+    assert row.median_ms is not None
+    assert model.training
+    assert not model[1].training
+    assert model[0].weight.dtype == torch.float32
+    assert model[0].weight.is_contiguous()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_threads_are_in_force_and_gradients_off_while_timed() -> None:
+    seen: list[tuple[int, bool, bool, torch.Size, torch.dtype]] = []
+
+    class Spy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(
+                (
+                    torch.get_num_threads(),
+                    torch.is_inference_mode_enabled(),
+                    self.training,
+                    x.shape,
+                    x.dtype,
+                )
+            )
+            return x
+
+    measure(Spy(), input_size=SMALL, batch=3, threads=2, rounds=1, min_run_time=0)
+    counted, *timed = seen
+    assert counted[3] == (1, *SMALL)
+    assert set(timed) == {(2, True, False, torch.Size((3, *SMALL)), torch.float32)}
+
+
+def test_random_networks_have_no_zero_branches() -> None:
+    network = entrants._fresh("resnet20_cifar_mod")
+    assert all(p.any() for n, p in network.named_parameters() if n.endswith("weight"))
+
+
+def test_input_sizes(clock: SimpleNamespace) -> None:
+    def sizes(**options: object) -> list[object]:
+        return [r.input_size for r in measure("resnet20_cifar", rounds=1, **options)]  # type: ignore[arg-type]
+
+    assert sizes() == [(3, 32, 32)]
+    assert sizes(input_size=16) == [(3, 16, 16)]
+    assert sizes(input_size=(3, 16, 24)) == [(3, 16, 24)]
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        ("resnet20_ciphar", {}, "timm knows no model 'resnet20_ciphar'; near it: resnet20_cifar"),
+        ("resnet20_cifar", {"against": "nothing"}, "timm knows no model 'nothing'"),
+        ([], {}, "no model given"),
+        (["resnet20_cifar"] * 2, {}, "two models are named 'resnet20_cifar'"),
+        ("resnet20_cifar", {"batch": 0}, "batch must be at least 1, not 0"),
+        ("resnet20_cifar", {"threads": 0}, "threads must be at least 1, not 0"),
+        ("resnet20_cifar", {"rounds": 0}, "rounds must be at least 1, not 0"),
+        ("resnet20_cifar", {"min_run_time": -1}, "min_run_time must be at least 0, not -1"),
+        ("resnet20_cifar", {"engine": "onnx"}, "no engine 'onnx'; the engines are eager, compiled"),
+        ("resnet20_cifar", {"dtype": "int8"}, "no dtype 'int8'"),
+        ("resnet20_cifar", {"device": "gpu"}, "no device 'gpu'"),
+        ("resnet20_cifar", {"device": "meta"}, "device 'meta' is not supported"),
+        ("resnet20_cifar", {"input_size": 0}, "input_size must be at least 1 pixel, not 0"),
+        ("resnet20_cifar", {"input_size": (3, 0, 4)}, r"input_size must be \(channels, height, width\)"),
+        ("resnet20_cifar", {"lower_resolution": 16}, "name one with `against`"),
+        (
+            "resnet20_cifar",
+            {"against": "resnet20_cifar", "lower_resolution": 32},
+            "lower_resolution must be below the 32 px of resnet20_cifar, not 32",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(models: object, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(models, **options)  # type: ignore[arg-type]
+
+
+def test_a_network_that_does_not_say_its_size() -> None:
+    with pytest.raises(ValueError, match="Sequential does not say its input size"):
+        measure(conv())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu_is_a_clear_error() -> None:
+    with pytest.raises(ValueError, match="device 'cuda' is not available"):
+        measure("resnet20_cifar", device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu(engine: str, dtype: str) -> None:
+    rows = measure(
+        "resnet20_cifar_mod",
+        against="resnet20_cifar",
+        device="cuda",
+        engine=engine,
+        dtype=dtype,
+        batch=4,
+        channels_last=True,
+        rounds=3,
+        lower_resolution=16,
+    )
+    assert [r.error for r in rows] == [""] * 4
+    assert all(r.median_ms is not None and r.median_ms > 0 for r in rows)
+    assert {r.device for r in rows} == {"cuda"}
+    assert rows[0].gpu == torch.cuda.get_device_name()
+    assert rows[2].tax is not None
+
+
+ROW = Measurement(
+    model="resnet50_mod",
+    parameters=18_105_949,
+    macs=2_519_827_456,
+    input_size=(3, 224, 192),
+    batch=16,
+    channels_last=True,
+    threads=2,
+    rounds=15,
+    median_ms=28.71234,
+    iqr_ms=0.4321,
+    min_ms=28.1,
+    max_ms=1 / 3,
+    against="resnet50",
+    time_ratio=0.7178,
+    time_ratio_iqr=0.0123,
+    mac_ratio=0.616,
+    tax=0.1049,
+    tax_iqr=0.0149,
+    note='a, "quoted" note | and\na line',
+    cpu="Some CPU @ 2.0 GHz",
+    cores=2,
+    torch="2.15.0",
+    commit="0123456789abcdef0123456789abcdef01234567-dirty",
+    date="2026-01-02T03:04:05+00:00",
+)
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.csv"
+    failed = Measurement(model="x", error="RuntimeError: no", device="cuda")
+    write_rows(path, [ROW])
+    write_rows(path, [failed], append=True)
+    assert read_rows(path) == [ROW, failed]
+    write_rows(path, [failed])
+    assert read_rows(path) == [failed]
+    assert [p.name for p in path.parent.iterdir()] == ["rows.csv"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model,variant", "name,variant", r"rows.csv, line 1: not a file of .*: model, name"),
+        ("model,variant", "variant,model", "rows.csv, line 1: .*columns in another order"),
+        ("28.71234", "28.7x", r"rows.csv, line 3: median_ms is '28.7x', which is no float | None"),
+        ("3x224x192", "3x224", "rows.csv, line 3: input_size is '3x224'"),
+        (",True,", ",yes,", "rows.csv, line 3: channels_last is 'yes'"),
+        (",2026-01-02T03:04:05+00:00", "", "rows.csv, line 3: 34 fields, not 35"),
+    ],
+)
+def test_damaged_or_foreign_rows_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "rows.csv"
+    write_rows(path, [ROW])
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    damaged = path.read_text()
+    with pytest.raises(ValueError, match=message):
+        read_rows(path)
+    with pytest.raises(ValueError, match=message):
+        write_rows(path, [ROW], append=True)
+    assert path.read_text() == damaged  # nothing is lost
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    with pytest.raises(ValueError, match=r"rows\.csv: not a readable CSV file"):
+        read_rows(path)
+
+
+def test_markdown_shows_no_false_digits() -> None:
+    text = markdown_table([replace(ROW, note=""), Measurement(model="x", error="no | luck", cpu="c")])
+    assert "| resnet50_mod |" in text
+    assert " 28.7 (0.4) | 0.72 (0.01) | 0.62 | 1.39x | 10 % (1) | " in text
+    assert "| 18.1 | 2.52 |" in text
+    assert r"not measured: no \| luck |" in text
+    # What differs is a column; what is shared is said once.
+    assert "| network | hardware | threads | batch | memory format | ratios against |" not in text
+    head = text.splitlines()[2]
+    assert "threads" in head
+    assert "batch" in head
+    assert "engine eager" in text.splitlines()[0]
+    assert "pixels 224x192" in text.splitlines()[0]
+
+
+def test_tables_state_the_conditions() -> None:
+    first, blank, *_ = markdown_table([ROW]).splitlines()
+    for told in (
+        "hardware Some CPU @ 2.0 GHz (2 cores)",
+        "threads 2",
+        "engine eager",
+        "batch 16",
+        "pixels 224x192",
+        "memory format channels_last",
+        "ratios against resnet50",
+        "commit 0123456789ab-dirty",
+        "measured 2026-01-02",
+        "in brackets: interquartile range",
+    ):
+        assert told in first
+    assert blank == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "text"),
+    [
+        (28.71, 0.43, "28.7 (0.4)"),
+        (1234.5, 40.0, "1234 (40)"),
+        (0.01234, 0.00021, "0.0123 (0.0002)"),
+        (5.0, None, "5.00"),
+        (123.456, None, "123"),
+    ],
+)
+def test_times_are_shown_to_the_digit_of_their_spread(
+    value: float, spread: float | None, text: str
+) -> None:
+    row = Measurement(model="x", median_ms=value, iqr_ms=spread)
+    assert markdown_table([row], ["time"]).splitlines()[-1] == f"| {text} |"
+
+
+def test_an_unknown_column_is_refused() -> None:
+    with pytest.raises(ValueError, match="no column 'speed'; the columns are label,"):
+        markdown_table([ROW], ["label", "speed"])
+
+
+def test_terminal_table_fits_eighty_characters() -> None:
+    from rich.console import Console
+
+    rows = [replace(ROW, note=NOT_FASTER), replace(ROW, variant=NO_BLOCKS, note="", tax=None, tax_iqr=None)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal_table(rows))
+    text = console.export_text()
+    for cell in ("resnet50_mod", "28.7 (0.4)", "0.72 (0.01)", "0.62", "10 % (1)", "18.1", "2.52"):
+        assert cell in text
+    assert f"resnet50_mod: {NOT_FASTER}" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def series() -> list[Measurement]:
+    base = replace(ROW, model="resnet50", time_ratio=1.0, median_ms=40.0, tax=None, macs=4_089_184_256)
+    return [
+        base,
+        replace(
+            base, variant=LOWER_RESOLUTION, input_size=(3, 176, 176), median_ms=26.0, macs=2_600_000_000
+        ),
+        ROW,
+        replace(ROW, variant=NO_BLOCKS, tax=None, median_ms=26.0, macs=2_500_000_000),
+        Measurement(model="broken", error="no"),
+    ]
+
+
+def test_plot_names_networks_axes_and_settings(tmp_path: Path) -> None:
+    path = plot_against_latency(series(), "macs", tmp_path / "figure.svg")
+    told = re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+    assert path == tmp_path / "figure.svg"
+    for text in (
+        "resnet50",
+        "resnet50 at 176 px",
+        "resnet50_mod",
+        "latency, ms a batch",
+        "multiply-accumulates an image, G",
+        "cpu, eager, float32, channels_last, batch 16, 2 threads",
+        "baseline",
+        "Mixture-of-Depths",
+        "its MoD blocks removed",
+        "Some CPU @ 2.0 GHz, 2 cores · torch 2.15.0",
+    ):
+        assert told.count(text) == 1, text
+    assert "broken" not in told
+    assert "other" not in told
+
+
+def test_plot_has_a_panel_for_each_setting(tmp_path: Path) -> None:
+    rows = [replace(row, batch=b) for b in (1, 16) for row in series()[:2]]
+    text = plot_against_latency(rows, "parameters", tmp_path / "figure.svg").read_text()
+    assert "batch 1, 2 threads" in text
+    assert "batch 16, 2 threads" in text
+    assert text.count(">parameters, M<") == 2
+
+
+def test_plot_is_the_same_each_time_and_as_png_too(tmp_path: Path) -> None:
+    a = plot_against_latency(series(), "macs", tmp_path / "a.svg").read_text()
+    b = plot_against_latency(series(), "macs", tmp_path / "b.svg").read_text()
+    assert a == b
+    png = plot_against_latency(series(), "macs", tmp_path / "a.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+
+
+def test_plot_of_accuracy_takes_rows_that_have_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no row has both a time and accuracy; there are 5 rows"):
+        plot_against_latency(series(), "accuracy", tmp_path / "figure.svg")
+    assert list(tmp_path.iterdir()) == []
+    rows = [replace(series()[0], accuracy=76.1), *series()[1:]]
+    text = plot_against_latency(rows, "accuracy", tmp_path / "figure.svg").read_text()
+    assert ">top-1 accuracy, %<" in text
+    assert "resnet50_mod" not in text
+
+
+@pytest.mark.parametrize(
+    ("y", "name", "message"),
+    [("speed", "a.svg", "y is 'speed'"), ("macs", "a.gif", "a.gif: the suffix must be")],
+)
+def test_plot_refuses_what_it_cannot_draw(tmp_path: Path, y: str, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_against_latency(series(), y, tmp_path / name)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    done = subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_commit_is_that_of_a_tracked_package_only(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert provenance.commit(package) == ""  # no repository
+    git(tmp_path, "init", "-q")
+    (tmp_path / "other.txt").write_text("")
+    git(tmp_path, "add", "other.txt")
+    git(tmp_path, "commit", "-qm", "someone else's")
+    assert provenance.commit(package) == ""  # installed into a repository that does not track it
+    git(tmp_path, "add", "package")
+    git(tmp_path, "commit", "-qm", "ours")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "other.txt").write_text("results do not make the code another")
+    assert provenance.commit(package) == head
+    (package / "__init__.py").write_text("x = 1")
+    assert provenance.commit(package) == f"{head}-dirty"
+
+
+def test_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.commit(provenance.SOURCE) == ""
+
+
+def test_provenance_says_where_figures_come_from(clock: SimpleNamespace) -> None:
+    (row,) = measure({"a": conv()}, input_size=SMALL, rounds=1)
+    assert (row.torch, row.timm, row.pliant) == (torch.__version__, timm.__version__, pliant.__version__)
+    assert row.cores >= 1
+    assert row.cpu
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", row.date)
+    assert row.gpu == ""
+    assert not [value for value in vars(row).values() if isinstance(value, str) and value.startswith("/")]
+
+
+def test_cpu_model_is_read_where_linux_tells_it(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: Fine CPU 9\nflags : x\nmodel name\t: Fine CPU 9\n")
+    assert provenance.cpu_model(info) == "Fine CPU 9"
+    assert provenance.cpu_model(tmp_path / "absent") != "Fine CPU 9"
