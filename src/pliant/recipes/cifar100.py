@@ -1,0 +1,31 @@
+"""CIFAR-100: as CIFAR-10, whose recipes the paper shares (appendix D)."""
+
+from __future__ import annotations
+
+from pliant.recipes import cifar10
+from pliant.train.recipe import Recipe
+
+
+def short(network: str = "resnet18_mod") -> Recipe:
+    """As `cifar10.short`.
+
+    Args:
+        network: a short name, such as ``"resnet18_mod"`` or ``"resnet20"``.
+    """
+    return cifar10.for_cifar100(cifar10.short(network))
+
+
+def paper(network: str = "resnet18_mod") -> Recipe:
+    """As `cifar10.paper`.
+
+    Args:
+        network: a short name; the paper's are resnet18, 34 and 50, plain and ``_mod``.
+
+    Example:
+        >>> paper("resnet34").name, paper("resnet34").data
+        ('cifar100.resnet34.paper', 'cifar100')
+    """
+    return cifar10.for_cifar100(cifar10.paper(network))
+
+
+FORMS = {"short": short, "paper": paper}

@@ -1,0 +1,89 @@
+"""ImageNet: the recipe of *CNN Mixture-of-Depths* (appendix A.1), and a short one of ours."""
+
+from __future__ import annotations
+
+import timm
+
+from pliant.recipes._networks import close, imagenet_networks
+from pliant.train.recipe import Recipe
+
+PAPER = (
+    "arXiv 2409.17016, section 4.1 and appendix A.1: 100 epochs, batch 256 in all, SGD 0.1 times 0.1 "
+    "every 30 epochs, momentum 0.9, weight decay 1e-4, 3 seeds (0 to 2), after PyTorch's reference "
+    "(random resized crops and flips at 224 px, centre crop of 256). The official validation set gives "
+    "the figure, as everyone's; the best epoch on it is chosen, which favours every network alike"
+)
+
+
+def short(network: str = "resnet50_mod") -> Recipe:
+    """18 epochs of 176 px: bf16, cosine after a warm-up, smoothed labels. Ours.
+
+    Args:
+        network: a network of pliant or of timm.
+    """
+    return Recipe(
+        name=f"imagenet.{network}",
+        note="ours; short and modern",
+        model=_network(network),
+        data="imagenet",
+        path="data/imagenet",
+        val_fraction=None,
+        pixels=176,
+        resize=232,
+        epochs=18,
+        batch=256,
+        lr=0.5,
+        nesterov=True,
+        weight_decay=5e-5,
+        decay_all=False,
+        schedule="cosine",
+        warmup=2,
+        smoothing=0.1,
+        augmentation="flip_crop",
+        ema=0.9999,
+        precision="bf16",
+        channels_last=True,
+        workers=8,
+    )
+
+
+def paper(network: str = "resnet50_mod") -> Recipe:
+    """The paper's recipe; run it with seeds 0 to 2.
+
+    Args:
+        network: a network of pliant or of timm.
+
+    Example:
+        >>> recipe = paper("resnet75_mod")
+        >>> recipe.epochs, recipe.batch, recipe.schedule, recipe.step_size
+        (100, 256, 'step', 30)
+    """
+    return Recipe(
+        name=f"imagenet.{network}.paper",
+        note=PAPER,
+        model=_network(network),
+        data="imagenet",
+        path="data/imagenet",
+        val_fraction=None,
+        pixels=224,
+        resize=256,
+        epochs=100,
+        batch=256,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=1e-4,
+        schedule="step",
+        step_size=30,
+        gamma=0.1,
+        augmentation="flip_crop",
+        workers=8,
+    )
+
+
+def _network(name: str) -> str:
+    if not timm.is_model(name):
+        raise ValueError(f"no network {name!r}; {close(name, imagenet_networks())}")
+    return name
+
+
+FORMS = {"short": short, "paper": paper}

@@ -1,0 +1,33 @@
+"""Training: recipes, and `fit`, which runs one by Lightning.
+
+Lightning is imported when `fit` or `evaluate` is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pliant.train.recipe import Recipe, override
+
+if TYPE_CHECKING:
+    from pliant.train.evaluation import Evaluation, evaluate
+    from pliant.train.fitting import fit
+    from pliant.train.run import Run, read_run
+
+__all__ = ["Evaluation", "Recipe", "Run", "evaluate", "fit", "override", "read_run"]
+
+_HOME = {
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
+    "fit": "fitting",
+    "Run": "run",
+    "read_run": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,197 @@
+"""Score a network on a data set: `evaluate`.
+
+Shapes: x float32 [B, C, S, S], images; y int64 [B], classes; logits [B, classes].
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from pliant.train.data import load_data
+from pliant.train.recipe import DataName, Recipe
+from pliant.train.run import BEST
+
+Part = Literal["test", "val"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores of a network on a set of images.
+
+    Attributes:
+        top1: share of images whose class has the highest output, in [0, 1].
+        top5: share whose class is among the five highest; None below ten classes.
+        loss: mean cross entropy.
+        per_class: class name to top-1 share; NaN for a class without an image.
+        images: how many were scored.
+        unreadable: paths of those that could not be read, which are left out.
+    """
+
+    top1: float
+    top5: float | None
+    loss: float
+    per_class: dict[str, float]
+    images: int
+    unreadable: tuple[str, ...] = ()
+
+
+def evaluate(
+    model: nn.Module | str | os.PathLike[str],
+    data: DataName = "digits",
+    path: str | os.PathLike[str] | None = None,
+    *,
+    part: Part = "test",
+    batch: int = 256,
+    device: str = "auto",
+    workers: int = 2,
+    pixels: int | None = None,
+) -> Evaluation:
+    """Score a network, or a saved one, in float32.
+
+    A saved network is given images as its checkpoint says (size, mean, standard
+    deviation); one in memory as its ``pretrained_cfg`` says, as far as it does.
+
+    Args:
+        model: a network, or the folder of a saved one or of a run.
+        data: as `Recipe.data`.
+        path: as `Recipe.path`.
+        part: which set. ``"test"`` is ``test/``, else ``val/``, of a folder, and
+            all of its images where it has neither.
+        batch: images at once.
+        device: ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"``, ...
+        workers: processes that read images from folders.
+        pixels: side of the images, if not what the checkpoint says.
+
+    Raises:
+        ValueError: the network has another number of classes than the data, or other
+            classes than a checkpoint names.
+        FileNotFoundError: no data, or no checkpoint.
+    """
+    network, settings = (model, _settings(model)) if isinstance(model, nn.Module) else _saved(Path(model))
+    channels, side = settings.size[0], pixels or settings.size[-1]
+    recipe = Recipe(
+        name="evaluate",
+        model=type(network).__name__,
+        model_args={"in_chans": channels},
+        data=data,
+        path=None if path is None else os.fspath(path),
+        pixels=side,
+        resize=round(side / settings.crop_pct) if settings.crop_pct else None,
+        batch=batch,
+        workers=workers,
+    )
+    found = load_data(recipe)
+    found = replace(found, mean=settings.mean or found.mean, std=settings.std or found.std)
+    if settings.classes is not None and tuple(settings.classes) != found.classes:
+        raise ValueError(
+            f"the checkpoint's classes ({_few(settings.classes)}) are not those of {data} "
+            f"({_few(found.classes)})"
+        )
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    loader = found.test_batches(where) if part == "test" else found.val_batches(where)
+    result = score(network, loader, found.classes, device=where)
+    return replace(result, unreadable=tuple(sorted(loader.unreadable)))
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    classes: tuple[str, ...],
+    *,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Score a network on batches; it stays on `device`, and keeps its mode.
+
+    Raises:
+        ValueError: its outputs are not one for each of `classes`; or there is no image.
+    """
+    n, mode = len(classes), model.training
+    options = {"num_classes": n, "validate_args": False}
+    top1 = MulticlassAccuracy(average="micro", **options).to(device)
+    each = MulticlassAccuracy(average="none", **options).to(device)
+    top5 = MulticlassAccuracy(average="micro", top_k=5, **options).to(device) if n >= 10 else None
+    loss = MeanMetric(nan_strategy="disable").to(device)
+    counts = torch.zeros(n, dtype=torch.long)
+    model.to(device).eval()
+    try:
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+            logits = model(x).float()
+            if logits.shape != (len(y), n):
+                raise ValueError(
+                    f"the network has {logits.shape[-1]} outputs and the data {n} classes; take the data "
+                    f"that it was trained on, or build it with num_classes={n}"
+                )
+            for metric in (top1, each, top5):
+                if metric is not None:
+                    metric.update(logits, y)
+            loss.update(F.cross_entropy(logits, y), weight=len(y))
+            counts += y.bincount(minlength=n).cpu()
+    finally:
+        model.train(mode)
+    if not counts.sum():
+        raise ValueError("there is no image that could be read, so nothing to score")
+    shares = each.compute().tolist()
+    return Evaluation(
+        top1=float(top1.compute()),
+        top5=None if top5 is None else float(top5.compute()),
+        loss=float(loss.compute()),
+        per_class={
+            name: share if count else float("nan")
+            for name, share, count in zip(classes, shares, counts.tolist(), strict=True)
+        },
+        images=int(counts.sum()),
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a network wants its images."""
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    classes: tuple[str, ...] | None = None
+
+
+def _saved(folder: Path) -> tuple[nn.Module, _Settings]:
+    """A network and its settings, from its own folder or from a run's."""
+    from pliant.checkpoint import load, read_config
+
+    if (folder / BEST).is_dir():
+        folder = folder / BEST
+    config = read_config(folder)
+    if config.input_size is None:
+        raise ValueError(f"{folder} does not say its input size; save it again with input_size=")
+    return load(folder), _Settings(
+        config.input_size, config.mean, config.std, config.crop_pct, config.classes
+    )
+
+
+def _settings(model: nn.Module) -> _Settings:
+    from pliant.anatomy import input_size
+
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = input_size(model) or (3, 224, 224)
+    mean, std = config.get("mean"), config.get("std")
+    fits = mean is not None and std is not None and len(mean) == len(std) == size[0]
+    return _Settings(
+        size, tuple(mean) if fits else None, tuple(std) if fits else None, config.get("crop_pct")
+    )
+
+
+def _few(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{len(names)}: {shown}{', ...' * (len(names) > 4)}"

@@ -1,0 +1,290 @@
+"""Run a recipe: `fit`. Lightning's Trainer underneath."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import timm
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from pliant.checkpoint import save
+from pliant.train.data import Batches, Data, load_data, seeded
+from pliant.train.evaluation import score
+from pliant.train.objectives import Objective
+from pliant.train.recipe import Recipe
+from pliant.train.run import BEST, LAST, METRICS, RESULT, Run, claim, read_run, write_metrics, write_run
+from pliant.train.tasks import Classification
+
+__all__ = ["build", "fit"]
+
+
+def fit(
+    recipe: Recipe,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    model: nn.Module | None = None,
+    objective: Objective | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Train a network by a recipe, keep the best epoch on validation, test it once.
+
+    On the CPU, with the same number of threads, the same recipe gives the same weights
+    bit by bit, whether or not it was interrupted and resumed at an epoch. The random
+    generators are left as they were.
+
+    Args:
+        recipe: what to run.
+        folder: where to; by default ``runs/<name>-s<seed>``. Afterwards it holds
+            ``recipe.json``, ``environment.json`` (versions, commit, machine),
+            ``metrics.csv``, TensorBoard's ``events.*`` if it is installed,
+            ``checkpoints/{best,last}.ckpt`` (Lightning's), ``best/`` (the network, for
+            `pliant.load`) and ``run.json``.
+        resume: continue the unfinished run in `folder` after its last whole epoch; of a
+            finished one, return what it gave.
+        progress: show a progress bar.
+        model: train this network, in place, rather than build ``recipe.model``. Images
+            have as many channels as ``recipe.in_chans`` says.
+        objective: what is minimised; by default cross entropy, smoothed as the recipe says.
+        callbacks: more of Lightning's callbacks. In ``on_train_epoch_end`` the row of the
+            epoch is ``pl_module.history[-1]``.
+
+    Raises:
+        ValueError: a folder that holds something else; a network that does not fit the
+            data, or that `pliant.checkpoint.save` could not save (found before training).
+        FileNotFoundError: the data is not there.
+        NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints are kept.
+        UnreadableImageError: an image cannot be read, and the recipe stops at such.
+
+    Example:
+        >>> import tempfile
+        >>> recipe = Recipe(
+        ...     name="tiny", model="resnet20_cifar_mod", pixels=8, epochs=2, batch=128, accelerator="cpu"
+        ... )
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     run = fit(recipe, f"{place}/run", progress=False)
+        >>> len(run.history), run.test_accuracy > 0.2
+        (2, True)
+    """
+    folder = Path(folder) if folder is not None else Path("runs", f"{recipe.name}-s{recipe.seed}")
+    if resume and (folder / RESULT).is_file():
+        claim(folder, recipe, resume=True)
+        return read_run(folder)
+    with _quiet(), _threads(recipe.threads), seeded(recipe.seed, "weights"):
+        data = load_data(recipe)
+        network = build(recipe, len(data.classes)) if model is None else model
+        about = _about(recipe, data)
+        with tempfile.TemporaryDirectory() as trial:
+            save(network, Path(trial, BEST), **about)  # rather fail now than after training
+        if rank_zero_only.rank == 0:
+            checkpoint = claim(folder, recipe, resume=resume)
+        else:  # the first process has claimed it
+            checkpoint = folder / LAST if resume and (folder / LAST).is_file() else None
+        task = _train(recipe, data, network, folder, checkpoint, objective, progress, callbacks)
+        best = torch.load(folder / LAST.with_name("best.ckpt"), map_location="cpu", weights_only=True)
+        network.load_state_dict(_part(best["state_dict"], "model."))
+        return _finish(recipe, data, network.eval(), folder, task, about)
+
+
+def build(recipe: Recipe, classes: int) -> nn.Module:
+    """The recipe's network for a number of classes, with fresh weights.
+
+    Raises:
+        ValueError: timm has no such network, or it takes no such arguments.
+    """
+    if not timm.is_model(recipe.model):
+        import difflib
+
+        close = difflib.get_close_matches(recipe.model, timm.list_models(), n=3)
+        raise ValueError(f"there is no network {recipe.model!r}; close names: {', '.join(close) or 'none'}")
+    arguments = {"in_chans": recipe.in_chans, **recipe.model_args, "num_classes": classes}
+    try:
+        network: nn.Module = timm.create_model(recipe.model, **arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{recipe.model} does not take model_args = {dict(recipe.model_args)}: {error}"
+        ) from error
+    return network
+
+
+def _about(recipe: Recipe, data: Data) -> dict[str, Any]:
+    size = (len(data.mean), recipe.pixels, recipe.pixels)
+    return {"classes": data.classes, "mean": data.mean, "std": data.std, "input_size": size}
+
+
+def _train(
+    recipe: Recipe,
+    data: Data,
+    network: nn.Module,
+    folder: Path,
+    checkpoint: Path | None,
+    objective: Objective | None,
+    progress: bool,
+    callbacks: Sequence[Callback],
+) -> Classification:
+    """Run Lightning's Trainer to the end of the recipe."""
+    keep = {
+        "dirpath": folder / LAST.parent,
+        "save_on_train_epoch_end": True,  # after the epoch's row is in the history
+        "enable_version_counter": False,
+    }
+    own: list[Callback] = [
+        ModelCheckpoint(filename="best", monitor="val_accuracy", mode="max", **keep),
+        ModelCheckpoint(filename=LAST.stem, **keep),
+    ]
+    if recipe.ema is not None:
+        own.insert(0, WeightAveraging(avg_fn=_ema(recipe.ema)))
+    if progress:
+        own.append(RichProgressBar(leave=False))
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        max_epochs=recipe.epochs,
+        accelerator=recipe.accelerator,
+        devices=recipe.devices,
+        strategy=recipe.strategy,
+        precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
+        gradient_clip_val=recipe.clip,
+        logger=_logger(folder),
+        callbacks=[*own, *callbacks],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # `Batches` gives each process its share
+        log_every_n_steps=10,
+    )
+    device = trainer.strategy.root_device
+    if recipe.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    train, val, check = data.train_batches(device), data.val_batches(device), data.check_batches(device)
+    task = Classification(network, recipe, classes=len(data.classes), steps=len(train), objective=objective)
+    for loader in (train, val, check):
+        loader.unreadable = task.unreadable  # one set, which checkpoints keep
+    trainer.callbacks.insert(0, _Epochs(train, folder / METRICS))  # type: ignore[attr-defined]
+    trainer.fit(task, train, [val, check], ckpt_path=checkpoint)
+    return task
+
+
+def _finish(
+    recipe: Recipe,
+    data: Data,
+    network: nn.Module,
+    folder: Path,
+    task: Classification,
+    about: dict[str, Any],
+) -> Run:
+    """Save and test the best network, and write the result."""
+    history = task.history
+    best = max(range(len(history)), key=lambda i: history[i]["val_accuracy"])  # the first of equals
+    unreadable = set(task.unreadable)
+    test_accuracy = None
+    if data.test is not None:
+        device = task.trainer.strategy.root_device
+        loader = data.test_batches(device)
+        test_accuracy = score(network, loader, data.classes, device=device).top1
+        network.cpu()
+        unreadable |= loader.unreadable
+    run = Run(
+        folder=folder,
+        recipe=recipe,
+        model=network,
+        history=history,
+        best_epoch=best,
+        val_accuracy=history[best]["val_accuracy"],
+        test_accuracy=test_accuracy,
+        seconds=sum(row["seconds"] for row in history),
+        unreadable=tuple(sorted(unreadable)),
+    )
+    if rank_zero_only.rank == 0:
+        save(network, folder / BEST, **about)
+        write_run(run)
+    if unreadable:
+        logging.getLogger(__name__).warning(
+            "%d images could not be read, such as %s; %s names them",
+            len(unreadable), run.unreadable[0], folder / RESULT,
+        )  # fmt: skip
+    return run
+
+
+class _Epochs(Callback):
+    """Tell the batches which epoch it is, and write ``metrics.csv`` after each.
+
+    The file is written whole: Lightning's CSVLogger loses its rows in a resume.
+    """
+
+    def __init__(self, batches: Batches, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.batches.set_epoch(trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, Classification)
+            write_metrics(self.path, pl_module.history)
+
+
+def _logger(folder: Path) -> Any:
+    """TensorBoard's logger, into the run's folder; False where it is not installed."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    try:
+        return TensorBoardLogger(folder, name="", version="")
+    except ModuleNotFoundError:
+        logging.getLogger(__name__).warning(
+            "TensorBoard is not installed (pip install tensorboard): only %s is written", METRICS
+        )
+        return False
+
+
+def _ema(decay: float) -> Any:
+    """Average that forgets the first steps: its decay rises to `decay` from 0.1."""
+
+    def average(old: Tensor, new: Tensor, count: Tensor) -> Tensor:
+        # As in TensorFlow's ExponentialMovingAverage with num_updates.
+        share = min(decay, (1 + float(count)) / (10 + float(count)))
+        return share * old + (1 - share) * new
+
+    return average
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep from the user what Lightning says of its own products and of our own choices."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

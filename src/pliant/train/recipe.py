@@ -1,0 +1,353 @@
+"""What a training run is: `Recipe`, and how ``key=value`` strings change one.
+
+Nothing heavy is imported here, so recipes are listed and changed at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+DataName = Literal["digits", "cifar10", "cifar100", "folder", "imagenet"]
+Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["step", "cosine", "constant"]
+Precision = Literal["fp32", "bf16"]
+Accelerator = Literal["auto", "cpu", "gpu"]
+OnUnreadable = Literal["skip", "stop"]
+
+AUGMENTATIONS = ("none", "crop", "flip_crop")
+# The starts of timm's configuration strings, each with its own options after a dash.
+AUTO_AUGMENTATIONS = ("rand", "original", "originalr", "v0", "v0r", "3a", "augmix")
+
+# May differ between a run and its continuation: they say where it runs, not what it is.
+WHERE = ("path", "download", "workers", "threads", "accelerator", "devices", "strategy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run, complete: network, data, optimisation, and where it runs.
+
+    Args:
+        name: what the run is called; its default folder is ``runs/<name>-s<seed>``.
+        model: a network that ``timm.create_model`` knows.
+        model_args: its keyword arguments (``{"c": 16}``), plain values only. The number
+            of classes comes from the data, and so does ``in_chans`` unless given.
+        note: where the recipe comes from, and what in it is not its source's.
+        data: ``"digits"`` (8 x 8 images shipped by scikit-learn), ``"cifar10"``,
+            ``"cifar100"``, ``"folder"`` (one folder a class, or ``train/`` and ``val/``
+            that hold such folders), ``"imagenet"`` (the latter, with ``val/``).
+        path: folder of the data; digits need none.
+        download: let torchvision download CIFAR into `path`.
+        pixels: height and width of the network's input.
+        resize: short side that an image from a folder is resized to before the central
+            crop of evaluation; None: 8/7 of `pixels` (256 for 224). Digits and CIFAR are
+            resized to `pixels` whole.
+        val_fraction: share of the training images held out for validation, stratified.
+            None: the ``val/`` folder validates, and nothing is tested unless there is a
+            ``test/``. With a fraction, ``val/`` (or ``test/``) is the test set. For
+            digits and CIFAR a fraction is needed.
+        test_fraction: share of the images of a folder without ``train/`` that are held
+            out as the test set.
+        split_seed: of these divisions; not `seed`, so that runs can be compared.
+        epochs: passes over the training images.
+        batch: images a step, on each device.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        lr: learning rate at its highest.
+        momentum: of SGD; first beta of AdamW.
+        nesterov: Nesterov's form of SGD.
+        weight_decay: on every parameter, unless `decay_all` is off.
+        decay_all: off: no weight decay on biases, norms and other vectors.
+        schedule: ``"step"`` (times `gamma` every `step_size` epochs), ``"cosine"`` (to
+            zero), ``"constant"``.
+        step_size: in epochs.
+        gamma: see `schedule`.
+        warmup: epochs in which the rate rises linearly, before the schedule applies.
+        clip: largest norm of the gradient; None: no clipping.
+        smoothing: of labels, in [0, 1).
+        mixup: alpha of mixup; 0 is off.
+        cutmix: alpha of CutMix; 0 is off. With both, each takes half of the batches.
+        augmentation: ``"none"``; ``"crop"``: shifts by up to 1/8 of the side for digits
+            and CIFAR, random resized crops for folders; ``"flip_crop"``: and horizontal
+            flips; or a string of timm's auto-augment (``"rand-m9-mstd0.5-inc1"``,
+            ``"augmix-m3-w3"``, ``"original"``), on top of ``"flip_crop"``.
+        erasing: probability of random erasing.
+        ema: decay of the moving average of the weights, which is then what is validated
+            and saved; None: off.
+        precision: ``"fp32"``, or ``"bf16"`` by autocast, weights in fp32.
+        seed: of initial weights, order and augmentation.
+        workers: processes that read images; digits and CIFAR use none, unless
+            `augmentation` is one of timm's strings.
+        threads: of torch on the CPU; None leaves them as they are.
+        channels_last: memory format of network and images.
+        accelerator: ``"auto"`` takes a GPU where there is one.
+        devices: how many.
+        strategy: of Lightning's Trainer (``"auto"``, ``"ddp"``).
+        unreadable: ``"skip"`` an image that cannot be read, and count it, or ``"stop"``.
+
+    Raises:
+        ValueError: an option is out of its range or contradicts another.
+
+    Example:
+        >>> recipe = Recipe(name="mine", model="resnet20_cifar", epochs=3, lr=0.1)
+        >>> override(recipe, ["epochs=5", "optimizer=adamw", "model_args.drop_rate=0.1"]).model_args
+        {'drop_rate': 0.1}
+    """
+
+    name: str
+    model: str
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    data: DataName = "digits"
+    path: str | None = None
+    download: bool = False
+    pixels: int = 32
+    resize: int | None = None
+    val_fraction: float | None = 0.1
+    test_fraction: float = 0.1
+    split_seed: int = 0
+    epochs: int = 10
+    batch: int = 64
+    optimizer: Optimizer = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    decay_all: bool = True
+    schedule: Schedule = "cosine"
+    step_size: int = 30
+    gamma: float = 0.1
+    warmup: float = 0.0
+    clip: float | None = None
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    augmentation: str = "none"
+    erasing: float = 0.0
+    ema: float | None = None
+    precision: Precision = "fp32"
+    seed: int = 0
+    workers: int = 2
+    threads: int | None = None
+    channels_last: bool = False
+    accelerator: Accelerator = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    unreadable: OnUnreadable = "skip"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        if isinstance(self.path, os.PathLike):
+            object.__setattr__(self, "path", os.fspath(self.path))
+        for f in fields(self):
+            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), hints[f.name]))
+        for name in ("name", "model"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; a recipe needs one")
+        least = {"pixels": 1, "epochs": 1, "batch": 1, "step_size": 1, "devices": 1, "resize": self.pixels}
+        least |= {"threads": 1, "workers": 0, "seed": 0, "split_seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name} must be at least {bound}, not {value}")
+        for name in ("lr", "clip", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, not {value}")
+        for name in ("weight_decay", "warmup", "mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a number of at least 0, not {getattr(self, name)}")
+        for name in ("momentum", "smoothing", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if not 0 <= self.erasing <= 1:
+            raise ValueError(f"erasing is a probability, in [0, 1], not {self.erasing}")
+        for name in ("val_fraction", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must be between 0 and 1, or none, not {value}")
+        self._agree()
+
+    def _agree(self) -> None:
+        """Refuse options that contradict one another."""
+        kind = self.augmentation.split("-")[0]
+        if self.augmentation not in AUGMENTATIONS and kind not in AUTO_AUGMENTATIONS:
+            raise ValueError(
+                f"augmentation must be one of {', '.join(AUGMENTATIONS)}, or a string of timm's "
+                f"auto-augment that starts with {', '.join(AUTO_AUGMENTATIONS)}; not {self.augmentation!r}"
+            )
+        if self.data != "digits" and self.path is None:
+            raise ValueError(f"data = {self.data!r} lies in a folder: give its path (path=...)")
+        if self.download and self.data not in ("cifar10", "cifar100"):
+            raise ValueError(f"download is for CIFAR; {self.data!r} cannot be downloaded")
+        if self.val_fraction is None and self.data not in ("folder", "imagenet"):
+            raise ValueError(
+                f"{self.data} has no validation set of its own: val_fraction must be a number, such as 0.1"
+            )
+        if self.warmup >= self.epochs and self.warmup > 0:
+            raise ValueError(
+                f"warmup = {self.warmup} leaves nothing of {self.epochs} epochs; make it shorter"
+            )
+        if (self.mixup or self.cutmix) and self.batch % 2:
+            raise ValueError(f"mixup and CutMix pair images: batch must be even, not {self.batch}")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov belongs to SGD with momentum; turn it off")
+        reserved = {"num_classes", "pretrained_cfg"} & self.model_args.keys()
+        if reserved:
+            raise ValueError(f"model_args holds {reserved.pop()!r}, which the data decides; leave it out")
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images: 1 for digits, else 3, unless `model_args` says."""
+        return int(self.model_args.get("in_chans", 1 if self.data == "digits" else 3))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them; `from_dict` is the way back."""
+        return asdict(replace(self, model_args=dict(self.model_args)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """A recipe from plain values.
+
+        Raises:
+            ValueError: an unknown key, one without default missing, or a wrong value.
+        """
+        for key in values:
+            _known(key)
+        for key in ("name", "model"):
+            if key not in values:
+                raise ValueError(f"a recipe needs {key}; these values have only {', '.join(values)}")
+        return cls(**values)
+
+
+def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
+    """A copy of `recipe` with some options changed by ``key=value`` strings.
+
+    Each value is read as the type of its option: ``none`` where that is allowed,
+    ``true`` or ``false`` for a switch. ``model_args.KEY=VALUE`` sets one argument of the
+    network; its value is read as Python would (``16``, ``0.5``, ``(16, 32)``, ``true``),
+    else as a string.
+
+    Raises:
+        ValueError: no ``=``; an unknown option (close matches are listed); a value of
+            the wrong type; or one that `Recipe` refuses.
+
+    Example:
+        >>> recipe = Recipe(name="mine", model="resnet20_cifar")
+        >>> changed = override(recipe, ["epochs=5", "clip=1", "model_args.c=16"])
+        >>> changed.epochs, changed.clip, changed.model_args
+        (5, 1.0, {'c': 16})
+    """
+    hints = get_type_hints(Recipe)
+    values: dict[str, Any] = {}
+    arguments = dict(recipe.model_args)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        key, text = key.strip(), text.strip()
+        if not equals:
+            raise ValueError(f"{change!r} is not of the form key=value, such as epochs=5")
+        head, dot, argument = key.partition(".")
+        _known(head)
+        if head == "model_args":
+            if not dot or not argument:
+                raise ValueError("model_args is set one by one: model_args.c=16")
+            arguments[argument] = _literal(text)
+        elif dot:
+            raise ValueError(f"{head} has no part {argument!r}; write {head}=...")
+        else:
+            values[key] = _parsed(key, text, hints[key])
+    return replace(recipe, **values, model_args=arguments)
+
+
+def differences(a: Recipe, b: Recipe, *, leaving_out: Iterable[str] = ()) -> list[str]:
+    """What differs between two recipes, as ``"epochs (5 and 10)"``."""
+    one, two = a.as_dict(), b.as_dict()
+    return [
+        f"{k} ({one[k]!r} and {two[k]!r})" for k in one if one[k] != two[k] and k not in set(leaving_out)
+    ]
+
+
+def _known(key: str) -> None:
+    names = [f.name for f in fields(Recipe)]
+    if key not in names:
+        close = difflib.get_close_matches(key, names, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names)}"
+        raise ValueError(f"a recipe has no option {key!r}; {hint}")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """``(int, None)`` for ``int | None``."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _wanted(hint: Any) -> str:
+    """A type, in words."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    parts = []
+    for one in _alternatives(hint):
+        if get_origin(one) is Literal:
+            parts.append("one of " + ", ".join(get_args(one)))
+        else:
+            parts.append("none" if one is type(None) else words.get(one, "a mapping"))
+    return " or ".join(parts)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the option's type, or a `ValueError`; whole numbers pass as floats."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    for one in _alternatives(hint):
+        if get_origin(one) is Literal:
+            if value in get_args(one):
+                return value
+        elif get_origin(one) is Mapping:
+            if isinstance(value, Mapping):
+                return {str(k): _plain(name, v) for k, v in value.items()}
+        elif one in (int, float):
+            if number and (one is float or isinstance(value, int)):
+                return one(value)
+        elif isinstance(value, one):
+            return value
+    raise ValueError(f"{name} must be {_wanted(hint)}, not {value!r}")
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as JSON gives it back: tuples are kept as lists."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(name, v) for k, v in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"{name} holds {value!r}; only numbers, text, lists and none can be kept in a file")
+
+
+def _parsed(name: str, text: str, hint: Any) -> Any:
+    alternatives = _alternatives(hint)
+    if type(None) in alternatives and text.lower() == "none":
+        return None
+    for one in alternatives:
+        try:
+            if one is bool and text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            if one in (int, float):
+                return one(text)
+        except ValueError:
+            continue
+        if one is str or (get_origin(one) is Literal and text in get_args(one)):
+            return text
+    raise ValueError(f"{name}={text}: {name} must be {_wanted(hint)}")
+
+
+def _literal(text: str) -> Any:
+    simple = {"true": True, "false": False, "none": None}
+    if text.lower() in simple:
+        # Options such as selection="none" are text: a capital N is the value.
+        return text if text == "none" else simple[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,267 @@
+"""What Lightning trains: a network with its loss, metrics and optimiser.
+
+Shapes: x float [B, C, S, S], images; y int64 [B], classes; logits [B, classes].
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from pliant.train.data import mixed_seed, seeded
+from pliant.train.objectives import CrossEntropy, Objective
+from pliant.train.recipe import Recipe
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite; the message names epoch, step and term."""
+
+
+class Classification(pl.LightningModule):
+    """Train a network to tell classes apart, and record every epoch.
+
+    Accuracy is measured three ways. ``val_accuracy`` and ``train_accuracy`` are taken
+    alike after each epoch, in evaluation mode, without augmentation and with the averaged
+    weights if there are such: one on the validation images, the other on a fixed part of
+    the training images of the same number. Their difference is ``gap``, the overfitting
+    (or the regularising effect that *CNN Mixture-of-Depths* claims, section 5.2).
+    ``running_accuracy`` is that of the training steps themselves: under augmentation, with
+    weights that change (with mixup, of the label that came first).
+
+    Args:
+        model: the network, images [B, C, S, S] to logits [B, classes].
+        recipe: the rest.
+        classes: how many there are.
+        steps: of one epoch.
+        objective: what is minimised; by default `CrossEntropy` as the recipe says.
+
+    Attributes:
+        history: one row an epoch, oldest first, kept in checkpoints: ``epoch`` (from 0),
+            ``train_loss`` and its terms (``train_cross_entropy``), ``val_loss``,
+            ``train_accuracy``, ``running_accuracy``, ``val_accuracy``, ``gap`` (all
+            in [0, 1]), ``lr`` of the last step, ``seconds``.
+        unreadable: paths of images that could not be read, kept in checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        classes: int,
+        steps: int,
+        objective: Objective | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe, self.classes, self.steps = recipe, classes, steps
+        self.objective = objective or CrossEntropy(recipe.smoothing)
+        self.mixup = _mixup(recipe, classes)
+        self.history: list[dict[str, float]] = []
+        self.unreadable: set[str] = set()
+        accuracy = {"num_classes": classes, "average": "micro", "validate_args": False}
+        self.running = MulticlassAccuracy(**accuracy)
+        self.accuracy = nn.ModuleList([MulticlassAccuracy(**accuracy) for _ in range(2)])
+        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.terms: dict[str, MeanMetric] = {}
+        self._unchecked: tuple[int, int, dict[str, Tensor]] | None = None
+        self._started = time.perf_counter()
+        self._lr = recipe.lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, classes]."""
+        if self.recipe.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.model(x)
+        return logits
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimiser, and the learning rate as a function of the step."""
+        optimizer = make_optimizer(self.model, self.recipe)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate(self.recipe, step, self.steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        """Seed what the network draws (random channels, dropout), for this epoch alone."""
+        torch.manual_seed(mixed_seed(self.recipe.seed, self.current_epoch, self.global_rank, "forward"))
+        self._started = time.perf_counter()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+        """The loss of one batch."""
+        x, y = batch
+        target = y
+        if self.mixup is not None:
+            even = len(x) - len(x) % 2  # an incomplete batch may be odd
+            x, y = x[:even], y[:even]
+            with seeded(self.recipe.seed, self.current_epoch, self.global_rank, number, "mixup"):
+                x, target = self.mixup(x, y)
+        logits = self(x)
+        if logits.shape != (len(x), self.classes):
+            raise ValueError(
+                f"the network gives outputs of shape {tuple(logits.shape)} for {len(x)} images of "
+                f"{self.classes} classes; wanted ({len(x)}, {self.classes}), so num_classes={self.classes}"
+            )
+        terms = self.objective(logits, target)
+        loss = torch.stack(list(terms.values())).sum()
+        self._watch(terms)
+        for name, term in terms.items():
+            if name not in self.terms:
+                self.terms[name] = MeanMetric(nan_strategy="disable").to(loss.device)
+            self.terms[name].update(term.detach())
+            self.log(f"step/{name}", term.detach())
+        self.running.update(logits.detach().argmax(1), y)
+        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("step/lr", self._lr)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Look at the last step's loss, before anything is kept."""
+        self._look()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], number: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of the validation images (0) or of the training images (1)."""
+        x, y = batch
+        logits = self(x)
+        accuracy = self.accuracy[dataloader_idx]
+        assert isinstance(accuracy, MulticlassAccuracy)
+        accuracy.update(logits.argmax(1), y)
+        if dataloader_idx == 0:
+            loss = torch.stack(list(self.objective(logits, y).values())).sum()
+            self.val_loss.update(loss, weight=len(y))
+
+    def on_validation_epoch_end(self) -> None:
+        """Close the epoch's row, and log it."""
+        val, train = (float(metric.compute()) for metric in self.accuracy)  # type: ignore[operator]
+        terms = {f"train_{name}": float(metric.compute()) for name, metric in self.terms.items()}
+        row = {
+            "epoch": self.current_epoch,
+            "train_loss": sum(terms.values()),
+            **terms,
+            "val_loss": float(self.val_loss.compute()),
+            "train_accuracy": train,
+            "running_accuracy": float(self.running.compute()),
+            "val_accuracy": val,
+            "gap": train - val,
+            "lr": self._lr,
+            "unreadable": len(self.unreadable),
+            "seconds": time.perf_counter() - self._started,
+        }
+        for metric in (*self.accuracy, *self.terms.values(), self.val_loss, self.running):
+            metric.reset()  # type: ignore[operator]
+        if not math.isfinite(row["val_loss"]):
+            raise NonFiniteLossError(
+                f"the loss on the validation images is {row['val_loss']} after epoch {row['epoch']}, "
+                f"step {self.global_step}{_REMEDY}"
+            )
+        self.history.append(row)
+        shown = {"val_accuracy", "gap"}
+        for name, value in row.items():
+            if name not in ("epoch", "seconds"):
+                self.log(name, value, prog_bar=name in shown, rank_zero_only=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the history."""
+        checkpoint["pliant"] = {"history": self.history, "unreadable": sorted(self.unreadable)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the history up again."""
+        self.history = [dict(row) for row in checkpoint["pliant"]["history"]]
+        self.unreadable.update(checkpoint["pliant"]["unreadable"])
+
+    def _watch(self, terms: dict[str, Tensor]) -> None:
+        """Refuse a loss that is no number: now on a CPU, one step later elsewhere.
+
+        Reading a value makes the host wait for a GPU; the step before is ready.
+        """
+        now = (self.current_epoch, self.global_step, {k: t.detach() for k, t in terms.items()})
+        if self.device.type != "cpu":
+            self._look()
+        self._unchecked = now
+        if self.device.type == "cpu":
+            self._look()
+
+    def _look(self) -> None:
+        if self._unchecked is None:
+            return
+        epoch, step, terms = self._unchecked
+        self._unchecked = None
+        values = torch.stack(list(terms.values())).tolist()
+        for name, value in zip(terms, values, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"the loss term {name} is {value} in epoch {epoch}, step {step}{_REMEDY}"
+                )
+
+
+_REMEDY = (
+    "; checkpoints of earlier epochs are kept. Lower lr, set clip=1, lengthen warmup, or use precision=fp32"
+)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser over the parameters of `model`.
+
+    Example:
+        >>> recipe = Recipe(name="example", model="resnet20_cifar", decay_all=False)
+        >>> [g["weight_decay"] for g in make_optimizer(nn.Linear(2, 2), recipe).param_groups]
+        [0.0, 0.0005]
+    """
+    groups: Iterable[Any] = [p for p in model.parameters() if p.requires_grad]
+    if not recipe.decay_all:
+        from timm.optim import param_groups_weight_decay
+
+        groups = param_groups_weight_decay(model, recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        betas = (recipe.momentum, 0.999)
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        groups,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def rate(recipe: Recipe, step: int, steps: int) -> float:
+    """The learning rate at a step, as a share of the recipe's `lr`.
+
+    Args:
+        recipe: says the schedule.
+        step: from 0, over the whole run.
+        steps: of one epoch.
+
+    Example:
+        >>> recipe = Recipe(name="x", model="x", epochs=4, warmup=1, schedule="cosine")
+        >>> [round(rate(recipe, step, 2), 3) for step in range(8)]
+        [0.5, 1.0, 1.0, 0.933, 0.75, 0.5, 0.25, 0.067]
+    """
+    warmup = round(recipe.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if recipe.schedule == "step":
+        return float(recipe.gamma ** (step // steps // recipe.step_size))
+    if recipe.schedule == "cosine":
+        done = (step - warmup) / max(1, recipe.epochs * steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return 1.0
+
+
+def _mixup(recipe: Recipe, classes: int) -> Any:
+    """Mixup and CutMix by timm, or None. Smoothing is left to the objective."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    from timm.data import Mixup
+
+    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes)
