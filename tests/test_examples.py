@@ -1,0 +1,68 @@
+"""The examples run, as they stand, and print what they should; the README shows one of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pliant
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def run_example(tmp_path):
+    """Run an example by name in an empty folder, as a user would; gives what it prints."""
+
+    def run(name: str) -> str:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, str(EXAMPLES / name)]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_convert_your_network(run_example, tmp_path):
+    printed = run_example("convert_your_network.py")
+    lines = printed.splitlines()
+    assert lines[0] == "layer1.1: Bottleneck -> MoDBlock (C=256, c=64, k=4)"
+    assert sum("Bottleneck -> MoDBlock" in line for line in lines) == 7
+    # 18,105,949 of the network with 1000 classes, less 990 * 2049 of its classifier.
+    assert "parameters: 23,528,522 -> 16,077,439 (68.3%)" in lines
+    assert lines[-1] == "16,077,439 parameters in resnet50-mod"
+    files = sorted(f.name for f in (tmp_path / "resnet50-mod").iterdir())
+    assert files == ["config.json", "model.safetensors"]
+
+
+def test_train_digits(run_example, tmp_path):
+    printed = run_example("train_digits.py")
+    found = re.search(r"resnet18_cifar_mod: ([\d.]+)% validation, ([\d.]+)% test accuracy", printed)
+    assert found is not None, printed
+    assert min(map(float, found.groups())) > 20  # chance is 10 %
+    assert "1 epoch, " in printed
+    network = pliant.load(tmp_path / "digits-resnet18-mod" / "best")
+    assert network.num_classes == 10
+
+
+def test_every_example_is_tested():
+    tested = Path(__file__).read_text()
+    names = [f.name for f in EXAMPLES.glob("*.py")]
+    assert names
+    assert [name for name in names if f'run_example("{name}")' not in tested] == []
+
+
+def test_the_readme_shows_the_example():
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"<!-- example:begin -->\n```python\n(.*?)```\n<!-- example:end -->", readme, re.S)
+    assert shown is not None
+    assert shown[1] == (EXAMPLES / "convert_your_network.py").read_text()
