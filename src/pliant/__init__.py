@@ -9,7 +9,21 @@ from __future__ import annotations
 from pliant import models
 from pliant._version import __version__
 from pliant.checkpoint import load, save
+from pliant.measuring.latency import measure
+from pliant.measuring.rows import Measurement
 from pliant.methods.mixture_of_depths import MixtureOfDepths
 from pliant.surgery import Method, Plan, convert, plan
 
-__all__ = ["Method", "MixtureOfDepths", "Plan", "__version__", "convert", "load", "models", "plan", "save"]
+__all__ = [
+    "Measurement",
+    "Method",
+    "MixtureOfDepths",
+    "Plan",
+    "__version__",
+    "convert",
+    "load",
+    "measure",
+    "models",
+    "plan",
+    "save",
+]
