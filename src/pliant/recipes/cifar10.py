@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from pliant.recipes._networks import cifar_network
@@ -79,4 +80,4 @@ def for_cifar100(recipe: Recipe) -> Recipe:
     return replace(recipe, name=name, data="cifar100", path="data/cifar100")
 
 
-FORMS = {"short": short, "paper": paper}
+FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import timm
 
 from pliant.recipes._networks import close, imagenet_networks
@@ -86,4 +88,4 @@ def _network(name: str) -> str:
     return name
 
 
-FORMS = {"short": short, "paper": paper}
+FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper}

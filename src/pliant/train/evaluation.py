@@ -117,10 +117,11 @@ def score(
         ValueError: its outputs are not one for each of `classes`; or there is no image.
     """
     n, mode = len(classes), model.training
-    options = {"num_classes": n, "validate_args": False}
-    top1 = MulticlassAccuracy(average="micro", **options).to(device)
-    each = MulticlassAccuracy(average="none", **options).to(device)
-    top5 = MulticlassAccuracy(average="micro", top_k=5, **options).to(device) if n >= 10 else None
+    top1 = MulticlassAccuracy(n, average="micro", validate_args=False).to(device)
+    each = MulticlassAccuracy(n, average="none", validate_args=False).to(device)
+    top5 = None
+    if n >= 10:
+        top5 = MulticlassAccuracy(n, top_k=5, average="micro", validate_args=False).to(device)
     loss = MeanMetric(nan_strategy="disable").to(device)
     counts = torch.zeros(n, dtype=torch.long)
     model.to(device).eval()
@@ -186,10 +187,9 @@ def _settings(model: nn.Module) -> _Settings:
     config = getattr(model, "pretrained_cfg", None) or {}
     size = input_size(model) or (3, 224, 224)
     mean, std = config.get("mean"), config.get("std")
-    fits = mean is not None and std is not None and len(mean) == len(std) == size[0]
-    return _Settings(
-        size, tuple(mean) if fits else None, tuple(std) if fits else None, config.get("crop_pct")
-    )
+    if mean is None or std is None or not len(mean) == len(std) == size[0]:
+        return _Settings(size, crop_pct=config.get("crop_pct"))
+    return _Settings(size, tuple(mean), tuple(std), config.get("crop_pct"))
 
 
 def _few(names: tuple[str, ...]) -> str:

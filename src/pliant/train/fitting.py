@@ -19,11 +19,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from pliant.checkpoint import save
-from pliant.train.data import Batches, Data, load_data, seeded
+from pliant.train.batches import Batches
+from pliant.train.data import Data, load_data
 from pliant.train.evaluation import score
 from pliant.train.objectives import Objective
 from pliant.train.recipe import Recipe
 from pliant.train.run import BEST, LAST, METRICS, RESULT, Run, claim, read_run, write_metrics, write_run
+from pliant.train.seeds import seeded
 from pliant.train.tasks import Classification
 
 __all__ = ["build", "fit"]
@@ -88,14 +90,14 @@ def fit(
         about = _about(recipe, data)
         with tempfile.TemporaryDirectory() as trial:
             save(network, Path(trial, BEST), **about)  # rather fail now than after training
-        if rank_zero_only.rank == 0:
+        if _first():
             checkpoint = claim(folder, recipe, resume=resume)
         else:  # the first process has claimed it
             checkpoint = folder / LAST if resume and (folder / LAST).is_file() else None
         task = _train(recipe, data, network, folder, checkpoint, objective, progress, callbacks)
         best = torch.load(folder / LAST.with_name("best.ckpt"), map_location="cpu", weights_only=True)
         network.load_state_dict(_part(best["state_dict"], "model."))
-        return _finish(recipe, data, network.eval(), folder, task, about)
+        return _finish(recipe, data, network.eval(), folder, task, best["epoch"], about)
 
 
 def build(recipe: Recipe, classes: int) -> nn.Module:
@@ -135,7 +137,7 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> Classification:
     """Run Lightning's Trainer to the end of the recipe."""
-    keep = {
+    keep: dict[str, Any] = {
         "dirpath": folder / LAST.parent,
         "save_on_train_epoch_end": True,  # after the epoch's row is in the history
         "enable_version_counter": False,
@@ -166,7 +168,7 @@ def _train(
     )
     device = trainer.strategy.root_device
     if recipe.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     train, val, check = data.train_batches(device), data.val_batches(device), data.check_batches(device)
     task = Classification(network, recipe, classes=len(data.classes), steps=len(train), objective=objective)
     for loader in (train, val, check):
@@ -182,11 +184,11 @@ def _finish(
     network: nn.Module,
     folder: Path,
     task: Classification,
+    best: int,
     about: dict[str, Any],
 ) -> Run:
     """Save and test the best network, and write the result."""
     history = task.history
-    best = max(range(len(history)), key=lambda i: history[i]["val_accuracy"])  # the first of equals
     unreadable = set(task.unreadable)
     test_accuracy = None
     if data.test is not None:
@@ -206,7 +208,7 @@ def _finish(
         seconds=sum(row["seconds"] for row in history),
         unreadable=tuple(sorted(unreadable)),
     )
-    if rank_zero_only.rank == 0:
+    if _first():
         save(network, folder / BEST, **about)
         write_run(run)
     if unreadable:
@@ -257,6 +259,11 @@ def _ema(decay: float) -> Any:
         return share * old + (1 - share) * new
 
     return average
+
+
+def _first() -> bool:
+    """Whether this is the process that writes."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

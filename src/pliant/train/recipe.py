@@ -141,8 +141,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        if isinstance(self.path, os.PathLike):
-            object.__setattr__(self, "path", os.fspath(self.path))
+        path: Any = self.path
+        if isinstance(path, os.PathLike):
+            object.__setattr__(self, "path", os.fspath(path))
         for f in fields(self):
             object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), hints[f.name]))
         for name in ("name", "model"):

@@ -12,13 +12,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from pliant.train.data import mixed_seed, seeded
 from pliant.train.objectives import CrossEntropy, Objective
 from pliant.train.recipe import Recipe
+from pliant.train.seeds import mixed_seed, seeded
 
 
 class NonFiniteLossError(RuntimeError):
@@ -67,9 +68,8 @@ class Classification(pl.LightningModule):
         self.mixup = _mixup(recipe, classes)
         self.history: list[dict[str, float]] = []
         self.unreadable: set[str] = set()
-        accuracy = {"num_classes": classes, "average": "micro", "validate_args": False}
-        self.running = MulticlassAccuracy(**accuracy)
-        self.accuracy = nn.ModuleList([MulticlassAccuracy(**accuracy) for _ in range(2)])
+        self.running = _accuracy(classes)
+        self.accuracy = nn.ModuleList([_accuracy(classes), _accuracy(classes)])
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.terms: dict[str, MeanMetric] = {}
         self._unchecked: tuple[int, int, dict[str, Tensor]] | None = None
@@ -83,7 +83,7 @@ class Classification(pl.LightningModule):
         logits: Tensor = self.model(x)
         return logits
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimiser, and the learning rate as a function of the step."""
         optimizer = make_optimizer(self.model, self.recipe)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -158,7 +158,7 @@ class Classification(pl.LightningModule):
             "seconds": time.perf_counter() - self._started,
         }
         for metric in (*self.accuracy, *self.terms.values(), self.val_loss, self.running):
-            metric.reset()  # type: ignore[operator]
+            metric.reset()
         if not math.isfinite(row["val_loss"]):
             raise NonFiniteLossError(
                 f"the loss on the validation images is {row['val_loss']} after epoch {row['epoch']}, "
@@ -256,6 +256,10 @@ def rate(recipe: Recipe, step: int, steps: int) -> float:
         done = (step - warmup) / max(1, recipe.epochs * steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return 1.0
+
+
+def _accuracy(classes: int) -> MulticlassAccuracy:
+    return MulticlassAccuracy(classes, average="micro", validate_args=False)
 
 
 def _mixup(recipe: Recipe, classes: int) -> Any:

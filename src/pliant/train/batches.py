@@ -1,0 +1,283 @@
+"""Images in batches, shuffled, augmented and normalised.
+
+Those in memory (digits, CIFAR) lie on the device and are augmented a batch at a time
+without worker processes; those in files are read by workers and go through timm's
+transforms. Either way order and augmentation are functions of (seed, epoch, index of
+the image), so a run that is continued repeats what it would have seen.
+
+Shapes in this file::
+
+    B  batch              x  float32 [B, C, S, S], normalised
+    S  side in pixels     y  int64 [B], classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pliant.train.images import ImageSet, TensorImages, UnreadableImageError
+from pliant.train.recipe import AUGMENTATIONS, Recipe
+from pliant.train.seeds import mixed_seed, seeded
+
+
+class Batches:
+    """Batches of one set, ``(x, y)``, for one epoch after another.
+
+    Training batches are shuffled, augmented and of one size, the last incomplete one
+    dropped; evaluation's are all images in order. With several processes each takes its
+    own share.
+
+    Args:
+        images: the set.
+        recipe: says how large batches and images are, and how they are augmented.
+        mean: with `std`, the normalisation.
+        std: see `mean`.
+        train: for training rather than evaluation.
+
+    Attributes:
+        epoch: of which the order and augmentation are; set by `set_epoch`.
+        unreadable: paths that could not be read so far.
+    """
+
+    def __init__(
+        self, images: ImageSet, recipe: Recipe, mean: Sequence[float], std: Sequence[float], *, train: bool
+    ) -> None:
+        self.images, self.recipe, self.train = images, recipe, train
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.epoch = 0
+        self.unreadable: set[str] = set()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        rank, world = _place()
+        if not self.train:
+            return -(-len(range(rank, len(self.images), world)) // self.recipe.batch)
+        return max(1, len(self.images) // world // self.recipe.batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        raise NotImplementedError
+
+    def order(self) -> list[Tensor]:
+        """Indices of the images in each batch of this epoch, for this process."""
+        rank, world = _place()
+        n, size = len(self.images), self.recipe.batch
+        if not self.train:
+            return list(torch.split(torch.arange(rank, n, world), size))
+        shuffled = torch.randperm(n, generator=self._generator("order"))
+        return list(torch.split(shuffled[: n // world * world][rank::world], size))[: len(self)]
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(mixed_seed(self.recipe.seed, self.epoch, purpose))
+
+
+class TensorBatches(Batches):
+    """Batches of images in memory, augmented all at once; see `Batches`.
+
+    Args:
+        images: the set.
+        recipe: as `Batches`.
+        mean: as `Batches`.
+        std: as `Batches`.
+        train: as `Batches`.
+        device: where the images are held and the batches are made.
+    """
+
+    def __init__(
+        self,
+        images: TensorImages,
+        recipe: Recipe,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        train: bool,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(images, recipe, mean, std, train=train)
+        self.pixels, self.labels = images.images.to(device), images.labels.to(device)
+        self.scale = 1 / (255 * torch.tensor(std, device=device).view(-1, 1, 1))
+        self.shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(-1, 1, 1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.pixels.device
+        batches = self.order()
+        moves = self._moves() if self.train else None
+        erase = self._eraser() if self.train and self.recipe.erasing else None
+        for number, index in enumerate(batches):
+            there = index.to(device)
+            x = self.pixels[there]
+            if moves is not None:
+                x = shifted(x, *(m[index].to(device) for m in moves))
+            x = x * self.scale - self.shift
+            if erase is not None:
+                with seeded(self.recipe.seed, self.epoch, "erase", number):
+                    x = erase(x)
+            yield x, self.labels[there]
+
+    def _moves(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """For every image of the set: rows and columns to shift by, and whether to flip."""
+        if self.recipe.augmentation == "none":
+            return None
+        reach, n = max(1, self.recipe.pixels // 8), len(self.images)
+        generator = self._generator("moves")
+        rows, columns = torch.randint(-reach, reach + 1, (2, n), generator=generator)
+        flip = torch.rand(n, generator=generator) < 0.5
+        return rows, columns, flip & (self.recipe.augmentation == "flip_crop")
+
+    def _eraser(self) -> Any:
+        from timm.data.random_erasing import RandomErasing
+
+        return RandomErasing(self.recipe.erasing, mode="pixel", device=str(self.pixels.device))
+
+
+def shifted(x: Tensor, rows: Tensor, columns: Tensor, flip: Tensor) -> Tensor:
+    """Shift each image, zeros coming in, and mirror some: cropping from a padded image.
+
+    Args:
+        x: [B, C, H, W].
+        rows: int64 [B]; row i of the result is row i + rows of the image.
+        columns: int64 [B], likewise.
+        flip: bool [B]; mirrored left to right after shifting.
+
+    Example:
+        >>> x = torch.arange(1, 5).view(1, 1, 2, 2)
+        >>> shifted(x, torch.tensor([0]), torch.tensor([1]), torch.tensor([False]))[0, 0]
+        tensor([[2, 0],
+                [4, 0]])
+    """
+    height, width = x.shape[-2:]
+    across = torch.arange(width, device=x.device).expand(len(x), -1)
+    across = torch.where(flip[:, None], width - 1 - across, across) + columns[:, None]
+    down = torch.arange(height, device=x.device) + rows[:, None]
+    inside = ((down >= 0) & (down < height))[:, :, None] & ((across >= 0) & (across < width))[:, None, :]
+    batch = torch.arange(len(x), device=x.device)[:, None, None]
+    # Indexing [B, H, W] positions with the channels last gives [B, H, W, C].
+    taken = x.permute(0, 2, 3, 1)[
+        batch, down.clamp(0, height - 1)[:, :, None], across.clamp(0, width - 1)[:, None, :]
+    ]
+    return (taken * inside[..., None]).permute(0, 3, 1, 2).contiguous()
+
+
+class FileBatches(Batches):
+    """Batches of images that are read and transformed one by one; see `Batches`.
+
+    An unreadable image is replaced, in training, by the next one of the set that can be
+    read; in evaluation it is left out. `Batches.unreadable` names it.
+
+    Raises:
+        UnreadableImageError: when read, if the recipe says ``unreadable="stop"``.
+    """
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        from torch.utils.data import DataLoader
+
+        recipe = self.recipe
+        samples = _Samples(self.images, recipe, self.mean, self.std, self.train)
+        loader: DataLoader[Any] = DataLoader(
+            samples,
+            batch_sampler=([(self.epoch, i) for i in index.tolist()] for index in self.order()),
+            num_workers=recipe.workers,
+            collate_fn=_collated,
+            pin_memory=torch.cuda.is_available() and recipe.accelerator != "cpu",
+        )
+        for x, y, bad in loader:
+            self.unreadable.update(bad)
+            if len(y):
+                yield x, y
+
+
+class _Samples(torch.utils.data.Dataset[Any]):
+    """Transformed images by (epoch, index); ``None`` for one that is left out."""
+
+    def __init__(
+        self, images: ImageSet, recipe: Recipe, mean: Sequence[float], std: Sequence[float], train: bool
+    ) -> None:
+        self.images, self.recipe, self.train = images, recipe, train
+        self.transform = transform(images, recipe, mean, std, train=train)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, list[str]]:
+        epoch, first = key
+        bad: list[str] = []
+        for step in range(len(self.images) if self.train else 1):
+            i = (first + step) % len(self.images)
+            try:
+                image = self.images.image(i)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                where = self.images.where(i)
+                if self.recipe.unreadable == "stop":
+                    raise UnreadableImageError(
+                        f"{where} cannot be read ({error}); remove it, or set unreadable=skip"
+                    ) from error
+                bad.append(where)
+                continue
+            with seeded(self.recipe.seed, epoch, "augment", i):
+                return self.transform(image), int(self.images.labels[i]), bad
+        if self.train:
+            raise UnreadableImageError(f"none of {len(self.images)} images can be read, such as {bad[0]}")
+        return None, -1, bad
+
+
+def _collated(samples: list[tuple[Tensor | None, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    kept = [(x, y) for x, y, _ in samples if x is not None]
+    bad = [path for _, _, paths in samples for path in paths]
+    x = torch.stack([x for x, _ in kept]) if kept else torch.empty(0)
+    return x, torch.tensor([y for _, y in kept], dtype=torch.long), bad
+
+
+def transform(
+    images: ImageSet, recipe: Recipe, mean: Sequence[float], std: Sequence[float], *, train: bool
+) -> Any:
+    """The transform of one image, by timm, for a recipe: a callable, PIL image to [C, S, S]."""
+    from timm.data import create_transform
+    from timm.data.auto_augment import (
+        augment_and_mix_transform,
+        auto_augment_transform,
+        rand_augment_transform,
+    )
+    from timm.data.random_erasing import RandomErasing
+    from torchvision import transforms as T
+
+    name, side = recipe.augmentation, recipe.pixels
+    auto = None if name in AUGMENTATIONS else name
+    whole = isinstance(images, TensorImages)  # such images fit already
+    if train and whole:
+        parts: list[Any] = [T.RandomCrop(side, padding=max(1, side // 8)), T.RandomHorizontalFlip()]
+        if auto is not None:
+            make = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+            hparams = {"img_mean": tuple(round(255 * m) for m in mean)}
+            parts.append(make.get(auto.split("-")[0], auto_augment_transform)(auto, hparams))
+        parts += [T.ToTensor(), T.Normalize(list(mean), list(std))]
+        if recipe.erasing:
+            parts.append(RandomErasing(recipe.erasing, mode="pixel", device="cpu"))
+        return T.Compose(parts)
+    options: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std), "interpolation": "bilinear"}
+    if train and name != "none":
+        return create_transform(
+            (len(mean), side, side),
+            is_training=True,
+            hflip=0.0 if name == "crop" else 0.5,
+            color_jitter=0.0,
+            auto_augment=auto,
+            re_prob=recipe.erasing,
+            re_mode="pixel",
+            **options,
+        )
+    resize = side if whole else recipe.resize or round(side * 8 / 7)
+    parts = list(create_transform((len(mean), side, side), crop_pct=side / resize, **options).transforms)
+    if train and recipe.erasing:
+        parts.append(RandomErasing(recipe.erasing, mode="pixel", device="cpu"))
+    return T.Compose(parts)
+
+
+def _place() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,42 @@
+"""Random numbers that depend on what they are for, not on what was drawn before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def mixed_seed(seed: int, *parts: int | str) -> int:
+    """One seed from a seed and what it is for, in [0, 2**32).
+
+    Example:
+        >>> mixed_seed(0, 1, "order") == mixed_seed(0, 2, "order")
+        False
+    """
+    # Strings hash differently in every process, so their bytes are taken.
+    words = [seed] + [p if isinstance(p, int) else int.from_bytes(p.encode(), "little") for p in parts]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+@contextmanager
+def seeded(seed: int, *parts: int | str) -> Iterator[None]:
+    """Seed the generators of Python, numpy and torch's CPU, and put them back after.
+
+    timm's mixup draws from numpy's, its auto-augment from Python's.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch_state = torch.random.get_rng_state()
+    value = mixed_seed(seed, *parts)
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002
+    torch.default_generator.manual_seed(value)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.random.set_rng_state(torch_state)
