@@ -253,7 +253,7 @@ def markdown_table(rows: Sequence[Measurement], columns: Sequence[str] | None = 
         |---|---:|
         | a | 2.5 (0.2) |
     """
-    shared, headings, body = _laid_out(rows, columns)
+    shared, headings, body = layout(rows, columns)
     aligned = ["---" if h in _LEFT else "---:" for h in headings]
     lines = [f"| {' | '.join(cells)} |" for cells in [headings, *_escaped(body)]]
     lines.insert(1, f"|{'|'.join(aligned)}|")
@@ -273,7 +273,7 @@ def terminal_table(rows: Sequence[Measurement], columns: Sequence[str] | None = 
     if columns is None:
         told = [n for n, (_, text) in COLUMNS.items() if any(map(text, rows))]
         columns = [n for n in told if n not in ("speedup", "note")]
-    shared, headings, body = _laid_out(rows, columns)
+    shared, headings, body = layout(rows, columns)
     caption = Plain("\n".join([*notes, shared]))
     table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     for i, heading in enumerate(headings):
@@ -290,10 +290,21 @@ def terminal_table(rows: Sequence[Measurement], columns: Sequence[str] | None = 
 _LEFT = {heading for name in ("label", "note") for heading in [COLUMNS[name][0]]}
 
 
-def _laid_out(
+def layout(
     rows: Sequence[Measurement], columns: Sequence[str] | None
 ) -> tuple[str, list[str], list[list[str]]]:
-    """The conditions all rows share, the headings, and a list of cells for each row."""
+    """What every table of rows says, for whoever draws one.
+
+    Args:
+        rows: measurements.
+        columns: as for `markdown_table`.
+
+    Returns:
+        A line of the conditions that all rows share, the headings, and each row's cells.
+
+    Raises:
+        ValueError: a column that does not exist.
+    """
     for name in columns or ():
         if name not in COLUMNS:
             raise ValueError(f"no column {name!r}; the columns are {', '.join(COLUMNS)}")
