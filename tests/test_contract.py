@@ -30,7 +30,8 @@ CIFAR = [name for name in NETWORKS if "_cifar" in name]
 IMAGENET = [name for name in NETWORKS if "_cifar" not in name]
 NARROW = {"channels": (8, 16, 24, 32)}
 
-# One for each method and family of blocks, and what makes it small.
+# One for each method and family of blocks, and what makes it small. A selector's hidden
+# layer of C // 16 can be dead for a whole batch where C is small: here it is wider.
 SMALLEST = {
     "resnet20_cifar": {},
     "resnet20_cifar_mod": {"reduction": 2},
@@ -39,8 +40,15 @@ SMALLEST = {
     "resnet50_cifar_mod": {**NARROW, "c": 2, "reduction": 2},
     "resnet18_mod": {},
 }
+WIDER = {"reduction": 2}
+CIFAR_MOD = [name for name in CIFAR if name.endswith("_mod")]
 COSTLY = [
-    pytest.param(name, SMALLEST.get(name, {}), marks=() if name in SMALLEST else pytest.mark.slow, id=name)
+    pytest.param(
+        name,
+        SMALLEST.get(name, WIDER if name in CIFAR_MOD else {}),
+        marks=() if name in SMALLEST else pytest.mark.slow,
+        id=name,
+    )
     for name in NETWORKS
 ]
 
@@ -299,7 +307,7 @@ def correct(model, data, n) -> int:
     ("name", "file", "right"),
     [
         ("resnet20_cifar", "resnet20-12fca82f.th", 915),
-        pytest.param("resnet56_cifar", "resnet56-4bfd9763.th", 0, marks=pytest.mark.slow),
+        pytest.param("resnet56_cifar", "resnet56-4bfd9763.th", 926, marks=pytest.mark.slow),
     ],
 )
 def test_trained_networks_load_and_score_on_1000_images(shared, cifar10, name, file, right):
@@ -333,7 +341,9 @@ def test_a_training_step_reaches_every_parameter(name, kwargs):
     for n, p in model.named_parameters():
         assert p.grad is not None, n
         assert p.grad.isfinite().all(), n
-        assert not torch.equal(p, before[n]), n
+        assert p.grad.abs().max() > 0, n
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert {n for n in before if n.endswith("conv1.weight") or "selector" in n} <= moved
 
 
 @pytest.mark.parametrize(("name", "kwargs"), COSTLY)
