@@ -6,12 +6,13 @@ a `ValueError` or `OSError` there, and one sentence without a traceback here.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -111,7 +112,7 @@ def measure(
     plot_y: Annotated[str, typer.Option(help="macs, parameters or accuracy")] = "macs",
 ) -> None:
     """Parameters, MACs and latency, interleaved in one run; ratios and the MoD tax."""
-    from pliant.analysis.plots import plot_against_latency
+    from pliant.analysis.plots import Quantity, plot_against_latency
     from pliant.measuring.latency import measure as run
     from pliant.measuring.rows import markdown_table, terminal_table, write_rows
 
@@ -138,7 +139,7 @@ def measure(
     if rows is not None:
         write_rows(rows, found, append=True)
     if plot is not None:
-        typer.echo(f"figure: {plot_against_latency(found, plot_y, plot)}")
+        typer.echo(f"figure: {plot_against_latency(found, cast('Quantity', plot_y), plot)}")
 
 
 @app.command()
@@ -168,7 +169,7 @@ def train(
     if run.test_accuracy is not None:
         typer.echo(f"test {100 * run.test_accuracy:.2f} %")
     if run.unreadable:
-        typer.echo(f"unreadable images: {run.unreadable}, named in the run's log")
+        typer.echo(f"{run.unreadable} images could not be read; run.json names them")
     typer.echo(f"saved in {run.folder}")
 
 
@@ -177,14 +178,18 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="a saved model: a folder that `save` or `train` wrote")],
     data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, folder or imagenet")] = "digits",
     path: Annotated[Path | None, typer.Option(help="folder of the data; digits need none")] = None,
+    part: Annotated[str, typer.Option(help="test or val")] = "test",
     batch: Annotated[int, typer.Option(help="images a forward")] = 256,
-    device: Device = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Score a saved model on the test images of a data set."""
+    """Score a saved model on images of a data set."""
     from pliant.train import evaluate as score
+    from pliant.train.data import Part
 
-    found = score(folder, data=data, path=path, batch=batch, device=device)
+    found = score(folder, data, path, part=cast("Part", part), batch=batch, device=device)
     typer.echo(str(found))
+    for name in found.unreadable_paths:
+        typer.echo(f"unreadable: {name}")
 
 
 @app.command()
@@ -251,12 +256,13 @@ def quickstart(
 def bench(
     device: Device = "cpu",
     results: Annotated[Path, typer.Option(help="folder for rows, tables and figures")] = Path("results"),
-    quick: Annotated[bool, typer.Option(help="tiny networks, to see that it works")] = False,
+    quick: Annotated[bool, typer.Option(help="one network, batch 1, to see that it works")] = False,
+    resume: Annotated[bool, typer.Option(help="keep what this commit measured here before")] = False,
 ) -> None:
     """Measure the speed tables: plain and Mixture-of-Depths networks in each engine."""
     from pliant.bench import run_bench
 
-    run_bench(device=device, results=results, quick=quick)
+    run_bench(device=device, results=results, quick=quick, resume=resume)
 
 
 def _print(table: Table) -> None:
@@ -271,7 +277,7 @@ def _options(method: type[Method], changes: list[str]) -> dict[str, Any]:
     """``["c=16", "order=index"]`` as keyword arguments of a method."""
     from pliant.train.recipe import literal
 
-    known = {field.name for field in fields(method)}
+    known = inspect.signature(method).parameters
     options = {}
     for change in changes:
         key, equals, text = change.partition("=")

@@ -202,7 +202,7 @@ def summary(scores: Sequence[Score]) -> list[tuple[str, ...]]:
 
     Accuracies of several seeds are given as mean ± standard deviation.
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for label in dict.fromkeys(score.label for score in scores):
         own = [score for score in scores if score.label == label]
         tests = [score.test_accuracy for score in own if score.test_accuracy is not None]

@@ -101,7 +101,7 @@ def _latencies(
 
     scores = {label: score for label, (score, _) in done.items()}
     size = next(iter(scores.values()))
-    names = {f"{label} ({score.data})": score for label, score in scores.items()}
+    names = {f"{score.data}: {label}": score for label, score in scores.items()}
     small = {name: done[score.label][1].model for name, score in names.items()}
     with progress_bar(console, f"Timing them at {size.pixels} px") as step:
         rows = measure(
@@ -201,12 +201,11 @@ def _selections(figures: Path, done: dict[str, tuple[Score, Run]]) -> list[Figur
     """Figure 4 of the paper: selection frequency of channels by class."""
     from pliant.analysis.routing import selection_frequency
     from pliant.analysis.training_plots import plot_selection_frequency
-    from pliant.train.data import batches, load_data
+    from pliant.train.data import load_data
 
     _, run = done[LEARNED]
     data = load_data(run.recipe)
-    assert data.test is not None
-    found = selection_frequency(run.model, batches(data.test, run.recipe, data, train=False), data.classes)
+    found = selection_frequency(run.model, data.test_batches(), data.classes)
     block = next(path for path in found.counts if path.startswith("layer3."))
     path = plot_selection_frequency(found, block, figures / "selection.svg")
     always, never, among = len(found.always(block)), len(found.never(block)), len(found.overall(block))

@@ -64,7 +64,9 @@ def register(
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         kwargs.setdefault("num_classes", num_classes)
         levels = {"out_indices": tuple(range(feature_levels))}
+        arguments = dict(kwargs)
         model: nn.Module = build_model_with_cfg(network, name, pretrained, feature_cfg=levels, **kwargs)
+        vars(model)["_model_args"] = arguments  # timm records them itself since 1.0.31
         return model
 
     entry.__name__ = entry.__qualname__ = name

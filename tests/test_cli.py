@@ -1,0 +1,92 @@
+"""The command line: each command once, and errors without a traceback."""
+
+from __future__ import annotations
+
+import csv
+import sys
+
+import pytest
+import timm
+from typer.testing import CliRunner
+
+from pliant import cli, load, save
+from pliant.measuring.rows import read_rows
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fails(monkeypatch, capsys, *arguments):
+    """What is printed when the program ends with an error."""
+    monkeypatch.setattr(sys, "argv", ["pliant", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code != 0
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_models_lists_counts():
+    printed = run("models", "resnet50_mod")
+    assert "18,105,949" in printed
+    assert "2.562 G" in printed
+
+
+def test_plan_prints_coverage_and_saves(tmp_path):
+    printed = run("plan", "resnet18", "c=16", "order=index", "--save-to", tmp_path / "net")
+    assert "layer1.1: BasicBlock -> MoDBlock (C=64, c=16, k=4)" in printed
+    assert load(tmp_path / "net").layer1[1].selector.order == "index"
+
+
+def test_measure_writes_rows_and_a_figure_and_takes_saved_networks(tmp_path):
+    save(timm.create_model("resnet20_cifar_mod"), tmp_path / "mine")
+    rows, figure = tmp_path / "rows.csv", tmp_path / "f.svg"
+    common = ("--rounds", 1, "--threads", 1, "--pixels", 8, "--rows", rows)
+    printed = run("measure", tmp_path / "mine", "--against", "resnet20_cifar", *common, "--plot", figure)
+    assert "resnet20_cifar" in printed
+    assert len(read_rows(rows)) == 3
+    assert figure.exists()
+    table = run("measure", "resnet20_cifar", "--no-tax", "--markdown", *common)
+    assert "| resnet20_cifar |" in table
+    assert len(read_rows(rows)) == 4
+
+
+def test_recipes_train_evaluate(tmp_path):
+    assert "digits.resnet18_mod" in run("recipes")
+    small = ("epochs=1", "pixels=8", "batch=256", "threads=1")
+    printed = run("train", "digits.resnet20_mod", *small, "--folder", tmp_path / "run", "--no-progress")
+    assert "test " in printed
+    scored = run("evaluate", tmp_path / "run", "--device", "cpu")
+    test = next(line for line in printed.splitlines() if line.startswith("test "))
+    assert f"top-1 {test.split()[1]}%" in scored
+    assert "(540 images)" in scored
+
+
+def test_compare_appends_scores(tmp_path):
+    rows = tmp_path / "scores.csv"
+    small = ("epochs=1", "pixels=8", "batch=256", "threads=1")
+    chosen = ("--only", "plain", "--only", "blocks removed")
+    where = ("--folder", tmp_path / "runs", "--rows", rows, "--seeds", 2)
+    printed = run("compare", "digits.resnet20", *small, *chosen, *where)
+    assert "±" in printed
+    found = [(row["label"], row["seed"]) for row in csv.DictReader(rows.open())]
+    assert found == [("plain", "0"), ("blocks removed", "0"), ("plain", "1"), ("blocks removed", "1")]
+
+
+def test_errors_are_one_sentence(monkeypatch, capsys, tmp_path):
+    assert "timm has no model named 'resnet_none'" in fails(monkeypatch, capsys, "plan", "resnet_none")
+    assert "has no option 'cc'" in fails(monkeypatch, capsys, "plan", "resnet18", "cc=4")
+    assert "not of the form key=value" in fails(monkeypatch, capsys, "plan", "resnet18", "c")
+    assert "no method 'Mod'" in fails(monkeypatch, capsys, "plan", "resnet18", "--method", "Mod")
+    assert "c = 65" in fails(monkeypatch, capsys, "plan", "resnet18", "c=65")
+    assert "no recipe 'digits.resnet19'" in fails(monkeypatch, capsys, "train", "digits.resnet19")
+    assert "epoch" in fails(monkeypatch, capsys, "train", "digits.resnet20", "epoch=3")
+    assert "missing" in fails(monkeypatch, capsys, "evaluate", tmp_path / "missing")
+    assert "no engine 'fast'" in fails(monkeypatch, capsys, "measure", "resnet20_cifar", "--engine", "fast")
+    assert "no label 'x'" in fails(monkeypatch, capsys, "compare", "digits.resnet20", "--only", "x")

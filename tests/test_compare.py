@@ -1,0 +1,94 @@
+"""Training side by side: the controls, the scores, and what is kept of them."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import pytest
+
+from pliant.compare import (
+    MOD_CONTROLS,
+    PLAIN,
+    REMOVED,
+    Score,
+    compare,
+    mod_controls,
+    summary,
+    terminal_summary,
+    write_scores,
+)
+from pliant.train.recipe import Recipe, override
+
+TINY = Recipe(
+    name="tiny", model="resnet20_cifar", pixels=8, epochs=1, batch=256, workers=0, accelerator="cpu"
+)
+SCORE = Score(
+    label="a",
+    recipe="r",
+    model="m",
+    model_args="{}",
+    data="digits",
+    pixels=8,
+    epochs=1,
+    seed=0,
+    parameters=1234,
+    macs=2_000_000,
+    train_accuracy=90.0,
+    val_accuracy=80.0,
+    gap=10.0,
+    test_accuracy=70.0,
+    seconds=3.0,
+)
+
+
+def test_controls_change_the_network_and_nothing_else():
+    recipes = mod_controls(override(TINY, ["model_args.drop_rate=0.1", "seed=3"]))
+    assert list(recipes) == [PLAIN, *MOD_CONTROLS]
+    assert recipes[PLAIN].model == "resnet20_cifar"
+    assert recipes[REMOVED].model == "resnet20_cifar_mod"
+    assert recipes[REMOVED].model_args == {"drop_rate": 0.1, "selection": "none"}
+    assert recipes["MoD, index order"].model_args == {"drop_rate": 0.1, "order": "index"}
+    for recipe in recipes.values():
+        assert replace(recipe, model="x", model_args={}) == replace(TINY, model="x", model_args={}, seed=3)
+
+
+def test_compare_trains_scores_and_reads_finished_runs_again(tmp_path):
+    recipes = {k: v for k, v in mod_controls(TINY).items() if k in (PLAIN, REMOVED)}
+    seen = []
+    first = compare(recipes, tmp_path, progress=False, started=lambda label, _: seen.append(label))
+    assert seen == [PLAIN, REMOVED]
+    plain, removed = (first[label][0] for label in recipes)
+    assert removed.parameters < plain.parameters == 269_434  # one input channel
+    assert removed.macs < plain.macs
+    assert plain.test_accuracy == pytest.approx(100 * first[PLAIN][1].test_accuracy)
+    assert plain.gap == pytest.approx(plain.train_accuracy - plain.val_accuracy)
+    assert plain.torch
+    assert plain.date
+
+    stamp = (tmp_path / "plain-s0" / "run.json").stat().st_mtime_ns
+    again = compare(recipes, tmp_path, progress=False)
+    assert (tmp_path / "plain-s0" / "run.json").stat().st_mtime_ns == stamp
+    assert again[PLAIN][0].test_accuracy == plain.test_accuracy
+
+
+def test_scores_are_written_appended_and_foreign_files_refused(tmp_path):
+    path = tmp_path / "deep" / "scores.csv"
+    write_scores(path, [SCORE])
+    write_scores(path, [replace(SCORE, seed=1, test_accuracy=None)], append=True)
+    rows = list(csv.DictReader(path.open()))
+    assert [row["seed"] for row in rows] == ["0", "1"]
+    assert [row["test_accuracy"] for row in rows] == ["70.0000", ""]
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other\.csv has the columns \['a', 'b'\]"):
+        write_scores(other, [SCORE], append=True)
+    assert other.read_text() == "a,b\n1,2\n"
+
+
+def test_summary_averages_seeds():
+    rows = summary([SCORE, replace(SCORE, seed=1, test_accuracy=74.0), replace(SCORE, label="b")])
+    assert rows[0] == ("a", "72.0 ± 2.8", "80.0 ± 0.0", "10.0 ± 0.0", "1,234", "2.00 M", "3 ± 0")
+    assert rows[1][:2] == ("b", "70.0")
+    assert terminal_summary([SCORE]).row_count == 1
+    assert summary([replace(SCORE, test_accuracy=None)])[0][1] == "-"
