@@ -14,10 +14,10 @@ Shapes in this file::
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pliant.train.images import ImageSet, TensorImages, UnreadableImageError
@@ -209,7 +209,7 @@ class _Samples(torch.utils.data.Dataset[Any]):
             i = (first + step) % len(self.images)
             try:
                 image = self.images.image(i)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except Exception as error:  # decoders raise anything for damaged files
                 where = self.images.where(i)
                 if self.recipe.unreadable == "stop":
                     raise UnreadableImageError(
@@ -269,11 +269,36 @@ def transform(
             re_mode="pixel",
             **options,
         )
-    resize = side if whole else recipe.resize or round(side * 8 / 7)
+    resize = eval_size(images, recipe)
     parts = list(create_transform((len(mean), side, side), crop_pct=side / resize, **options).transforms)
     if train and recipe.erasing:
         parts.append(RandomErasing(recipe.erasing, mode="pixel", device="cpu"))
     return T.Compose(parts)
+
+
+def eval_size(images: ImageSet, recipe: Recipe) -> int:
+    """Short side that an image is resized to before its centre is cropped in evaluation."""
+    if isinstance(images, TensorImages):  # fits already
+        return recipe.pixels
+    return recipe.resize or round(recipe.pixels * 8 / 7)
+
+
+def make_batches(
+    images: ImageSet,
+    recipe: Recipe,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    train: bool = False,
+    device: torch.device | str = "cpu",
+) -> Batches:
+    """Batches of a set, made the way that suits it; see `Batches`."""
+    if isinstance(images, TensorImages):
+        if not (train and recipe.augmentation not in AUGMENTATIONS):
+            return TensorBatches(images, recipe, mean, std, train=train, device=device)
+        if len(images) < 4 * recipe.batch:  # starting processes would take longer
+            recipe = replace(recipe, workers=0)
+    return FileBatches(images, recipe, mean, std, train=train)
 
 
 def _place() -> tuple[int, int]:

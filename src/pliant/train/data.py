@@ -9,24 +9,26 @@ Shapes in this file::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pliant.train.batches import Batches, FileBatches, TensorBatches
+from pliant.train.batches import Batches, make_batches
 from pliant.train.images import FileImages, ImageSet, TensorImages
-from pliant.train.recipe import AUGMENTATIONS, Recipe
+from pliant.train.recipe import Recipe
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-DIGITS = (0.3053, 0.3760)
+DIGITS = ((0.3053,), (0.3760,))
+Part = Literal["test", "val"]
 DIGITS_TEST = 0.3  # share of the 1797 digits
 
 
@@ -63,15 +65,15 @@ class Data:
 
     def train_batches(self, device: torch.device | str = "cpu") -> Batches:
         """Shuffled, augmented batches of `train`."""
-        return self._batches(self.train, device, train=True)
+        return make_batches(self.train, self.recipe, self.mean, self.std, train=True, device=device)
 
     def check_batches(self, device: torch.device | str = "cpu") -> Batches:
         """Batches of `check`, in order, not augmented; likewise the next two."""
-        return self._batches(self.check, device)
+        return make_batches(self.check, self.recipe, self.mean, self.std, device=device)
 
     def val_batches(self, device: torch.device | str = "cpu") -> Batches:
         """Batches of `val`."""
-        return self._batches(self.val, device)
+        return make_batches(self.val, self.recipe, self.mean, self.std, device=device)
 
     def test_batches(self, device: torch.device | str = "cpu") -> Batches:
         """Batches of `test`.
@@ -83,16 +85,7 @@ class Data:
             raise ValueError(
                 f"{self.recipe.data} at {self.recipe.path} has no test set; score another part"
             )
-        return self._batches(self.test, device)
-
-    def _batches(self, images: ImageSet, device: torch.device | str, train: bool = False) -> Batches:
-        recipe = self.recipe
-        if isinstance(images, TensorImages):
-            if not (train and recipe.augmentation not in AUGMENTATIONS):
-                return TensorBatches(images, recipe, self.mean, self.std, train=train, device=device)
-            if len(images) < 4 * recipe.batch:  # starting processes would take longer
-                recipe = replace(recipe, workers=0)
-        return FileBatches(images, recipe, self.mean, self.std, train=train)
+        return make_batches(self.test, self.recipe, self.mean, self.std, device=device)
 
 
 def load_data(recipe: Recipe) -> Data:
@@ -115,12 +108,42 @@ def load_data(recipe: Recipe) -> Data:
         return _folders(recipe)
     assert recipe.val_fraction is not None  # `Recipe` sees to it
     train, val = divide(whole, recipe.val_fraction, recipe.split_seed)
+    return _data(recipe, train, val, rest, classes, normalisation(recipe))
+
+
+def load_part(recipe: Recipe, part: Part = "test") -> tuple[ImageSet, tuple[str, ...]]:
+    """One set to score, and its classes; of a folder, without looking at ``train/``.
+
+    Args:
+        recipe: names the data.
+        part: of a folder, ``"test"`` is ``test/``, else ``val/``, else all of its images.
+
+    Raises:
+        FileNotFoundError: the data is not there.
+        ValueError: it has no such part.
+    """
+    if recipe.data in ("folder", "imagenet"):
+        root = _root(recipe)
+        names = ("test", "val") if part == "test" else ("val",)
+        found = next((root / name for name in names if (root / name).is_dir()), root)
+        if part == "val" and found == root:
+            raise ValueError(f"{root} has no val/; score its test images")
+        images, classes = _files(found, recipe)
+        return images, tuple(classes)
+    data = load_data(recipe)
+    chosen = data.val if part == "val" else data.test
+    assert chosen is not None  # only folders may lack one
+    return chosen, data.classes
+
+
+def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of values in [0, 1]."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    mean, std = CIFAR.get(recipe.data, ((DIGITS[0],) * 3, (DIGITS[1],) * 3))
+    mean, std = DIGITS if recipe.data == "digits" else CIFAR.get(recipe.data, IMAGENET)
     if recipe.in_chans == 1:
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return _data(recipe, train, val, rest, classes, (mean, std))
+        return (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return (mean, std) if len(mean) == 3 else (mean * 3, std * 3)
 
 
 def divide(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -207,11 +230,7 @@ def _fitted(images: Tensor, recipe: Recipe) -> Tensor:
 
 
 def _folders(recipe: Recipe) -> Data:
-    root = Path(recipe.path or "")
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"path = {recipe.path!r} is no folder; it should hold train/ and val/, or classes"
-        )
+    root = _root(recipe)
     parts = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
     if recipe.data == "imagenet" and not {"train", "val"} <= parts.keys():
         raise FileNotFoundError(
@@ -239,12 +258,16 @@ def _folders(recipe: Recipe) -> Data:
     else:
         rest, val = divide(train, recipe.val_fraction, recipe.split_seed)
         test = read.get("test", read.get("val"))
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mean, std = IMAGENET
-    if recipe.in_chans == 1:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    return _data(recipe, rest, val, test, classes, (mean, std))
+    return _data(recipe, rest, val, test, classes, normalisation(recipe))
+
+
+def _root(recipe: Recipe) -> Path:
+    root = Path(recipe.path or "")
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"path = {recipe.path!r} is no folder; it should hold train/ and val/, or classes"
+        )
+    return root
 
 
 def _files(

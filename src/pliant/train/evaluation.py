@@ -5,11 +5,11 @@ Shapes: x float32 [B, C, S, S], images; y int64 [B], classes; logits [B, classes
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from pliant.train.data import load_data
-from pliant.train.recipe import DataName, Recipe
+from pliant.train.batches import make_batches
+from pliant.train.data import Part, load_part, normalisation
+from pliant.train.recipe import Recipe
 from pliant.train.run import BEST
-
-Part = Literal["test", "val"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,8 @@ class Evaluation:
         loss: mean cross entropy.
         per_class: class name to top-1 share; NaN for a class without an image.
         images: how many were scored.
-        unreadable: paths of those that could not be read, which are left out.
+        unreadable: how many more could not be read, and are left out.
+        unreadable_paths: which.
     """
 
     top1: float
@@ -42,12 +42,22 @@ class Evaluation:
     loss: float
     per_class: dict[str, float]
     images: int
-    unreadable: tuple[str, ...] = ()
+    unreadable: int = 0
+    unreadable_paths: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
+        left_out = f", {self.unreadable} unreadable" if self.unreadable else ""
+        lines = [f"top-1 {self.top1:.2%}{top5}, loss {self.loss:.4f} ({self.images} images{left_out})"]
+        width = max(len(name) for name in self.per_class)
+        seen = {name: share for name, share in self.per_class.items() if not math.isnan(share)}
+        lines += [f"  {name:{width}}  {share:7.2%}" for name, share in seen.items()]
+        return "\n".join(lines)
 
 
 def evaluate(
     model: nn.Module | str | os.PathLike[str],
-    data: DataName = "digits",
+    data: str = "digits",
     path: str | os.PathLike[str] | None = None,
     *,
     part: Part = "test",
@@ -65,42 +75,42 @@ def evaluate(
         model: a network, or the folder of a saved one or of a run.
         data: as `Recipe.data`.
         path: as `Recipe.path`.
-        part: which set. ``"test"`` is ``test/``, else ``val/``, of a folder, and
-            all of its images where it has neither.
+        part: ``"test"`` or ``"val"``. Of a folder, ``"test"`` is ``test/``, else ``val/``,
+            else all of its images.
         batch: images at once.
         device: ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"``, ...
         workers: processes that read images from folders.
         pixels: side of the images, if not what the checkpoint says.
 
     Raises:
-        ValueError: the network has another number of classes than the data, or other
-            classes than a checkpoint names.
+        ValueError: the network has another number of classes than the data; or the data
+            has classes that the checkpoint does not name (it may have fewer).
         FileNotFoundError: no data, or no checkpoint.
     """
     network, settings = (model, _settings(model)) if isinstance(model, nn.Module) else _saved(Path(model))
     channels, side = settings.size[0], pixels or settings.size[-1]
-    recipe = Recipe(
-        name="evaluate",
-        model=type(network).__name__,
-        model_args={"in_chans": channels},
-        data=data,
-        path=None if path is None else os.fspath(path),
-        pixels=side,
-        resize=round(side / settings.crop_pct) if settings.crop_pct else None,
-        batch=batch,
-        workers=workers,
+    recipe = Recipe.from_dict(
+        {
+            "name": "evaluate",
+            "model": type(network).__name__,
+            "model_args": {"in_chans": channels},
+            "data": data,
+            "path": None if path is None else os.fspath(path),
+            "pixels": side,
+            "resize": round(side / settings.crop_pct) if settings.crop_pct else None,
+            "batch": batch,
+            "workers": workers,
+        }
     )
-    found = load_data(recipe)
-    found = replace(found, mean=settings.mean or found.mean, std=settings.std or found.std)
-    if settings.classes is not None and tuple(settings.classes) != found.classes:
-        raise ValueError(
-            f"the checkpoint's classes ({_few(settings.classes)}) are not those of {data} "
-            f"({_few(found.classes)})"
-        )
+    images, classes = load_part(recipe, part)
+    if settings.classes is not None:
+        images.labels, classes = _renumbered(images.labels, classes, settings.classes), settings.classes
+    mean, std = normalisation(recipe)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    loader = found.test_batches(where) if part == "test" else found.val_batches(where)
-    result = score(network, loader, found.classes, device=where)
-    return replace(result, unreadable=tuple(sorted(loader.unreadable)))
+    loader = make_batches(images, recipe, settings.mean or mean, settings.std or std, device=where)
+    result = score(network, loader, classes, device=where)
+    paths = tuple(sorted(loader.unreadable))
+    return replace(result, unreadable=len(paths), unreadable_paths=paths)
 
 
 @torch.no_grad()
@@ -190,6 +200,17 @@ def _settings(model: nn.Module) -> _Settings:
     if mean is None or std is None or not len(mean) == len(std) == size[0]:
         return _Settings(size, crop_pct=config.get("crop_pct"))
     return _Settings(size, tuple(mean), tuple(std), config.get("crop_pct"))
+
+
+def _renumbered(labels: Tensor, names: tuple[str, ...], known: tuple[str, ...]) -> Tensor:
+    """Labels in the checkpoint's order of classes."""
+    other = [name for name in names if name not in known]
+    if other:
+        raise ValueError(
+            f"the data has classes that the checkpoint does not name: {_few(tuple(other))}; "
+            f"the checkpoint's are {_few(known)}"
+        )
+    return torch.tensor([known.index(name) for name in names])[labels]
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from pliant.checkpoint import save
-from pliant.train.batches import Batches
+from pliant.train.batches import Batches, eval_size
 from pliant.train.data import Data, load_data
 from pliant.train.evaluation import score
 from pliant.train.objectives import Objective
@@ -87,7 +87,7 @@ def fit(
     with _quiet(), _threads(recipe.threads), seeded(recipe.seed, "weights"):
         data = load_data(recipe)
         network = build(recipe, len(data.classes)) if model is None else model
-        about = _about(recipe, data)
+        about = _about(recipe, data, network)
         with tempfile.TemporaryDirectory() as trial:
             save(network, Path(trial, BEST), **about)  # rather fail now than after training
         if _first():
@@ -121,7 +121,12 @@ def build(recipe: Recipe, classes: int) -> nn.Module:
     return network
 
 
-def _about(recipe: Recipe, data: Data) -> dict[str, Any]:
+def _about(recipe: Recipe, data: Data, network: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says of the images; how they are cropped, `save` reads off the network."""
+    config = getattr(network, "pretrained_cfg", None)
+    if isinstance(config, Mapping):
+        crop = {"crop_pct": recipe.pixels / eval_size(data.val, recipe), "crop_mode": "center"}
+        vars(network).update(pretrained_cfg={**config, **crop, "interpolation": "bilinear"})
     size = (len(data.mean), recipe.pixels, recipe.pixels)
     return {"classes": data.classes, "mean": data.mean, "std": data.std, "input_size": size}
 
@@ -206,7 +211,8 @@ def _finish(
         val_accuracy=history[best]["val_accuracy"],
         test_accuracy=test_accuracy,
         seconds=sum(row["seconds"] for row in history),
-        unreadable=tuple(sorted(unreadable)),
+        unreadable=len(unreadable),
+        unreadable_paths=tuple(sorted(unreadable)),
     )
     if _first():
         save(network, folder / BEST, **about)
@@ -214,7 +220,7 @@ def _finish(
     if unreadable:
         logging.getLogger(__name__).warning(
             "%d images could not be read, such as %s; %s names them",
-            len(unreadable), run.unreadable[0], folder / RESULT,
+            len(unreadable), run.unreadable_paths[0], folder / RESULT,
         )  # fmt: skip
     return run
 

@@ -94,7 +94,7 @@ class Recipe:
 
     Example:
         >>> recipe = Recipe(name="mine", model="resnet20_cifar", epochs=3, lr=0.1)
-        >>> override(recipe, ["epochs=5", "optimizer=adamw", "model_args.drop_rate=0.1"]).model_args
+        >>> override(recipe, ["epochs=5", "model_args.drop_rate=0.1"]).model_args
         {'drop_rate': 0.1}
     """
 
@@ -256,7 +256,7 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
         if head == "model_args":
             if not dot or not argument:
                 raise ValueError("model_args is set one by one: model_args.c=16")
-            arguments[argument] = _literal(text)
+            arguments[argument] = literal(text)
         elif dot:
             raise ValueError(f"{head} has no part {argument!r}; write {head}=...")
         else:
@@ -343,11 +343,18 @@ def _parsed(name: str, text: str, hint: Any) -> Any:
     raise ValueError(f"{name}={text}: {name} must be {_wanted(hint)}")
 
 
-def _literal(text: str) -> Any:
-    simple = {"true": True, "false": False, "none": None}
-    if text.lower() in simple:
-        # Options such as selection="none" are text: a capital N is the value.
-        return text if text == "none" else simple[text.lower()]
+def literal(text: str) -> Any:
+    """A value as Python would read it, else the text itself.
+
+    ``true``, ``false`` and ``None`` are values; lower-case ``none`` is text, because
+    methods have an option of that name (``selection=none``).
+
+    Example:
+        >>> [literal(t) for t in ("16", "(1, 2)", "true", "None", "none", "index")]
+        [16, (1, 2), True, None, 'none', 'index']
+    """
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -46,7 +46,8 @@ class Run:
         test_accuracy: of `model` on the test set, scored once, in float32; None where
             the data has no test set.
         seconds: of all epochs, validation included.
-        unreadable: paths of the images that could not be read.
+        unreadable: how many images could not be read.
+        unreadable_paths: which.
     """
 
     folder: Path
@@ -57,7 +58,8 @@ class Run:
     val_accuracy: float
     test_accuracy: float | None
     seconds: float
-    unreadable: tuple[str, ...] = field(default=(), repr=False)
+    unreadable: int = 0
+    unreadable_paths: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Run:
@@ -88,7 +90,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         val_accuracy=result["val_accuracy"],
         test_accuracy=result["test_accuracy"],
         seconds=result["seconds"],
-        unreadable=tuple(result["unreadable"]),
+        unreadable=result["unreadable"],
+        unreadable_paths=tuple(result["unreadable_paths"]),
     )
 
 

@@ -1,0 +1,165 @@
+"""Recipes: what is refused, how they are changed, and the named ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+
+from pliant.models import list_networks
+from pliant.recipes import get_recipe, list_recipes
+from pliant.train.recipe import Recipe, differences, override
+
+BASE = {"name": "x", "model": "resnet20_cifar"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": ""}, "name is empty"),
+        ({"data": "mnist"}, "data must be one of digits, cifar10, cifar100, folder, imagenet, not 'mnist'"),
+        ({"data": "folder"}, "give its path"),
+        ({"data": "folder", "path": "x", "download": True}, "cannot be downloaded"),
+        ({"val_fraction": None}, "digits has no validation set of its own"),
+        ({"val_fraction": 1.0}, "val_fraction must be between 0 and 1"),
+        ({"test_fraction": 1}, r"test_fraction must be in \[0, 1\)"),
+        ({"pixels": 0}, "pixels must be at least 1, not 0"),
+        ({"resize": 16}, "resize must be at least 32, not 16"),
+        ({"epochs": 2.5}, "epochs must be a whole number, not 2.5"),
+        ({"epochs": True}, "epochs must be a whole number, not True"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"lr": 0}, "lr must be a positive number"),
+        ({"lr": float("nan")}, "lr must be a positive number, not nan"),
+        ({"clip": -1.0}, "clip must be a positive number"),
+        ({"clip": "1"}, "clip must be a number or none, not '1'"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
+        ({"weight_decay": -1}, "weight_decay must be a number of at least 0"),
+        ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\)"),
+        ({"erasing": 2}, "erasing is a probability"),
+        ({"ema": 1.0}, "ema must be between 0 and 1"),
+        ({"warmup": 10}, "warmup = 10.0 leaves nothing of 10 epochs"),
+        ({"mixup": 0.2, "batch": 33}, "batch must be even, not 33"),
+        ({"nesterov": True, "optimizer": "adamw"}, "nesterov belongs to SGD"),
+        ({"augmentation": "flips"}, "augmentation must be one of none, crop, flip_crop"),
+        ({"precision": "fp16"}, "precision must be one of fp32, bf16"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"unreadable": "ignore"}, "unreadable must be one of skip, stop"),
+        ({"model_args": {"num_classes": 3}}, "which the data decides"),
+        ({"model_args": {"block": object()}}, "can be kept in a file"),
+        ({"model_args": "c=3"}, "model_args must be a mapping"),
+    ],
+)
+def test_wrong_values_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{**BASE, **values})
+
+
+def test_values_are_of_their_type():
+    recipe = Recipe(**BASE, lr=1, path=Path("a"), model_args={"channels": (16, 32, 64)}, val_fraction=0.5)
+    assert isinstance(recipe.lr, float)
+    assert recipe.path == "a"
+    assert recipe.model_args == {"channels": [16, 32, 64]}
+    assert recipe.in_chans == 1
+    assert Recipe(**BASE, model_args={"in_chans": 3}).in_chans == 3
+    assert Recipe(**BASE, data="cifar10", path="x").in_chans == 3
+
+
+def test_json_and_back():
+    recipe = Recipe(**BASE, model_args={"c": 4}, clip=1.0)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+    with pytest.raises(ValueError, match=r"no option 'epoch'; did you mean epochs\?"):
+        Recipe.from_dict({**BASE, "epoch": 3})
+    with pytest.raises(ValueError, match="needs model"):
+        Recipe.from_dict({"name": "x"})
+
+
+def test_overrides_are_typed():
+    recipe = Recipe(**BASE, model_args={"c": 8})
+    changed = override(
+        recipe,
+        [
+            "epochs=5", "lr=1e-3", "nesterov=True", "clip=none", "ema=0.99", "optimizer=sgd", "path=a b",
+            "threads=2", "model_args.c=16", "model_args.selection=none", "model_args.channels=(16, 32, 64)",
+            "model_args.inner_shortcut=true", "model_args.stages=None",
+        ],
+    )  # fmt: skip
+    assert (changed.epochs, changed.lr, changed.nesterov, changed.clip) == (5, 1e-3, True, None)
+    assert (changed.ema, changed.path, changed.threads) == (0.99, "a b", 2)
+    assert changed.model_args == {
+        "c": 16, "selection": "none", "channels": [16, 32, 64], "inner_shortcut": True, "stages": None,
+    }  # fmt: skip
+    assert recipe.model_args == {"c": 8}
+    assert override(recipe, []) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("epochs", "not of the form key=value"),
+        ("epoch=3", r"did you mean epochs"),
+        ("zzz=3", "known: name, model"),
+        ("epochs=3.0", "epochs must be a whole number"),
+        ("epochs=many", "epochs=many: epochs must be a whole number"),
+        ("clip=much", "clip must be a number or none"),
+        ("nesterov=1", "nesterov must be true or false"),
+        ("data=mnist", "data must be one of digits"),
+        ("epochs=0", "epochs must be at least 1"),
+        ("model_args=c", "one by one"),
+        ("lr.x=3", "lr has no part 'x'"),
+    ],
+)
+def test_wrong_overrides_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        override(Recipe(**BASE), [change])
+
+
+def test_differences_are_listed():
+    a, b = Recipe(**BASE), Recipe(**BASE, epochs=3, workers=0)
+    assert differences(a, b, leaving_out=["workers"]) == ["epochs (10 and 3)"]
+
+
+def test_every_listed_recipe_is_one_of_a_network_that_timm_knows():
+    names = list_recipes()
+    assert len(names) == len(set(names))
+    for name in names:
+        recipe = get_recipe(name)
+        assert recipe.name == name
+        assert timm.is_model(recipe.model)
+        assert recipe.note
+
+
+def test_every_registered_network_has_a_recipe():
+    trained = {get_recipe(name).model for name in list_recipes()}
+    assert set(list_networks()) <= trained
+    assert get_recipe("imagenet.mobilenetv2_100").model == "mobilenetv2_100"
+
+
+def test_the_papers_recipes():
+    cifar = get_recipe("cifar10.resnet50_mod.paper")
+    assert (cifar.model, cifar.val_fraction, cifar.data) == ("resnet50_cifar_mod", 0.1, "cifar10")
+    assert "5 seeds" in cifar.note
+    assert "ours" in cifar.note
+    assert get_recipe("cifar100.resnet50_mod.paper").data == "cifar100"
+    imagenet = get_recipe("imagenet.resnet50_mod.paper")
+    assert (imagenet.epochs, imagenet.batch, imagenet.optimizer, imagenet.lr) == (100, 256, "sgd", 0.1)
+    assert (imagenet.schedule, imagenet.step_size, imagenet.gamma) == ("step", 30, 0.1)
+    assert (imagenet.momentum, imagenet.weight_decay, imagenet.nesterov) == (0.9, 1e-4, False)
+    assert "3 seeds" in imagenet.note
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits.resnet18_mop", r"did you mean resnet18_mod"),
+        ("digit.resnet18_mod", r"did you mean digits\.resnet18_mod"),
+        ("digits", "no recipe 'digits'"),
+        ("cifar10.resnet18_mod.papr", "no recipe"),
+        ("imagenet.resnet5_mod", "did you mean .*resnet50_mod"),
+    ],
+)
+def test_unknown_recipes_are_refused_with_close_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        get_recipe(name)
