@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pliant import anatomy
 from pliant._config import FORMAT, Config, check_arguments, is_foreign, plain, sequence, some
+from pliant._state import difference, shapes, ties
 from pliant._version import __version__
 from pliant.methods import METHODS
 from pliant.surgery import conversions, convert
@@ -42,8 +43,6 @@ _ADVICE = (
     "pass the keyword arguments it was made with as arguments={...}; a network that was changed by "
     "hand cannot be rebuilt from its name"
 )
-
-Shapes = dict[str, tuple[bool, tuple[int, ...]] | None]  # (floating point?, shape); None: no tensor
 
 
 class CheckpointError(ValueError):
@@ -173,7 +172,7 @@ def load(
         model = _rebuild(config, "cpu")
     except Exception as error:  # a constructor may raise anything for arguments that do not fit it
         raise CheckpointError(f"{folder / CONFIG}: {config.network} cannot be built: {error}") from error
-    problem = _difference(_shapes({**tensors, **config.state}), _shapes(model.state_dict()))
+    problem = difference(shapes({**tensors, **config.state}), shapes(model.state_dict()))
     if problem:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit {config.network}: {problem}")
     if digest != config.sha256:
@@ -345,54 +344,19 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from error
 
 
-def _shapes(state: Mapping[str, Any]) -> Shapes:
-    return {
-        k: (v.is_floating_point(), tuple(v.shape)) if isinstance(v, Tensor) else None
-        for k, v in state.items()
-    }
-
-
-def _difference(found: Shapes, expected: Shapes) -> str:
-    """How the entries of a state dict differ from what they should be; empty if not."""
-    parts = []
-    for word, names in (
-        ("missing", expected.keys() - found.keys()),
-        ("unexpected", found.keys() - expected),
-    ):
-        if names:
-            parts.append(f"{word} {some(names)}")
-    for name in sorted(found.keys() & expected.keys()):
-        if found[name] != expected[name]:
-            parts.append(f"{name} is {_kind(found[name])} instead of {_kind(expected[name])}")
-            break  # one tells; the others follow from the same cause
-    return "; ".join(parts)
-
-
-def _kind(shape: tuple[bool, tuple[int, ...]] | None) -> str:
-    return "no tensor" if shape is None else f"{'float' if shape[0] else 'int'} {list(shape[1])}"
-
-
 def _check_structure(model: nn.Module, config: Config) -> None:
     """Refuse a network that `config` does not rebuild; costs no memory."""
     try:
         rebuilt = _rebuild(config, "meta")
     except Exception as error:  # as in `load`
         raise ValueError(f"{config.network} cannot be built again: {error}; {_ADVICE}") from error
-    problem = _difference(_shapes(model.state_dict()), _shapes(rebuilt.state_dict()))
-    if not problem and _ties(model) != _ties(rebuilt):
+    problem = difference(shapes(model.state_dict()), shapes(rebuilt.state_dict()))
+    if not problem and ties(model) != ties(rebuilt):
         problem = (
-            f"other tensors are shared: {some('='.join(sorted(t)) for t in _ties(model) ^ _ties(rebuilt))}"
+            f"other tensors are shared: {some('='.join(sorted(t)) for t in ties(model) ^ ties(rebuilt))}"
         )
     if problem:
         raise ValueError(f"this network is not {config.network} {config.arguments}: {problem}; {_ADVICE}")
-
-
-def _ties(model: nn.Module) -> set[frozenset[str]]:
-    """Names of the tensors that several modules share."""
-    names: dict[int, set[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), set()).add(name)
-    return {frozenset(group) for group in names.values() if len(group) > 1}
 
 
 def _check_outputs(model: nn.Module, again: nn.Module, size: tuple[int, int, int] | None) -> None:
