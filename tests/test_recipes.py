@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,10 @@ def test_the_papers_recipes():
 def test_unknown_recipes_are_refused_with_close_names(name, message):
     with pytest.raises(ValueError, match=message):
         get_recipe(name)
+
+
+def test_recipes_are_listed_without_lightning():
+    code = "import sys, pliant.recipes, pliant.train; print(pliant.recipes.list_recipes()[0]);"
+    code += "assert not {'lightning', 'sklearn', 'torchmetrics'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("digits.")

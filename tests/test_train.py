@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -56,7 +60,7 @@ def tiny(tmp_path_factory):
 def test_the_folder_holds_what_is_promised(tiny):
     names = {p.name for p in tiny.folder.iterdir()}
     assert {"recipe.json", "environment.json", "metrics.csv", "run.json", "best", "checkpoints"} <= names
-    assert any(name.startswith("events.") for name in names)
+    assert any(p.name.startswith("events.") for p in (tiny.folder / "tensorboard").iterdir())
     assert {p.name for p in (tiny.folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert not [name for name in names if name.startswith(".")]
     assert Recipe.from_dict(json.loads((tiny.folder / "recipe.json").read_text())) == TINY
@@ -157,6 +161,20 @@ def test_a_run_killed_in_its_first_epoch_starts_again(tiny, tmp_path):
     with pytest.raises(KeyError, match="killed"):
         fit(TINY, tmp_path / "run", progress=False, callbacks=[StopAfter(0)])
     assert same(weights(fit(TINY, tmp_path / "run", resume=True, progress=False)), weights(tiny))
+
+
+def test_an_interrupted_run_says_so_and_continues(tiny, tmp_path):
+    class CtrlC(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 12:
+                signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="continued with resume"):
+        fit(TINY, tmp_path / "run", progress=False, callbacks=[CtrlC()])
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed = fit(TINY, tmp_path / "run", resume=True, progress=False)
+    assert same(weights(resumed), weights(tiny))
 
 
 def test_folders_that_are_taken_are_refused(tiny, tmp_path):
@@ -282,3 +300,33 @@ def test_optimisers_take_the_recipe():
 def test_the_digits_recipe_reaches_95_percent(network, tmp_path):
     recipe = override(get_recipe(f"digits.{network}"), ["accelerator=cpu"])
     assert fit(recipe, tmp_path / "run", progress=False).test_accuracy >= 0.95
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_score_as_one(tmp_path):
+    """DDP without a search for unused parameters; every image is scored once."""
+    script = """
+import os, sys
+from pliant.train import fit, Recipe
+if __name__ == "__main__":
+    recipe = Recipe(name="d", model="resnet20_cifar_mod", pixels=8, epochs=2, devices=2, strategy="ddp",
+                    accelerator="cpu", threads=1)
+    run = fit(recipe, sys.argv[1], progress=False)
+    print(f"{os.environ['LOCAL_RANK']} {run.test_accuracy} {run.history[-1]['train_loss']}", flush=True)
+"""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "run")]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    assert said["0"] == said["1"]
+    run = read_run(tmp_path / "run")
+    assert float(said["0"].split()[0]) == run.test_accuracy
+    assert evaluate(run.folder, "digits", device="cpu").top1 == pytest.approx(run.test_accuracy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,18 @@ from pliant.train.data import Data, load_data
 from pliant.train.evaluation import score
 from pliant.train.objectives import Objective
 from pliant.train.recipe import Recipe
-from pliant.train.run import BEST, LAST, METRICS, RESULT, Run, claim, read_run, write_metrics, write_run
+from pliant.train.run import (
+    BEST,
+    LAST,
+    METRICS,
+    RESULT,
+    TENSORBOARD,
+    Run,
+    claim,
+    read_run,
+    write_metrics,
+    write_run,
+)
 from pliant.train.seeds import seeded
 from pliant.train.tasks import Classification
 
@@ -51,7 +63,7 @@ def fit(
         recipe: what to run.
         folder: where to; by default ``runs/<name>-s<seed>``. Afterwards it holds
             ``recipe.json``, ``environment.json`` (versions, commit, machine),
-            ``metrics.csv``, TensorBoard's ``events.*`` if it is installed,
+            ``metrics.csv``, ``tensorboard/`` if that is installed,
             ``checkpoints/{best,last}.ckpt`` (Lightning's), ``best/`` (the network, for
             `pliant.load`) and ``run.json``.
         resume: continue the unfinished run in `folder` after its last whole epoch; of a
@@ -67,6 +79,7 @@ def fit(
         ValueError: a folder that holds something else; a network that does not fit the
             data, or that `pliant.checkpoint.save` could not save (found before training).
         FileNotFoundError: the data is not there.
+        KeyboardInterrupt: Ctrl-C; the run can be continued.
         NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints are kept.
         UnreadableImageError: an image cannot be read, and the recipe stops at such.
 
@@ -179,7 +192,15 @@ def _train(
     for loader in (train, val, check):
         loader.unreadable = task.unreadable  # one set, which checkpoints keep
     trainer.callbacks.insert(0, _Epochs(train, folder / METRICS))  # type: ignore[attr-defined]
-    trainer.fit(task, train, [val, check], ckpt_path=checkpoint)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(task, train, [val, check], ckpt_path=checkpoint)
+    except SystemExit as stop:
+        # Lightning makes this of Ctrl-C, and leaves the process deaf to the next.
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt(f"interrupted; {folder} can be continued with resume") from stop
     return task
 
 
@@ -248,7 +269,7 @@ def _logger(folder: Path) -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     try:
-        return TensorBoardLogger(folder, name="", version="")
+        return TensorBoardLogger(folder, name=TENSORBOARD, version="")
     except ModuleNotFoundError:
         logging.getLogger(__name__).warning(
             "TensorBoard is not installed (pip install tensorboard): only %s is written", METRICS

@@ -24,8 +24,8 @@ AUGMENTATIONS = ("none", "crop", "flip_crop")
 # The starts of timm's configuration strings, each with its own options after a dash.
 AUTO_AUGMENTATIONS = ("rand", "original", "originalr", "v0", "v0r", "3a", "augmix")
 
-# May differ between a run and its continuation: they say where it runs, not what it is.
-WHERE = ("path", "download", "workers", "threads", "accelerator", "devices", "strategy")
+# May differ between a run and its continuation: not what is run, but where.
+WHERE = ("note", "path", "download", "workers", "threads", "accelerator", "strategy")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 ``recipe.json`` and ``environment.json`` are written at the start, ``metrics.csv`` after
 each epoch, ``best/`` (the network, by `pliant.checkpoint`) and ``run.json`` at the end.
-``checkpoints/`` is Lightning's.
+``checkpoints/`` and ``tensorboard/`` are Lightning's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ RECIPE, ENVIRONMENT, METRICS, RESULT, BEST = (
     "run.json",
     "best",
 )
+TENSORBOARD = "tensorboard"
 LAST = Path("checkpoints", "last.ckpt")
 
 

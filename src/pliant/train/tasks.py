@@ -165,10 +165,10 @@ class Classification(pl.LightningModule):
                 f"step {self.global_step}{_REMEDY}"
             )
         self.history.append(row)
-        shown = {"val_accuracy", "gap"}
         for name, value in row.items():
             if name not in ("epoch", "seconds"):
-                self.log(name, value, prog_bar=name in shown, rank_zero_only=True)
+                self.log(name, value, rank_zero_only=True)
+        self.log("val", val, prog_bar=True, logger=False, rank_zero_only=True)  # a bar is short
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history."""
