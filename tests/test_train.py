@@ -230,9 +230,13 @@ def test_options_run_and_learn(changes, tmp_path):
 
 
 def test_own_network_and_callbacks(tmp_path):
-    seen = []
+    seen, orders = [], []
 
     class Listener(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                orders.append(batch[1].tolist())
+
         def on_train_epoch_end(self, trainer, pl_module):
             seen.append(pl_module.history[-1]["epoch"])
 
@@ -241,6 +245,7 @@ def test_own_network_and_callbacks(tmp_path):
         override(TINY, ["epochs=2"]), tmp_path / "run", model=model, progress=False, callbacks=[Listener()]
     )
     assert seen == [0, 1]
+    assert orders[0] != orders[1]  # each epoch has its own order
     assert run.model is model
     assert not model.training
 
