@@ -40,7 +40,7 @@ def test_models_lists_counts():
 
 def test_plan_prints_coverage_and_saves(tmp_path):
     printed = run("plan", "resnet18", "c=16", "order=index", "--save-to", tmp_path / "net")
-    assert "layer1.1: BasicBlock -> MoDBlock (C=64, c=16, k=4)" in printed
+    assert "layer1.1: BasicBlock -> MoDBlock (C=64, c=16, k=4, hidden=4)" in printed
     assert load(tmp_path / "net").layer1[1].selector.order == "index"
 
 

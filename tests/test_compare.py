@@ -13,6 +13,7 @@ from pliant.compare import (
     REMOVED,
     Score,
     compare,
+    controls_by_name,
     mod_controls,
     summary,
     terminal_summary,
@@ -23,6 +24,7 @@ from pliant.train.recipe import Recipe, override
 TINY = Recipe(
     name="tiny", model="resnet20_cifar", pixels=8, epochs=1, batch=256, workers=0, accelerator="cpu"
 )
+MOD = replace(TINY, model="resnet20_cifar_mod")
 SCORE = Score(
     label="a",
     recipe="r",
@@ -43,7 +45,8 @@ SCORE = Score(
 
 
 def test_controls_change_the_network_and_nothing_else():
-    recipes = mod_controls(override(TINY, ["model_args.drop_rate=0.1", "seed=3"]))
+    plain = override(TINY, ["model_args.drop_rate=0.1", "seed=3"])
+    recipes = mod_controls(plain, replace(plain, model="resnet20_cifar_mod"))
     assert list(recipes) == [PLAIN, *MOD_CONTROLS]
     assert recipes[PLAIN].model == "resnet20_cifar"
     assert recipes[REMOVED].model == "resnet20_cifar_mod"
@@ -53,8 +56,23 @@ def test_controls_change_the_network_and_nothing_else():
         assert replace(recipe, model="x", model_args={}) == replace(TINY, model="x", model_args={}, seed=3)
 
 
+def test_an_unfair_comparison_is_refused():
+    with pytest.raises(ValueError, match=r"differ in epochs \(1 and 2\)"):
+        mod_controls(TINY, replace(MOD, epochs=2))
+
+
+def test_controls_by_name_change_both_and_keep_what_the_form_needs():
+    recipes = controls_by_name("digits.resnet18", ["epochs=2"])
+    assert {recipe.epochs for recipe in recipes.values()} == {2}
+    assert "reduction" not in recipes[PLAIN].model_args
+    assert recipes["MoD, index order"].model_args["reduction"] == 4
+    assert controls_by_name("cifar10.resnet50.paper")[REMOVED].model == "resnet50_cifar_mod"
+    with pytest.raises(ValueError, match="no recipe"):
+        controls_by_name("digits.resnet18_mod")
+
+
 def test_compare_trains_scores_and_reads_finished_runs_again(tmp_path):
-    recipes = {k: v for k, v in mod_controls(TINY).items() if k in (PLAIN, REMOVED)}
+    recipes = {k: v for k, v in mod_controls(TINY, MOD).items() if k in (PLAIN, REMOVED)}
     seen = []
     first = compare(recipes, tmp_path, progress=False, started=lambda label, _: seen.append(label))
     assert seen == [PLAIN, REMOVED]

@@ -486,7 +486,7 @@ def test_printed_plan_mentions_every_block():
     model = timm.create_model("resnet50")
     text = str(plan(model, MixtureOfDepths(c=64)))
     lines = text.splitlines()
-    assert lines[0] == "layer1.1: Bottleneck -> MoDBlock (C=256, c=64, k=4)"
+    assert lines[0] == "layer1.1: Bottleneck -> MoDBlock (C=256, c=64, k=4, hidden=16)"
     assert "  layer1.0: a stage's first block stays" in lines
     assert "  layer1.2: an even block stays" in lines
     for stage in stages(model):

@@ -204,19 +204,17 @@ def compare(
     rows: Annotated[Path | None, typer.Option(help="CSV file that gets the scores, appended")] = None,
 ) -> None:
     """Train a plain network, its Mixture-of-Depths form and the controls, and score them."""
+    from pliant.compare import PLAIN, controls_by_name, terminal_summary, write_scores
     from pliant.compare import compare as run
-    from pliant.compare import mod_controls, terminal_summary, write_scores
-    from pliant.recipes import get_recipe
-    from pliant.train.recipe import override
 
-    plain = override(get_recipe(recipe), changes or [])
+    controls = controls_by_name(recipe, changes or [])
+    unknown = set(only or ()) - controls.keys()
+    if unknown:
+        raise ValueError(f"no label {unknown.pop()!r}; the labels are {', '.join(controls)}")
     scores = []
-    for seed in range(plain.seed, plain.seed + seeds):
-        chosen = mod_controls(replace(plain, seed=seed))
-        unknown = set(only or ()) - chosen.keys()
-        if unknown:
-            raise ValueError(f"no label {unknown.pop()!r}; the labels are {', '.join(chosen)}")
-        chosen = {label: one for label, one in chosen.items() if not only or label in only}
+    first = controls[PLAIN].seed
+    for seed in range(first, first + seeds):
+        chosen = {k: replace(r, seed=seed) for k, r in controls.items() if not only or k in only}
         for score, _ in run(chosen, folder / recipe, started=lambda label, _: typer.echo(label)).values():
             scores.append(score)
             if rows is not None:

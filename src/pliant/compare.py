@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pliant._files import atomic_path
-from pliant.train.recipe import Recipe
+from pliant.train.recipe import Recipe, differences, override
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,22 +87,47 @@ class Score:
     date: str = ""
 
 
-def mod_controls(plain: Recipe, mod_model: str | None = None) -> dict[str, Recipe]:
-    """A plain network's recipe, and the same for MoD and each of its controls.
+def mod_controls(plain: Recipe, mod: Recipe) -> dict[str, Recipe]:
+    """A plain network's recipe, that of its Mixture-of-Depths form, and all controls.
 
     Args:
-        plain: of a network that has a form ``<model>_mod``.
-        mod_model: name of that form, where it is another.
+        plain: of the plain network.
+        mod: of its Mixture-of-Depths form, with the options that all controls share.
+
+    Raises:
+        ValueError: the two recipes differ in more than their network.
 
     Example:
-        >>> list(mod_controls(Recipe(name="digits", model="resnet18_cifar")))[:2]
+        >>> from pliant.recipes import get_recipe
+        >>> list(mod_controls(get_recipe("digits.resnet18"), get_recipe("digits.resnet18_mod")))[:2]
         ['plain', 'MoD, score order']
     """
-    model = mod_model or f"{plain.model}_mod"
+    other = differences(plain, mod, leaving_out=("name", "note", "model", "model_args"))
+    if other:
+        raise ValueError(f"{plain.name} and {mod.name} differ in {', '.join(other)}: no fair comparison")
     return {PLAIN: plain} | {
-        label: replace(plain, model=model, model_args={**plain.model_args, **options})
+        label: replace(mod, model_args={**mod.model_args, **options})
         for label, options in MOD_CONTROLS.items()
     }
+
+
+def controls_by_name(name: str, changes: Sequence[str] = ()) -> dict[str, Recipe]:
+    """`mod_controls` for the recipe of a plain network and its form ``<network>_mod``.
+
+    Args:
+        name: of the plain network's recipe, ``"cifar10.resnet20"``.
+        changes: ``key=value`` strings, applied to both.
+
+    Raises:
+        ValueError: no such recipe, or the network has no such form.
+    """
+    from pliant.recipes import get_recipe
+
+    data, _, rest = name.partition(".")
+    network, dot, form = rest.partition(".")
+    names = (name, f"{data}.{network}_mod{dot}{form}")
+    plain, mod = (override(get_recipe(one), changes) for one in names)
+    return mod_controls(plain, mod)
 
 
 def compare(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pliant._files import atomic_path
-from pliant.compare import PLAIN, Score, compare, mod_controls, write_scores
+from pliant.compare import PLAIN, Score, compare, controls_by_name, write_scores
 from pliant.report import FigureBlock, TableBlock, write_report
 
 if TYPE_CHECKING:
@@ -62,14 +62,12 @@ def quickstart(
     from rich.console import Console
 
     from pliant.measuring.rows import terminal_table, write_rows
-    from pliant.recipes import get_recipe
-    from pliant.train.recipe import override
 
     console = console or Console()
     folder = Path(folder)
     if threads is not None:
         torch.set_num_threads(threads)
-    recipes = mod_controls(override(get_recipe(RECIPE), changes))
+    recipes = controls_by_name(RECIPE, changes)
     console.print(
         f"Training {len(recipes)} networks on scikit-learn's digits, "
         f"{recipes[PLAIN].epochs} epochs each, {torch.get_num_threads()} threads."

@@ -16,18 +16,16 @@ Shapes in this file::
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.models import resnet
 from torch import Tensor, nn
 
 from pliant.anatomy import Block, BlockInfo, RemovedBlock, stages
+from pliant.methods.narrow import core_width, narrow_core, unfit
 from pliant.surgery import Method, PassedOver, Site, Survey
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -47,7 +45,8 @@ class MixtureOfDepths(Method):
     Args:
         c: k = C // c channels of C are processed (section 3.2). None: the width of
             the network's first block, the largest that is legal (64 for ResNet-50).
-        reduction: r of the selector, C -> C // r -> C (section 3.1; 16 in the paper).
+        reduction: r of the selector, C -> C // r -> C (section 3.1; 16 in the paper). A
+            selector with one hidden unit ranks the channels alike for every input.
         selection: which channels. ``"learned"`` by the selector; ``"random"`` fresh
             for each sample and forward, from torch's default generator, in evaluation
             too (the paper's MoD50-rand); ``"fixed"`` random, drawn once; ``"first"``
@@ -96,12 +95,9 @@ class MixtureOfDepths(Method):
     zero_init_last: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, least in (("c", self.c, 1), ("reduction", self.reduction, 1)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= least):
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        if self.reduction is None:
-            raise ValueError("reduction must be a whole number of at least 1, not None")
+        for name, value in (("c", 1 if self.c is None else self.c), ("reduction", self.reduction)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         for name, kind in (("selection", Selection), ("order", Order), ("fusion", Fusion)):
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
@@ -143,27 +139,34 @@ class MixtureOfDepths(Method):
                 else:
                     take, why = self.blocks == "all" or i % 2 == 1, "an even block stays"
                 if take:
-                    why = _unfit(block)
+                    why = unfit(block)
                     take = not why
                 if take:
                     assert c is not None
                     sites.append(Site(block.path, self._detail(block, c)))
                 else:
                     passed_over.append(PassedOver(block.path, why))
-        notes: tuple[str, ...] = ()
-        if self.selection != "none" and not self.zero_init_last and sites:
-            notes = (
+        notes = []
+        if self.selection != "none" and not self.zero_init_last:
+            notes.append(
                 "the new blocks are narrow and start fresh: a trained network has to be trained "
-                "again; zero_init_last=True starts as the network without them",
+                "again; zero_init_last=True starts as the network without them"
             )
-        return Survey(tuple(sites), tuple(passed_over), notes)
+        constant = [s.path for s in sites if self.selection == "learned" and s.detail["hidden"] == 1]
+        if constant:
+            notes.append(
+                f"one hidden unit ranks the channels alike for every input, so the selection of "
+                f"{', '.join(constant)} is constant; choose a smaller reduction than {self.reduction}"
+            )
+        return Survey(tuple(sites), tuple(passed_over), tuple(notes))
 
     def replace(self, module: nn.Module, site: Site) -> nn.Module:
         """Build the block for one site; see `Method.replace`."""
         if self.selection == "none":
             return RemovedBlock(site.detail["C"])
-        core = _CORES[type(module)](module, site.detail["C"], site.detail["k"], self)
-        return MoDBlock(module, core, site.detail["C"], site.detail["k"], self)
+        channels, k = site.detail["C"], site.detail["k"]
+        core = narrow_core(module, channels, k, last_act=self.last_act, zero_init_last=self.zero_init_last)
+        return MoDBlock(module, core, channels, k, self)
 
     def _wanted(self, every: dict[str, BlockInfo]) -> set[str] | None:
         if isinstance(self.blocks, str):
@@ -185,13 +188,16 @@ class MixtureOfDepths(Method):
         k = channels // c
         if self.selection == "none":
             return {"C": channels}
-        narrowest = min(k, _core_width(block.module, channels, k))
+        narrowest = min(k, core_width(block.module, channels, k))
         if narrowest < 1:
             raise ValueError(
                 f"{block.path}: C = {channels} channels with c = {c} leave k = {k} for the selector "
                 f"and {narrowest} inside its core; choose a smaller c"
             )
-        return {"C": channels, "c": c, "k": k}
+        detail = {"C": channels, "c": c, "k": k}
+        if self.selection == "learned":
+            detail["hidden"] = max(1, channels // self.reduction)
+        return detail
 
 
 class ChannelSelector(nn.Module):
@@ -200,6 +206,11 @@ class ChannelSelector(nn.Module):
     GAP -> Linear(C, C // r) -> ReLU -> Linear(C // r, C) -> top k -> sigmoid, without
     bias or norm. Ranks the logits: saturated sigmoids tie. Half and bfloat16 are
     promoted to float32, under autocast too, because ranking needs the digits.
+
+    Weights start as PyTorch's, but each hidden unit's sign is chosen so that its weights
+    sum to at least zero: pooled activations are not negative, so it starts active. Of the
+    few units that a narrow block has, otherwise all are often silent for every input, and
+    then nothing is ever learned.
 
     Args:
         channels: C.
@@ -213,6 +224,9 @@ class ChannelSelector(nn.Module):
         self.k, self.order = k, order
         self.fc1 = nn.Linear(channels, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, channels, bias=False)
+        with torch.no_grad():
+            total = self.fc1.weight.sum(1, keepdim=True)
+            self.fc1.weight.copy_(torch.where(total < 0, -self.fc1.weight, self.fc1.weight))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores [B, k], at least float32, and index [B, k], int64, for `x`."""
@@ -361,102 +375,3 @@ def without_mod_blocks(model: Network) -> Network:
 def _spread(index: Tensor, x: Tensor) -> Tensor:
     """`index` [B, k] as [B, k, H, W], to gather and scatter whole channels of `x`."""
     return index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])
-
-
-def _unfit(block: BlockInfo) -> str:
-    """Why no core can stand in for this block; empty when one can."""
-    m: Any = block.module
-    if type(m) not in _CORES:
-        known = ", ".join(f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in _CORES)
-        return f"no Mixture-of-Depths core for a {block.kind} (there is one for {known})"
-    if block.stride != 1 or block.in_channels != block.out_channels:
-        return f"stride {block.stride}, {block.in_channels} to {block.out_channels} channels"
-    if any(conv.groups != 1 for conv in m.modules() if isinstance(conv, nn.Conv2d)):
-        return "grouped convolutions: a core of k channels cannot keep the groups"
-    if m.se is not None:
-        return f"channel attention ({type(m.se).__name__}) has no narrow form here"
-    if not isinstance(m.aa, nn.Identity):
-        return f"anti-aliasing ({type(m.aa).__name__}) has no narrow form here"
-    if not isinstance(m.bn1, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        return f"{type(m.bn1).__name__}: a core needs batch norm"
-    return ""
-
-
-def _core_width(block: nn.Module, channels: int, k: int) -> int:
-    """Width inside the core: the block's own, shrunk with k (1x1 k -> k // 4)."""
-    if isinstance(block, resnet.Bottleneck):
-        return int(k * block.conv1.out_channels // channels)
-    return k
-
-
-def _bottleneck_core(
-    block: resnet.Bottleneck, channels: int, k: int, config: MixtureOfDepths
-) -> nn.Sequential:
-    """1x1 k -> k // 4, norm, act, 3x3, norm, act, 1x1 -> k, norm."""
-    width = _core_width(block, channels, k)
-    layers: list[tuple[str, nn.Module]] = [
-        ("conv1", _narrow_conv(block.conv1, k, width)),
-        ("bn1", _narrow_norm(block.bn1, width)),
-        ("act1", copy.deepcopy(block.act1)),
-        ("conv2", _narrow_conv(block.conv2, width, width)),
-        ("bn2", _narrow_norm(block.bn2, width)),
-        ("drop_block", copy.deepcopy(block.drop_block)),
-        ("act2", copy.deepcopy(block.act2)),
-        ("conv3", _narrow_conv(block.conv3, width, k)),
-        ("bn3", _narrow_norm(block.bn3, k, zero=config.zero_init_last)),
-        ("act3", copy.deepcopy(block.act3)),
-    ]
-    return _core(layers, config)
-
-
-def _basic_core(block: resnet.BasicBlock, _channels: int, k: int, config: MixtureOfDepths) -> nn.Sequential:
-    """3x3 k -> k, norm, act, 3x3 k -> k, norm."""
-    layers: list[tuple[str, nn.Module]] = [
-        ("conv1", _narrow_conv(block.conv1, k, k)),
-        ("bn1", _narrow_norm(block.bn1, k)),
-        ("drop_block", copy.deepcopy(block.drop_block)),
-        ("act1", copy.deepcopy(block.act1)),
-        ("conv2", _narrow_conv(block.conv2, k, k)),
-        ("bn2", _narrow_norm(block.bn2, k, zero=config.zero_init_last)),
-        ("act2", copy.deepcopy(block.act2)),
-    ]
-    return _core(layers, config)
-
-
-# A core for another family: its builder here, its shape in anatomy.
-_CORES: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    resnet.Bottleneck: _bottleneck_core,
-    resnet.BasicBlock: _basic_core,
-}
-
-
-def _core(layers: list[tuple[str, nn.Module]], config: MixtureOfDepths) -> nn.Sequential:
-    if not config.last_act:
-        layers = layers[:-1]
-    kept = [(name, layer) for name, layer in layers if not isinstance(layer, nn.Identity)]
-    return nn.Sequential(OrderedDict(kept))
-
-
-def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
-    """A convolution as `conv`, padding and dilation kept, of other widths, fresh."""
-    new = nn.Conv2d(
-        in_channels,
-        out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        padding=conv.padding,  # type: ignore[arg-type]
-        dilation=conv.dilation,  # type: ignore[arg-type]
-        bias=conv.bias is not None,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
-    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
-    return new
-
-
-def _narrow_norm(norm: nn.BatchNorm2d, channels: int, zero: bool = False) -> nn.BatchNorm2d:
-    """A batch norm as `norm`, of another width, fresh."""
-    new = type(norm)(channels, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    if zero and new.affine:
-        nn.init.zeros_(new.weight)
-    like = next(iter(norm.parameters()), None)
-    return new if like is None else new.to(like.device, like.dtype)

@@ -1,8 +1,8 @@
 """The Mixture-of-Depths networks by name (Tables 1, 5, 7 and 11 of arXiv 2409.17016).
 
 ``resnet{18,26,34,42,50,75,86,101,152}_mod`` for 224 x 224 images, and the CIFAR forms
-``resnet{18,34,50}_cifar_mod`` and ``resnet{20,56}_cifar_mod``. Every option of
-`MixtureOfDepths` is a keyword of ``timm.create_model``.
+``resnet{18,34,50}_cifar_mod`` and ``resnet{20,56}_cifar_mod`` (narrow, so with a selector
+of reduction 4). Every option of `MixtureOfDepths` is a keyword of ``timm.create_model``.
 
 Example:
     >>> import timm, pliant
@@ -50,4 +50,6 @@ for _base, _build in CIFAR_NETWORKS.items():
         input_size=CIFAR_SIZE,
         num_classes=10,
         feature_levels=feature_levels(_base),
+        # At r = 16, blocks of 16 and 32 channels would have one and two hidden units.
+        **({"reduction": 4} if _base in ("resnet20", "resnet56") else {}),
     )

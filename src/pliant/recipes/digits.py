@@ -7,6 +7,7 @@ minute on two cores. The recipe is ours: digits are in none of the papers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pliant.recipes._networks import cifar_network
 from pliant.train.recipe import Recipe
@@ -23,12 +24,16 @@ def short(network: str = "resnet18_mod") -> Recipe:
         'resnet18_cifar'
     """
     model = cifar_network(network)
-    small = network.split("_")[0] in ("resnet20", "resnet56")
+    arguments: dict[str, Any] = {}
+    if network.split("_")[0] not in ("resnet20", "resnet56"):
+        arguments["channels"] = [16, 32, 64, 128]
+        if network.endswith("_mod"):
+            arguments["reduction"] = 4  # at 16, blocks so narrow would have one hidden unit
     return Recipe(
         name=f"digits.{network}",
         note="ours; made for a first run",
         model=model,
-        model_args={} if small else {"channels": [16, 32, 64, 128]},
+        model_args=arguments,
         data="digits",
         pixels=16,
         epochs=10,

@@ -1,0 +1,140 @@
+"""Narrow copies of blocks: the cores that Mixture-of-Depths puts in their place.
+
+A core is built from the block that it replaces: the same layers on k of C channels,
+stride 1, with the block's padding, dilation and activation, and fresh weights.
+
+Shapes: a core takes and gives [B, k, H, W]; k is at most the block's C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import resnet
+from torch import nn
+
+from pliant.anatomy import BlockInfo
+
+
+def narrow_core(
+    block: nn.Module, channels: int, k: int, *, last_act: bool = False, zero_init_last: bool = False
+) -> nn.Sequential:
+    """A copy of `block` on k of its channels, without its shortcut.
+
+    Args:
+        block: one for which `unfit` has nothing to say.
+        channels: C, the block's width.
+        k: the core's.
+        last_act: keep the activation at its end.
+        zero_init_last: start its last norm at zero.
+
+    Example:
+        >>> block = resnet.BasicBlock(64, 64)
+        >>> list(dict(narrow_core(block, 64, 4).named_children()))
+        ['conv1', 'bn1', 'act1', 'conv2', 'bn2']
+    """
+    return _CORES[type(block)](block, channels, k, last_act, zero_init_last)
+
+
+def unfit(block: BlockInfo) -> str:
+    """Why no core can stand in for this block; empty when one can."""
+    m: Any = block.module
+    if type(m) not in _CORES:
+        known = ", ".join(f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in _CORES)
+        return f"no Mixture-of-Depths core for a {block.kind} (there is one for {known})"
+    if block.stride != 1 or block.in_channels != block.out_channels:
+        return f"stride {block.stride}, {block.in_channels} to {block.out_channels} channels"
+    if any(conv.groups != 1 for conv in m.modules() if isinstance(conv, nn.Conv2d)):
+        return "grouped convolutions: a core of k channels cannot keep the groups"
+    if m.se is not None:
+        return f"channel attention ({type(m.se).__name__}) has no narrow form here"
+    if not isinstance(m.aa, nn.Identity):
+        return f"anti-aliasing ({type(m.aa).__name__}) has no narrow form here"
+    if not isinstance(m.bn1, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return f"{type(m.bn1).__name__}: a core needs batch norm"
+    return ""
+
+
+def core_width(block: nn.Module, channels: int, k: int) -> int:
+    """Width inside the core: the block's own, shrunk with k (1x1 k -> k // 4)."""
+    if isinstance(block, resnet.Bottleneck):
+        return int(k * block.conv1.out_channels // channels)
+    return k
+
+
+def _bottleneck_core(
+    block: resnet.Bottleneck, channels: int, k: int, last_act: bool, zero_init_last: bool
+) -> nn.Sequential:
+    """1x1 k -> k // 4, norm, act, 3x3, norm, act, 1x1 -> k, norm."""
+    width = core_width(block, channels, k)
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", _narrow_conv(block.conv1, k, width)),
+        ("bn1", _narrow_norm(block.bn1, width)),
+        ("act1", copy.deepcopy(block.act1)),
+        ("conv2", _narrow_conv(block.conv2, width, width)),
+        ("bn2", _narrow_norm(block.bn2, width)),
+        ("drop_block", copy.deepcopy(block.drop_block)),
+        ("act2", copy.deepcopy(block.act2)),
+        ("conv3", _narrow_conv(block.conv3, width, k)),
+        ("bn3", _narrow_norm(block.bn3, k, zero=zero_init_last)),
+        ("act3", copy.deepcopy(block.act3)),
+    ]
+    return _core(layers, last_act)
+
+
+def _basic_core(
+    block: resnet.BasicBlock, _channels: int, k: int, last_act: bool, zero_init_last: bool
+) -> nn.Sequential:
+    """3x3 k -> k, norm, act, 3x3 k -> k, norm."""
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", _narrow_conv(block.conv1, k, k)),
+        ("bn1", _narrow_norm(block.bn1, k)),
+        ("drop_block", copy.deepcopy(block.drop_block)),
+        ("act1", copy.deepcopy(block.act1)),
+        ("conv2", _narrow_conv(block.conv2, k, k)),
+        ("bn2", _narrow_norm(block.bn2, k, zero=zero_init_last)),
+        ("act2", copy.deepcopy(block.act2)),
+    ]
+    return _core(layers, last_act)
+
+
+# A core for another family: its builder here, its shape in anatomy.
+_CORES: dict[type[nn.Module], Callable[..., nn.Sequential]] = {
+    resnet.Bottleneck: _bottleneck_core,
+    resnet.BasicBlock: _basic_core,
+}
+
+
+def _core(layers: list[tuple[str, nn.Module]], last_act: bool) -> nn.Sequential:
+    if not last_act:
+        layers = layers[:-1]
+    kept = [(name, layer) for name, layer in layers if not isinstance(layer, nn.Identity)]
+    return nn.Sequential(OrderedDict(kept))
+
+
+def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A convolution as `conv`, padding and dilation kept, of other widths, fresh."""
+    new = nn.Conv2d(
+        in_channels,
+        out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
+    return new
+
+
+def _narrow_norm(norm: nn.BatchNorm2d, channels: int, zero: bool = False) -> nn.BatchNorm2d:
+    """A batch norm as `norm`, of another width, fresh."""
+    new = type(norm)(channels, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    if zero and new.affine:
+        nn.init.zeros_(new.weight)
+    like = next(iter(norm.parameters()), None)
+    return new if like is None else new.to(like.device, like.dtype)
