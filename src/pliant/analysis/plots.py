@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pliant._files import atomic_path
+from pliant.analysis._figure import check_suffix, write_figure
 from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION, NO_BLOCKS, Measurement
 
 if TYPE_CHECKING:
@@ -62,11 +62,9 @@ def plot_against_latency(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(path)
+    path = check_suffix(path)
     if y not in QUANTITIES:
         raise ValueError(f"y is {y!r}; it can be {', '.join(QUANTITIES)}")
-    if path.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"{path.name}: the suffix must be .svg, .png or .pdf")
     panels: dict[str, list[Measurement]] = {}
     for row in rows:
         if row.median_ms is not None and getattr(row, y) is not None:
@@ -88,14 +86,7 @@ def plot_against_latency(
     figure.set_layout_engine("none")
     for axes, members in zip(figure.axes, panels.values(), strict=True):
         _label(axes, members, y)
-    with atomic_path(path) as temporary:
-        # Text stays text, so that a page can search it; no date, so that files compare.
-        import matplotlib
-
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pliant"}):
-            metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
-            figure.savefig(temporary, dpi=150, metadata=metadata)
-    return path
+    return write_figure(figure, path)
 
 
 def _kind(row: Measurement) -> str:
