@@ -64,11 +64,11 @@ bench: setup ## latency, MACs and the MoD tax on this machine's CPU
 # For a machine with a GPU and a torch of its own: no .venv, nothing is installed. Every
 # step runs whatever became of the one before; the exit status tells if one failed.
 gpu: export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
-gpu: ## GPU tests and timings by the Python at hand; DATA=folder adds a training comparison
+gpu: ## GPU tests and timings by the Python at hand; DATA=folder of CIFAR-10 adds a training comparison (CHANGES=epochs=10)
 	@failed=; step() { echo "+ $$*"; "$$@" || failed="$$failed; $$*"; }; \
 	step $(PYTHON) -m pytest -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py); \
 	step $(PYTHON) -m pliant bench --device cuda; \
-	if [ -n "$(DATA)" ]; then step $(PYTHON) -m pliant compare cifar10 --data "$(DATA)" --device cuda; fi; \
+	if [ -n "$(DATA)" ]; then step $(PYTHON) -m pliant compare cifar10.resnet18 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-cuda.csv; fi; \
 	if [ -n "$$failed" ]; then echo "failed:$${failed#;}" >&2; exit 1; fi
 
 clean: ## remove what make made

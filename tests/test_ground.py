@@ -279,7 +279,7 @@ def test_gpu_runs_every_step_and_fails_if_one_did(tmp_path):
     assert calls[0].startswith("-m pytest -m gpu")
     assert calls[1:] == [
         "-m pliant bench --device cuda",
-        "-m pliant compare cifar10 --data cifar --device cuda",
+        "-m pliant compare cifar10.resnet18 path=cifar accelerator=gpu --rows results/cifar10-cuda.csv",
     ]
     assert done.returncode != 0
     assert "bench --device cuda" in done.stderr

@@ -7,6 +7,7 @@ a `ValueError` or `OSError` there, and one sentence without a traceback here.
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -307,6 +308,8 @@ def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one sentence, exit code 1."""
+    # torch's own note that a machine has a CUDA compiler and no GPU, on every timing.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

@@ -234,13 +234,18 @@ ORIGINS: dict[str, tuple[str, Text]] = {
 LEGEND = "in brackets: interquartile range over rounds"
 
 
-def markdown_table(rows: Sequence[Measurement], columns: Sequence[str] | None = None) -> str:
+def markdown_table(
+    rows: Sequence[Measurement],
+    columns: Sequence[str] | None = None,
+    leave_out: Sequence[str] = (),
+) -> str:
     """Rows as a Markdown table under a line that states the conditions they share.
 
     Args:
         rows: measurements, in the order they shall have.
         columns: names in `COLUMNS`; by default all that say something in these rows.
-            Conditions on which rows differ are always shown.
+            Conditions on which rows differ are shown too.
+        leave_out: names in `CONDITIONS` that are not, because a reader sees them anyhow.
 
     Raises:
         ValueError: a column that does not exist.
@@ -253,14 +258,18 @@ def markdown_table(rows: Sequence[Measurement], columns: Sequence[str] | None = 
         |---|---:|
         | a | 2.5 (0.2) |
     """
-    shared, headings, body = layout(rows, columns)
+    shared, headings, body = layout(rows, columns, leave_out)
     aligned = ["---" if h in _LEFT else "---:" for h in headings]
     lines = [f"| {' | '.join(cells)} |" for cells in [headings, *_escaped(body)]]
     lines.insert(1, f"|{'|'.join(aligned)}|")
     return "\n".join([shared, "", *lines])
 
 
-def terminal_table(rows: Sequence[Measurement], columns: Sequence[str] | None = None) -> Table:
+def terminal_table(
+    rows: Sequence[Measurement],
+    columns: Sequence[str] | None = None,
+    leave_out: Sequence[str] = (),
+) -> Table:
     """As `markdown_table`, for `rich.print`, and narrower: notes stand below, speed-ups do not.
 
     Figures stay whole down to a terminal of 80 characters; names break between words.
@@ -273,7 +282,7 @@ def terminal_table(rows: Sequence[Measurement], columns: Sequence[str] | None = 
     if columns is None:
         told = [n for n, (_, text) in COLUMNS.items() if any(map(text, rows))]
         columns = [n for n in told if n not in ("speedup", "note")]
-    shared, headings, body = layout(rows, columns)
+    shared, headings, body = layout(rows, columns, leave_out)
     caption = Plain("\n".join([*notes, shared]))
     table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     for i, heading in enumerate(headings):
@@ -291,13 +300,14 @@ _LEFT = {heading for name in ("label", "note") for heading in [COLUMNS[name][0]]
 
 
 def layout(
-    rows: Sequence[Measurement], columns: Sequence[str] | None
+    rows: Sequence[Measurement], columns: Sequence[str] | None, leave_out: Sequence[str] = ()
 ) -> tuple[str, list[str], list[list[str]]]:
     """What every table of rows says, for whoever draws one.
 
     Args:
         rows: measurements.
         columns: as for `markdown_table`.
+        leave_out: likewise.
 
     Returns:
         A line of the conditions that all rows share, the headings, and each row's cells.
@@ -311,6 +321,8 @@ def layout(
     shared, differing = [], {}
     for name, (heading, text) in CONDITIONS.items():
         told = {text(r) for r in rows if not _silent(r, name)} - {""}
+        if name in leave_out:
+            continue
         if len(told) > 1:
             differing[name] = (heading, text)
         elif told and (name, told) != ("rounds", {"0"}) and (name != "hardware" or rows[0].cpu):
