@@ -152,7 +152,7 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
     blocks = [
         FigureBlock(
             "Training",
-            "Loss and accuracy by epoch. Solid: validation; dotted: training, under augmentation.",
+            "Solid: validation; dotted: training (the loss under augmentation, accuracy without).",
             figures / "curves.svg",
         ),
         FigureBlock(
