@@ -62,6 +62,7 @@ def test_page_has_table_curves_plots_and_selections(done):
     assert text.count("<svg") == 4
     for words in (
         "What each costs and scores",
+        "What is selected",
         "Which channels are selected",
         "MoD tax",
         "threads",

@@ -149,6 +149,7 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
     plot_curves({label: run.history for label, (_, run) in done.items()}, figures / "curves.svg")
     plot_against_latency(digits, "accuracy", figures / "accuracy.svg")
     plot_against_latency(large, "macs", figures / "macs.svg")
+    selected_table, selected_figure = _selections(figures, done)
     blocks = [
         FigureBlock(
             "Training",
@@ -165,7 +166,7 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
             "Batch 1. Where operations fell and time did not, a point lies below the baseline, not left.",
             figures / "macs.svg",
         ),
-        *_selections(figures, done),
+        selected_figure,
     ]
     shared, headings, cells = layout(rows, COLUMNS, LEAVE_OUT)
     scores = [score for score, _ in done.values()]
@@ -182,6 +183,7 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
                 HEADINGS,
                 summary(scores),
             ),
+            selected_table,
         ],
         figures=blocks,
         provenance={
@@ -196,8 +198,8 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
     )
 
 
-def _selections(figures: Path, done: dict[str, tuple[Score, Run]]) -> list[FigureBlock]:
-    """Figure 4 of the paper: selection frequency of channels by class."""
+def _selections(figures: Path, done: dict[str, tuple[Score, Run]]) -> tuple[TableBlock, FigureBlock]:
+    """Selection frequency of channels: by block, and by class (figure 4 of the paper)."""
     from pliant.analysis.routing import selection_frequency
     from pliant.analysis.training_plots import plot_selection_frequency
     from pliant.train.data import load_data
@@ -205,15 +207,25 @@ def _selections(figures: Path, done: dict[str, tuple[Score, Run]]) -> list[Figur
     _, run = done[LEARNED]
     data = load_data(run.recipe)
     found = selection_frequency(run.model, data.test_batches(), data.classes)
-    block = next(path for path in found.counts if path.startswith("layer3."))
-    path = plot_selection_frequency(found, block, figures / "selection.svg")
-    always, never, among = len(found.always(block)), len(found.never(block)), len(found.overall(block))
-    caption = (
-        f"{block} of “{LEARNED}”, test images; rows are classes. Of {among} channels, {always} are "
-        f"selected for every image and {never} for none. Where rows are alike, selection hardly "
-        f"depends on the class."
+    rows = []
+    for block, counts in found.counts.items():
+        kinds = len(found.always(block)), len(found.never(block))
+        rows.append((block, str(counts.shape[1]), str(found.k[block]), *map(str, kinds)))
+    table = TableBlock(
+        "What is selected",
+        f"Channels of “{LEARNED}”, over all test images. Where as many are selected for every image as "
+        f"for one, the selection does not depend on the image at all.",
+        ("block", "channels", "selected for an image", "for every image", "for none"),
+        rows,
     )
-    return [FigureBlock("Which channels are selected, by class", caption, path)]
+    block = next(path for path in found.counts if path.startswith("layer3."))
+    figure = FigureBlock(
+        "Which channels are selected, by class",
+        f"{block} of “{LEARNED}”, test images; rows are classes. Where rows are alike, selection hardly "
+        f"depends on the class.",
+        plot_selection_frequency(found, block, figures / "selection.svg"),
+    )
+    return table, figure
 
 
 def _findings(scores: Sequence[Score], large: Sequence[Measurement]) -> list[str]:
