@@ -59,7 +59,7 @@ def naive(block: MoDBlock, x, index):
     for b in range(len(x)):
         picked = [int(i) for i in index[b]]
         xb = torch.stack([x[b, i] for i in picked])
-        y = block.core(xb[None])[0] + (xb if block.inner_shortcut else 0)
+        y = block.last_act(block.core(xb[None])[0] + (xb if block.inner_shortcut else 0))
         if isinstance(block.selector, ChannelSelector):
             hidden = (block.selector.fc1.weight @ x[b].mean((1, 2))).clamp(min=0)
             y = (
@@ -136,20 +136,31 @@ def test_block_is_the_naive_one(
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_cores(block):
-    """The layers of the spec's table, and an activation at the end only when asked for."""
+    """The layers of the spec's table."""
     k = 8
     width = {BasicBlock: k, Bottleneck: k // 4}[block]
     shapes = {
         BasicBlock: [(k, k, 3), (k, k, 3)],
         Bottleneck: [(k, width, 1), (width, width, 3), (width, k, 1)],
     }[block]
-    for last_act in (False, True):
-        core = mod_block(32, k, block, last_act=last_act).core
-        convs = [m for m in core if isinstance(m, nn.Conv2d)]
-        assert [(m.in_channels, m.out_channels, m.kernel_size[0]) for m in convs] == shapes
-        assert all(m.stride == (1, 1) and m.bias is None for m in convs)
-        kinds = [type(m).__name__ for m in core]
-        assert kinds == (["Conv2d", "BatchNorm2d", "ReLU"] * len(convs))[: None if last_act else -1]
+    core = mod_block(32, k, block).core
+    convs = [m for m in core if isinstance(m, nn.Conv2d)]
+    assert [(m.in_channels, m.out_channels, m.kernel_size[0]) for m in convs] == shapes
+    assert all(m.stride == (1, 1) and m.bias is None for m in convs)
+    assert [type(m).__name__ for m in core] == (["Conv2d", "BatchNorm2d", "ReLU"] * len(convs))[:-1]
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_last_act_is_that_of_the_block_only_when_asked_for(block):
+    assert isinstance(mod_block(32, 8, block).last_act, nn.Identity)
+    assert isinstance(mod_block(32, 8, block, last_act=True).last_act, nn.ReLU)
+    # fusion="replace" and no scores: what comes out of the block is seen as it is.
+    bare = {"selection": "first", "fusion": "replace", "last_act": True}
+    x = torch.randn(4, 32, 3, 3, dtype=torch.double)
+    for inner_shortcut in (False, True):
+        made = mod_block(32, 8, block, inner_shortcut=inner_shortcut, **bare)
+        with torch.no_grad():
+            assert (made(x)[:, :8] >= 0).all(), "the activation is behind the inner shortcut"
 
 
 def test_selector_has_no_bias_and_the_reduction_asked_for():
@@ -289,7 +300,29 @@ def test_without_zero_init_the_start_is_another():
 def test_zero_for_ever_is_refused():
     with pytest.raises(ValueError, match="gradient of zero for ever"):
         MixtureOfDepths(last_act=True, zero_init_last=True)
-    MixtureOfDepths(last_act=True, zero_init_last=True, inner_shortcut=True)
+    # With an inner shortcut before the activation, everything learns from the first or second step.
+    made = mod_block(16, 4, reduction=4, last_act=True, zero_init_last=True, inner_shortcut=True)
+    nn.init.zeros_(made.core.bn2.weight)  # mod_block draws the norms
+    nn.init.zeros_(made.core.bn2.bias)
+    optimiser = torch.optim.SGD(made.parameters(), lr=0.1)
+    x = torch.randn(4, 16, 5, 5, dtype=torch.double)
+    for _ in range(2):
+        optimiser.zero_grad()
+        made(x).square().mean().backward()
+        optimiser.step()
+    for name, p in made.named_parameters():
+        assert p.grad.abs().sum() > 0, f"{name} does not learn"
+
+
+@pytest.mark.parametrize("options", [{"fusion": "replace"}, {"inner_shortcut": True}])
+def test_zero_init_last_that_starts_otherwise_says_so(options):
+    model = timm.create_model("resnet18_cifar", channels=(16, 32, 64, 128)).eval()
+    method = MixtureOfDepths(c=4, reduction=4, zero_init_last=True, **options)
+    assert "a trained network has to be trained again" in str(plan(model, method))
+    made = convert(model, method)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert not torch.equal(made(x), without_mod_blocks(made)(x))
 
 
 def test_without_mod_blocks():

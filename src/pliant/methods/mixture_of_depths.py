@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.anatomy import Block, BlockInfo, RemovedBlock, stages
-from pliant.methods.narrow import core_width, narrow_core, unfit
+from pliant.methods.narrow import core_width, last_activation, narrow_core, unfit
 from pliant.surgery import Method, PassedOver, Site, Survey
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -64,11 +64,13 @@ class MixtureOfDepths(Method):
         stages: numbers of the stages to change, 0-based; None is all of them.
         inner_shortcut: add the core's input to its output. Off: equation 1 adds
             `x` already.
-        last_act: end the core with an activation. Off for residual families.
+        last_act: end with the replaced block's activation, behind the inner shortcut if
+            there is one, as in the block itself. Off for residual families.
         zero_init_last: start the core's last norm at zero, so that the converted
             network begins as the network without these blocks; the useful start for
-            a trained network. Refused with `last_act` alone: gradients would be zero
-            for ever.
+            a trained network. (Not with ``fusion="replace"``, which then overwrites k
+            channels by zeros, nor with `inner_shortcut`, which adds them again.) Refused
+            with `last_act` alone: gradients would be zero for ever.
 
     Raises:
         ValueError: an option is out of its range. When applied: `c` leaves a block
@@ -147,10 +149,12 @@ class MixtureOfDepths(Method):
                 else:
                     passed_over.append(PassedOver(block.path, why))
         notes = []
-        if self.selection != "none" and not self.zero_init_last:
+        begins_without = self.zero_init_last and self.fusion != "replace" and not self.inner_shortcut
+        if self.selection != "none" and not begins_without:
             notes.append(
                 "the new blocks are narrow and start fresh: a trained network has to be trained "
-                "again; zero_init_last=True starts as the network without them"
+                "again; zero_init_last=True starts as the network without them (but not with "
+                "fusion='replace' or inner_shortcut)"
             )
         constant = [s.path for s in sites if self.selection == "learned" and s.detail["hidden"] == 1]
         if constant:
@@ -165,7 +169,7 @@ class MixtureOfDepths(Method):
         if self.selection == "none":
             return RemovedBlock(site.detail["C"])
         channels, k = site.detail["C"], site.detail["k"]
-        core = narrow_core(module, channels, k, last_act=self.last_act, zero_init_last=self.zero_init_last)
+        core = narrow_core(module, channels, k, zero_init_last=self.zero_init_last)
         return MoDBlock(module, core, channels, k, self)
 
     def _wanted(self, every: dict[str, BlockInfo]) -> set[str] | None:
@@ -291,7 +295,8 @@ class MoDBlock(Block):
     """One Mixture-of-Depths block: select, process, scale, fuse (sections 3.1 to 3.3).
 
     Args:
-        replaced: the block whose place it takes; gives device, dtype and drop path.
+        replaced: the block whose place it takes; gives device, dtype, drop path and, if asked
+            for, its last activation.
         core: the narrow block, [B, k, H, W] to [B, k, H, W].
         channels: C.
         k: channels that are processed.
@@ -318,6 +323,7 @@ class MoDBlock(Block):
                 fixed = config.selection == "fixed"
                 self.selector = RandomSelector(channels, k, fixed, config.order)
         self.core = core
+        self.last_act = last_activation(replaced) if config.last_act else nn.Identity()
         drop_path = getattr(replaced, "drop_path", None)
         self.drop_path = nn.Identity() if drop_path is None else copy.deepcopy(drop_path)
 
@@ -335,7 +341,8 @@ class MoDBlock(Block):
 
     def _process(self, picked: Tensor) -> Tensor:
         y = self.core(picked)
-        processed: Tensor = self.drop_path(y + picked if self.inner_shortcut else y)
+        y = self.last_act(y + picked if self.inner_shortcut else y)
+        processed: Tensor = self.drop_path(y)
         return processed
 
     def _fuse(self, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:

@@ -18,17 +18,16 @@ from torch import nn
 
 from pliant.anatomy import BlockInfo
 
+Layers = list[tuple[str, nn.Module]]
 
-def narrow_core(
-    block: nn.Module, channels: int, k: int, *, last_act: bool = False, zero_init_last: bool = False
-) -> nn.Sequential:
-    """A copy of `block` on k of its channels, without its shortcut.
+
+def narrow_core(block: nn.Module, channels: int, k: int, *, zero_init_last: bool = False) -> nn.Sequential:
+    """A copy of `block` on k of its channels, without its shortcut and what follows that.
 
     Args:
         block: one for which `unfit` has nothing to say.
         channels: C, the block's width.
         k: the core's.
-        last_act: keep the activation at its end.
         zero_init_last: start its last norm at zero.
 
     Example:
@@ -36,7 +35,14 @@ def narrow_core(
         >>> list(dict(narrow_core(block, 64, 4).named_children()))
         ['conv1', 'bn1', 'act1', 'conv2', 'bn2']
     """
-    return _CORES[type(block)](block, channels, k, last_act, zero_init_last)
+    layers = _CORES[type(block)](block, channels, k, zero_init_last)
+    kept = [(name, layer) for name, layer in layers if not isinstance(layer, nn.Identity)]
+    return nn.Sequential(OrderedDict(kept))
+
+
+def last_activation(block: nn.Module) -> nn.Module:
+    """A copy of the activation that ends `block`, behind its shortcut."""
+    return copy.deepcopy(block.act3 if isinstance(block, resnet.Bottleneck) else block.act2)
 
 
 def unfit(block: BlockInfo) -> str:
@@ -65,12 +71,10 @@ def core_width(block: nn.Module, channels: int, k: int) -> int:
     return k
 
 
-def _bottleneck_core(
-    block: resnet.Bottleneck, channels: int, k: int, last_act: bool, zero_init_last: bool
-) -> nn.Sequential:
+def _bottleneck_core(block: resnet.Bottleneck, channels: int, k: int, zero_init_last: bool) -> Layers:
     """1x1 k -> k // 4, norm, act, 3x3, norm, act, 1x1 -> k, norm."""
     width = core_width(block, channels, k)
-    layers: list[tuple[str, nn.Module]] = [
+    return [
         ("conv1", _narrow_conv(block.conv1, k, width)),
         ("bn1", _narrow_norm(block.bn1, width)),
         ("act1", copy.deepcopy(block.act1)),
@@ -80,39 +84,26 @@ def _bottleneck_core(
         ("act2", copy.deepcopy(block.act2)),
         ("conv3", _narrow_conv(block.conv3, width, k)),
         ("bn3", _narrow_norm(block.bn3, k, zero=zero_init_last)),
-        ("act3", copy.deepcopy(block.act3)),
     ]
-    return _core(layers, last_act)
 
 
-def _basic_core(
-    block: resnet.BasicBlock, _channels: int, k: int, last_act: bool, zero_init_last: bool
-) -> nn.Sequential:
+def _basic_core(block: resnet.BasicBlock, _channels: int, k: int, zero_init_last: bool) -> Layers:
     """3x3 k -> k, norm, act, 3x3 k -> k, norm."""
-    layers: list[tuple[str, nn.Module]] = [
+    return [
         ("conv1", _narrow_conv(block.conv1, k, k)),
         ("bn1", _narrow_norm(block.bn1, k)),
         ("drop_block", copy.deepcopy(block.drop_block)),
         ("act1", copy.deepcopy(block.act1)),
         ("conv2", _narrow_conv(block.conv2, k, k)),
         ("bn2", _narrow_norm(block.bn2, k, zero=zero_init_last)),
-        ("act2", copy.deepcopy(block.act2)),
     ]
-    return _core(layers, last_act)
 
 
 # A core for another family: its builder here, its shape in anatomy.
-_CORES: dict[type[nn.Module], Callable[..., nn.Sequential]] = {
+_CORES: dict[type[nn.Module], Callable[..., Layers]] = {
     resnet.Bottleneck: _bottleneck_core,
     resnet.BasicBlock: _basic_core,
 }
-
-
-def _core(layers: list[tuple[str, nn.Module]], last_act: bool) -> nn.Sequential:
-    if not last_act:
-        layers = layers[:-1]
-    kept = [(name, layer) for name, layer in layers if not isinstance(layer, nn.Identity)]
-    return nn.Sequential(OrderedDict(kept))
 
 
 def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
