@@ -544,6 +544,16 @@ def test_eps_momentum_and_activation_are_kept():
         ({"order": "channel"}, "order must be one of score, index; not 'channel'"),
         ({"fusion": "middle"}, "fusion must be one of first, last, original, replace; not 'middle'"),
         ({"blocks": "even"}, "blocks must be 'odd', 'all' or a tuple of paths, not 'even'"),
+        ({"blocks": "layer1.1"}, "blocks must be 'odd', 'all' or a tuple of paths, not 'layer1.1'"),
+        ({"blocks": (1,)}, r"blocks must be 'odd', 'all' or a tuple of paths, not \(1,\)"),
+        ({"blocks": None}, "blocks must be 'odd', 'all' or a tuple of paths, not None"),
+        ({"stages": 1}, "stages must be a tuple of whole numbers or None, not 1"),
+        ({"stages": ("0",)}, r"stages must be a tuple of whole numbers or None, not \('0',\)"),
+        ({"stages": (True,)}, r"stages must be a tuple of whole numbers or None, not \(True,\)"),
+        ({"blocks": ("layer1.1",), "stages": (3,)}, r"stages=\(3,\) goes with blocks='odd' or 'all' only"),
+        ({"inner_shortcut": "no"}, "inner_shortcut must be True or False, not 'no'"),
+        ({"last_act": 1}, "last_act must be True or False, not 1"),
+        ({"zero_init_last": None}, "zero_init_last must be True or False, not None"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -554,8 +564,9 @@ def test_wrong_options_are_refused(options, message):
 def test_options_are_keywords_frozen_and_comparable():
     with pytest.raises(TypeError):
         MixtureOfDepths(64)
-    method = MixtureOfDepths(blocks=["layer1.1"], stages=[0, 1])
-    assert method == MixtureOfDepths(blocks=("layer1.1",), stages=(0, 1))
+    method = MixtureOfDepths(blocks=["layer1.1"])
+    assert method == MixtureOfDepths(blocks=("layer1.1",))
+    assert MixtureOfDepths(stages=[0, 1]) == MixtureOfDepths(stages=(0, 1))
     assert method.name == "MixtureOfDepths"
     with pytest.raises(AttributeError):
         method.c = 3
@@ -681,6 +692,13 @@ def test_a_mixed_network_is_covered_where_it_can_be():
         "1": "channel attention (SEModule) has no narrow form here",
         "2": "an even block stays",
     }
+
+
+def test_a_block_that_is_named_is_replaced_or_refused():
+    stage = nn.Sequential(*(BasicBlock(16, 16) for _ in range(4)))
+    stage[1] = BasicBlock(16, 16, attn_layer="se")
+    with pytest.raises(ValueError, match=r"blocks names 1, which cannot be replaced: channel attention"):
+        convert(stage, MixtureOfDepths(c=4, blocks=("1", "3")))
 
 
 def test_plain_module_is_refused_with_what_is_known():

@@ -61,7 +61,8 @@ class MixtureOfDepths(Method):
             (appendix E, where it did worse).
         blocks: ``"odd"``: 0-based odd blocks of every stage (section 3.4); ``"all"``:
             all but each stage's first; or the paths of the blocks, ``("layer3.1",)``.
-        stages: numbers of the stages to change, 0-based; None is all of them.
+        stages: numbers of the stages to change, 0-based; None is all of them. Not
+            together with paths in `blocks`.
         inner_shortcut: add the core's input to its output. Off: equation 1 adds
             `x` already.
         last_act: end with the replaced block's activation, behind the inner shortcut if
@@ -75,7 +76,7 @@ class MixtureOfDepths(Method):
     Raises:
         ValueError: an option is out of its range. When applied: `c` leaves a block
             without a channel (named with C and c), or a block named in `blocks`
-            changes width or resolution.
+            changes width or resolution, or has no core.
 
     Example:
         >>> import timm
@@ -104,12 +105,22 @@ class MixtureOfDepths(Method):
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
-        if isinstance(self.blocks, str) and self.blocks not in ("odd", "all"):
-            raise ValueError(f"blocks must be 'odd', 'all' or a tuple of paths, not {self.blocks!r}")
+        for name in ("inner_shortcut", "last_act", "zero_init_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         # A checkpoint's JSON knows lists only.
-        if not isinstance(self.blocks, str):
+        if self.blocks not in ("odd", "all"):
+            if not _all_of(str, self.blocks):
+                raise ValueError(f"blocks must be 'odd', 'all' or a tuple of paths, not {self.blocks!r}")
             object.__setattr__(self, "blocks", tuple(self.blocks))
+            if self.stages is not None:
+                raise ValueError(
+                    f"blocks={self.blocks!r} says which already; stages={self.stages!r} goes with "
+                    f"blocks='odd' or 'all' only"
+                )
         if self.stages is not None:
+            if not _all_of(int, self.stages):
+                raise ValueError(f"stages must be a tuple of whole numbers or None, not {self.stages!r}")
             object.__setattr__(self, "stages", tuple(self.stages))
         if self.last_act and self.zero_init_last and not self.inner_shortcut:
             raise ValueError(
@@ -143,6 +154,8 @@ class MixtureOfDepths(Method):
                 if take:
                     why = unfit(block)
                     take = not why
+                    if why and wanted is not None:
+                        raise ValueError(f"blocks names {block.path}, which cannot be replaced: {why}")
                 if take:
                     assert c is not None
                     sites.append(Site(block.path, self._detail(block, c)))
@@ -377,6 +390,13 @@ def without_mod_blocks(model: Network) -> Network:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, RemovedBlock(block.channels))
     return model
+
+
+def _all_of(kind: type, values: object) -> bool:
+    """Whether `values` is a tuple or list of that; True and False are no numbers."""
+    return isinstance(values, (tuple, list)) and all(
+        isinstance(v, kind) and not isinstance(v, bool) for v in values
+    )
 
 
 def _spread(index: Tensor, x: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ def narrow_core(block: nn.Module, channels: int, k: int, *, zero_init_last: bool
 
 def last_activation(block: nn.Module) -> nn.Module:
     """A copy of the activation that ends `block`, behind its shortcut."""
-    return copy.deepcopy(block.act3 if isinstance(block, resnet.Bottleneck) else block.act2)
+    last: nn.Module = block.get_submodule("act3" if isinstance(block, resnet.Bottleneck) else "act2")
+    return copy.deepcopy(last)
 
 
 def unfit(block: BlockInfo) -> str:
