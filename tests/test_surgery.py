@@ -167,6 +167,15 @@ def test_convert_in_place():
     ("methods", "message"),
     [
         ((), "no method given; pass one"),
+        (
+            (MixtureOfDepths,),
+            r"MixtureOfDepths'> is no method; pass an instance, for example MixtureOfDepths\(\)",
+        ),
+        ((None,), r"None is no method; pass an instance, for example MixtureOfDepths\(\)"),
+        (
+            (Nested(paths=("",)),),
+            "Nested would replace the whole network, a ResNet; put it into a container",
+        ),
         ((MixtureOfDepths(c=17),), r"layer1\.1: C = 16 channels with c = 17 leave k = 0"),
         ((MixtureOfDepths(stages=(9,)),), "stages holds 9"),
         # The first fits, the second does not: nothing may be left of the first.
@@ -267,6 +276,26 @@ def test_a_method_that_does_not_wrap_is_refused():
     # Other stages are no overlap.
     model = convert(small(), MixtureOfDepths(c=4, stages=(0,)), Selfish(stages=(3,)))
     assert isinstance(model.layer4, ThreadedRun)
+
+
+def test_what_a_backbone_went_through_counts():
+    net = nn.ModuleDict({"backbone": small("resnet18_cifar_mod", c=4)})
+    with pytest.raises(
+        ValueError, match=r"Selfish at backbone\.layer1 overlaps MixtureOfDepths at backbone\.layer1\.1"
+    ):
+        convert(net, Selfish())
+    assert isinstance(convert(net, ShareTheMean())["backbone"].layer1, ThreadedRun)
+
+
+def test_what_features_only_took_over_counts():
+    features = small("resnet18_cifar_mod", c=4, features_only=True)
+    (done,) = conversions(features)
+    assert done.named
+    assert done == conversions(small("resnet18_cifar_mod", c=4))[0]
+    with pytest.raises(ValueError, match=r"Selfish at layer1 overlaps MixtureOfDepths at layer1\.1"):
+        convert(features, Selfish())
+    first = small("resnet18_cifar_mod", c=4, features_only=True, out_indices=(0, 1))
+    assert conversions(first)[0].sites == ("layer1.1",)
 
 
 def test_wrapping_twice_is_refused():

@@ -233,8 +233,7 @@ def plan(
     """
     from pliant.measuring.macs import count_macs, count_parameters
 
-    if not methods:
-        raise ValueError("no method given; pass one, for example MixtureOfDepths()")
+    _check_methods(methods)
     skeleton = _skeleton(model)
     size = input_size or anatomy.input_size(model)
     parameters = count_parameters(skeleton)
@@ -282,8 +281,7 @@ def convert(model: Network, *methods: Method, inplace: bool = False) -> Network:
         >>> sum(p.numel() for p in network.parameters())
         18105949
     """
-    if not methods:
-        raise ValueError("no method given; pass one, for example MixtureOfDepths()")
+    _check_methods(methods)
     rehearsal = _skeleton(model)
     for method in methods:
         _apply(rehearsal, method)
@@ -299,6 +297,22 @@ def mark_named(model: nn.Module) -> None:
     model._pliant_conversions = record  # type: ignore[assignment]
 
 
+def inherit_conversions(model: nn.Module, source: nn.Module) -> None:
+    """Record on `model`, which took submodules of `source` over, what was done to these."""
+    here = {path for path, _ in model.named_modules()}
+    kept = (replace(c, sites=tuple(s for s in c.sites if s in here)) for c in conversions(source))
+    model._pliant_conversions = tuple(c for c in kept if c.sites)  # type: ignore[assignment]
+
+
+def _check_methods(methods: tuple[object, ...]) -> None:
+    if not methods:
+        raise ValueError("no method given; pass one, for example MixtureOfDepths()")
+    for method in methods:
+        if not isinstance(method, Method):
+            name = method.__name__ if isinstance(method, type) else "MixtureOfDepths"
+            raise ValueError(f"{method!r} is no method; pass an instance, for example {name}()")
+
+
 def _apply(model: nn.Module, method: Method) -> Survey:
     """Carry out one method on `model` itself; all of its sites, or none."""
     survey = method.survey(model)
@@ -308,6 +322,11 @@ def _apply(model: nn.Module, method: Method) -> Survey:
         why = reasons or f" no block of a known family (known: {known})"
         raise ValueError(f"{method.name} matches nothing in {type(model).__name__}:{why}")
     _refuse_overlaps(model, method, survey.sites)
+    if any(not site.path for site in survey.sites):
+        raise ValueError(
+            f"{method.name} would replace the whole network, a {type(model).__name__}; put it into a "
+            f"container, for example nn.Sequential(network)"
+        )
     new = [method.replace(model.get_submodule(s.path), s) for s in survey.sites]
     for site, module in zip(survey.sites, new, strict=True):
         parent, _, name = site.path.rpartition(".")
@@ -323,17 +342,23 @@ def _refuse_overlaps(model: nn.Module, method: Method, sites: Iterable[Site]) ->
     for path in paths:
         if paths.count(path) > 1 or any(path.startswith(f"{p}.") for p in paths):
             raise ValueError(f"{method.name} names the site {path} twice, or one inside another")
-    for earlier in conversions(model):
-        for there in earlier.sites:
-            for here in paths:
-                inside = here == there or here.startswith(f"{there}.")
-                around = here == there or there.startswith(f"{here}.")
-                if (inside or around) and not (around and earlier.method.name in method.wraps):
-                    raise ValueError(
-                        f"{method.name} at {here} overlaps {earlier.method.name} at {there}, "
-                        f"which was applied before it and would be undone or broken; apply "
-                        f"{method.name} first, or to other stages"
-                    )
+    # A network inside this one (a backbone) keeps its own record.
+    earlier_sites = [
+        (earlier, f"{prefix}.{path}" if prefix else path)
+        for prefix, module in model.named_modules()
+        for earlier in conversions(module)
+        for path in earlier.sites
+    ]
+    for earlier, there in earlier_sites:
+        for here in paths:
+            inside = here == there or here.startswith(f"{there}.")
+            around = here == there or there.startswith(f"{here}.")
+            if (inside or around) and not (around and earlier.method.name in method.wraps):
+                raise ValueError(
+                    f"{method.name} at {here} overlaps {earlier.method.name} at {there}, "
+                    f"which was applied before it and would be undone or broken; apply "
+                    f"{method.name} first, or to other stages"
+                )
 
 
 def _skeleton(model: Network) -> Network:

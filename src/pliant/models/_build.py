@@ -14,10 +14,10 @@ from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import FeatureDictNet, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from pliant.surgery import Method, convert, mark_named
+from pliant.surgery import Method, convert, inherit_conversions, mark_named
 
 Builder = Callable[..., nn.Module]
 
@@ -65,7 +65,15 @@ def register(
         kwargs.setdefault("num_classes", num_classes)
         levels = {"out_indices": tuple(range(feature_levels))}
         arguments = dict(kwargs)
-        model: nn.Module = build_model_with_cfg(network, name, pretrained, feature_cfg=levels, **kwargs)
+        built: list[nn.Module] = []
+
+        def keep(**kwargs: Any) -> nn.Module:
+            built.append(network(**kwargs))
+            return built[0]
+
+        model: nn.Module = build_model_with_cfg(keep, name, pretrained, feature_cfg=levels, **kwargs)
+        if isinstance(model, FeatureDictNet):  # it took the stages over, not the record
+            inherit_conversions(model, built[0])
         vars(model)["_model_args"] = arguments  # timm records them itself since 1.0.31
         return model
 
