@@ -326,6 +326,17 @@ def test_trained_networks_score_what_their_readme_says(shared, cifar10, name, fi
 # --- costly promises, with weights ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet20_cifar_mod", "resnet18_cifar"])
+def test_no_channel_is_dead_from_the_start(name):
+    """A channel whose pre-activation is exactly zero for every image never learns."""
+    model, x = real(name, {})
+    loss = nn.functional.cross_entropy(model(x), torch.arange(len(x)))
+    loss.backward()
+    for n, p in model.named_parameters():
+        if n.endswith("0.bn2.weight"):  # a stage's first block, where channels are added
+            assert (p.grad != 0).all(), n
+
+
 @pytest.mark.parametrize(("name", "kwargs"), COSTLY)
 def test_a_training_step_reaches_every_parameter(name, kwargs):
     model, x = real(name, kwargs)

@@ -52,7 +52,9 @@ def cifar_resnet(
     Args:
         channels: width of each stage before the block's expansion; the stem has the
             first. Even numbers.
-        pad_shortcut: shortcuts without parameters in place of projections.
+        pad_shortcut: shortcuts without parameters in place of projections. Blocks then
+            start with their last norm at one, where timm has zero: behind a padded
+            channel, which is zero, ReLU would get exactly zero and never learn.
         kwargs: timm's ``ResNet`` takes the rest (``block``, ``layers``, ...).
 
     Raises:
@@ -63,6 +65,7 @@ def cifar_resnet(
         raise ValueError(f"channels must name three or four stages, not {channels}")
     if channels[0] % 2:
         raise ValueError(f"the stem's width, channels[0] = {channels[0]}, must be even")
+    kwargs.setdefault("zero_init_last", not pad_shortcut)
     # timm fixes a plain stem to 64 channels; a deep one is twice stem_width wide. The
     # convolution itself is replaced below, so only the width of the deep stem is used.
     model = ResNet(channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
