@@ -6,6 +6,9 @@ LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST := -m "not slow and not gpu"
+# Tests run on one thread each, so two at a time; WORKERS=8 where there are more cores.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist worksteal
 export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -41,14 +44,14 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## lint and the fast tests, doctests included
-	$(BIN)/python -m pytest $(FAST)
+	$(BIN)/python -m pytest $(FAST) $(PARALLEL)
 
 test-all: lint ## lint and every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" $(PARALLEL)
 
 # The oldest versions of constraints-lowest.txt have wheels up to Python 3.12.
 test-lowest: $(LOWEST)/.installed ## the fast tests on the oldest versions that pyproject.toml admits
-	$(LOWEST)/bin/python -m pytest $(FAST)
+	$(LOWEST)/bin/python -m pytest $(FAST) $(PARALLEL)
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(call check_python,$(PYTHON))
