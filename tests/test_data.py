@@ -17,7 +17,7 @@ from PIL import Image
 
 from pliant.train import Recipe, evaluate, fit
 from pliant.train.batches import FileBatches, TensorBatches, shifted, transform
-from pliant.train.data import divide, load_data
+from pliant.train.data import divide, load_data, load_part
 from pliant.train.images import TensorImages, UnreadableImageError
 from pliant.train.seeds import seeded
 
@@ -199,6 +199,8 @@ def test_missing_data_is_told(tmp_path):
     for name in ("cifar10", "cifar100"):
         with pytest.raises(FileNotFoundError, match=rf"{name} is not in .*download=true"):
             load_data(Recipe(name="x", model="x", data=name, path=tmp_path))
+    with pytest.raises(ValueError, match="part must be one of test, val, not 'train'"):
+        load_part(Recipe(name="x", model="x"), "train")
     make_folder(tmp_path / "train", 4)
     with pytest.raises(ValueError, match="has no val/; set val_fraction"):
         load_data(folder_recipe(tmp_path, val_fraction=None))
@@ -230,10 +232,12 @@ def test_unreadable_images_are_named_counted_and_replaced(tmp_path):
     assert found.top1 == pytest.approx(run.val_accuracy)
     assert math.isnan(found.per_class["green"])
     assert "4 unreadable" in str(found)
-    with pytest.raises(UnreadableImageError, match=r"\.png cannot be read"):
-        fit(replace(recipe, unreadable="stop"), tmp_path / "stopped", progress=False)
-    with pytest.raises(UnreadableImageError, match=r"\.png cannot be read"):
-        fit(replace(recipe, unreadable="stop", workers=1), tmp_path / "stopped-worker", progress=False)
+    for workers in (0, 1):  # without and with a worker: one sentence, no traceback in it
+        stopping, folder = replace(recipe, unreadable="stop", workers=workers), tmp_path / f"stop-{workers}"
+        with pytest.raises(UnreadableImageError, match=r"^\S+\.png cannot be read [^\n]+=skip$"):
+            fit(stopping, folder, progress=False)
+    goes_on = fit(recipe, folder, resume=True, progress=False)  # as the sentence advises
+    assert goes_on.unreadable == 6
 
 
 def test_a_folder_is_learnt_and_scored_as_its_checkpoint_says(tmp_path):

@@ -187,14 +187,19 @@ class FileBatches(Batches):
             collate_fn=_collated,
             pin_memory=torch.cuda.is_available() and recipe.accelerator != "cpu",
         )
-        for x, y, bad in loader:
+        for x, y, bad, stop in loader:
             self.unreadable.update(bad)
+            if stop:  # raised here: an error of a worker comes with its traceback as text
+                raise UnreadableImageError(stop)
             if len(y):
                 yield x, y
 
 
 class _Samples(torch.utils.data.Dataset[Any]):
-    """Transformed images by (epoch, index); ``None`` for one that is left out."""
+    """Transformed images by (epoch, index); ``None`` for one that is left out.
+
+    Each with its label, the paths that could not be read, and why to stop (or "").
+    """
 
     def __init__(
         self, images: ImageSet, recipe: Recipe, mean: Sequence[float], std: Sequence[float], train: bool
@@ -202,7 +207,7 @@ class _Samples(torch.utils.data.Dataset[Any]):
         self.images, self.recipe, self.train = images, recipe, train
         self.transform = transform(images, recipe, mean, std, train=train)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, list[str]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, list[str], str]:
         epoch, first = key
         bad: list[str] = []
         for step in range(len(self.images) if self.train else 1):
@@ -211,24 +216,25 @@ class _Samples(torch.utils.data.Dataset[Any]):
                 image = self.images.image(i)
             except Exception as error:  # decoders raise anything for damaged files
                 where = self.images.where(i)
-                if self.recipe.unreadable == "stop":
-                    raise UnreadableImageError(
-                        f"{where} cannot be read ({error}); remove it, or set unreadable=skip"
-                    ) from error
                 bad.append(where)
+                if self.recipe.unreadable == "stop":
+                    stop = f"{where} cannot be read ({error}); remove it, or set unreadable=skip"
+                    return None, -1, bad, stop
                 continue
             with seeded(self.recipe.seed, epoch, "augment", i):
-                return self.transform(image), int(self.images.labels[i]), bad
-        if self.train:
-            raise UnreadableImageError(f"none of {len(self.images)} images can be read, such as {bad[0]}")
-        return None, -1, bad
+                return self.transform(image), int(self.images.labels[i]), bad, ""
+        none = f"none of {len(self.images)} images can be read, such as {bad[0]}" if self.train else ""
+        return None, -1, bad, none
 
 
-def _collated(samples: list[tuple[Tensor | None, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    kept = [(x, y) for x, y, _ in samples if x is not None]
-    bad = [path for _, _, paths in samples for path in paths]
+def _collated(
+    samples: list[tuple[Tensor | None, int, list[str], str]],
+) -> tuple[Tensor, Tensor, list[str], str]:
+    kept = [(x, y) for x, y, _, _ in samples if x is not None]
+    bad = [path for _, _, paths, _ in samples for path in paths]
+    stop = next((why for *_, why in samples if why), "")
     x = torch.stack([x for x, _ in kept]) if kept else torch.empty(0)
-    return x, torch.tensor([y for _, y in kept], dtype=torch.long), bad
+    return x, torch.tensor([y for _, y in kept], dtype=torch.long), bad, stop
 
 
 def transform(

@@ -24,8 +24,9 @@ AUGMENTATIONS = ("none", "crop", "flip_crop")
 # The starts of timm's configuration strings, each with its own options after a dash.
 AUTO_AUGMENTATIONS = ("rand", "original", "originalr", "v0", "v0r", "3a", "augmix")
 
-# May differ between a run and its continuation: not what is run, but where.
-WHERE = ("note", "path", "download", "workers", "threads", "accelerator", "strategy")
+# May differ between a run and its continuation: not what is run, but where. A run that
+# stopped at an unreadable image may go on without it.
+WHERE = ("note", "path", "download", "workers", "threads", "accelerator", "strategy", "unreadable")
 
 
 @dataclass(frozen=True, kw_only=True)
