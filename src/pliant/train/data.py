@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -120,8 +120,10 @@ def load_part(recipe: Recipe, part: Part = "test") -> tuple[ImageSet, tuple[str,
 
     Raises:
         FileNotFoundError: the data is not there.
-        ValueError: it has no such part.
+        ValueError: it has no such part, or no part is called so.
     """
+    if part not in get_args(Part):
+        raise ValueError(f"part must be one of {', '.join(get_args(Part))}, not {part!r}")
     if recipe.data in ("folder", "imagenet"):
         root = _root(recipe)
         names = ("test", "val") if part == "test" else ("val",)
