@@ -527,6 +527,16 @@ def test_eps_momentum_and_activation_are_kept():
     assert (core.bn1.eps, core.bn1.momentum, core.bn2.eps) == (1e-3, 0.01, 1e-3)
 
 
+def test_padding_mode_and_process_group_are_kept():
+    stage = nn.Sequential(*(BasicBlock(16, 16) for _ in range(2)))
+    stage[1].conv2 = nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular", bias=False)
+    stage = nn.SyncBatchNorm.convert_sync_batchnorm(stage, process_group="some of them")
+    core = convert(stage, MixtureOfDepths(c=2))[1].core
+    assert (core.conv1.padding_mode, core.conv2.padding_mode) == ("zeros", "circular")
+    assert isinstance(core.bn1, nn.SyncBatchNorm)
+    assert core.bn1.process_group == core.bn2.process_group == "some of them"
+
+
 # --- options and errors ------------------------------------------------------------------------
 
 

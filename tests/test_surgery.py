@@ -428,6 +428,19 @@ def test_channels_last(selection):
         assert features.is_contiguous(memory_format=torch.channels_last), "the layout is kept"
 
 
+def test_memory_format_is_kept():
+    for wanted in (torch.channels_last, torch.contiguous_format):
+        new = convert(small().to(memory_format=wanted), MixtureOfDepths(c=4))
+        assert all(p.is_contiguous(memory_format=wanted) for p in new.parameters() if p.dim() == 4)
+        assert new.layer1[1].core.conv1.weight.shape[2:] == (3, 3), "where the two differ"
+
+
+def test_new_parts_learn_in_a_frozen_network():
+    new = convert(small().requires_grad_(False), MixtureOfDepths(c=4))
+    assert {p.requires_grad for p in new.layer1[1].parameters()} == {True}
+    assert {p.requires_grad for p in new.layer1[0].parameters()} == {False}
+
+
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("fusion", ["first", "original"])
 def test_compiles_without_a_break_and_only_once(selection, fusion):

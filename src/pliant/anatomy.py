@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from timm.models import _efficientnet_blocks as efficientnet
 from timm.models import convnext, regnet, resnet, vision_transformer
 from torch import Tensor, nn
@@ -174,3 +175,12 @@ def input_size(model: nn.Module) -> tuple[int, int, int] | None:
     if size is None or first is None:
         return None
     return first.in_channels, int(size[1]), int(size[2])
+
+
+def is_channels_last(model: nn.Module) -> bool:
+    """Whether weights of `model` lie in memory with their channels last."""
+    # A 1x1 kernel, or one channel, lies in both ways at once and says nothing.
+    return any(
+        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+        for p in model.parameters()
+    )

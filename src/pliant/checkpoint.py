@@ -262,10 +262,7 @@ def _describe(
         interpolation=known.get("interpolation"),
         crop_pct=known.get("crop_pct"),
         crop_mode=known.get("crop_mode"),
-        channels_last=any(
-            p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
-            for p in model.parameters()
-        ),
+        channels_last=anatomy.is_channels_last(model),
         state=state,
         versions={"pliant": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
     )

@@ -269,8 +269,9 @@ def convert(model: Network, *methods: Method, inplace: bool = False) -> Network:
         inplace: change `model` itself rather than a copy.
 
     Returns:
-        The converted network, in the mode (training or evaluation), on the device
-        and in the dtype of `model`. New parts have fresh weights.
+        The converted network, in the mode (training or evaluation), on the device, in
+        the dtype and in the memory format of `model`. New parts have fresh weights,
+        and learn also where `model` is frozen.
 
     Raises:
         ValueError: as `plan`; `model` is then untouched, also with ``inplace``.
@@ -327,10 +328,13 @@ def _apply(model: nn.Module, method: Method) -> Survey:
             f"{method.name} would replace the whole network, a {type(model).__name__}; put it into a "
             f"container, for example nn.Sequential(network)"
         )
+    channels_last = anatomy.is_channels_last(model)
     new = [method.replace(model.get_submodule(s.path), s) for s in survey.sites]
     for site, module in zip(survey.sites, new, strict=True):
         parent, _, name = site.path.rpartition(".")
         old = model.get_submodule(site.path)
+        if channels_last:
+            module = module.to(memory_format=torch.channels_last)
         setattr(model.get_submodule(parent), name, module.train(old.training))
     done = Conversion(method, tuple(s.path for s in survey.sites))
     model._pliant_conversions = (*conversions(model), done)  # type: ignore[assignment]

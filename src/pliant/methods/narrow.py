@@ -108,7 +108,7 @@ _CORES: dict[type[nn.Module], Callable[..., Layers]] = {
 
 
 def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
-    """A convolution as `conv`, padding and dilation kept, of other widths, fresh."""
+    """A convolution as `conv`, its padding and dilation kept, of other widths, fresh."""
     new = nn.Conv2d(
         in_channels,
         out_channels,
@@ -116,6 +116,7 @@ def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Con
         padding=conv.padding,  # type: ignore[arg-type]
         dilation=conv.dilation,  # type: ignore[arg-type]
         bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
@@ -125,8 +126,11 @@ def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Con
 
 def _narrow_norm(norm: nn.BatchNorm2d, channels: int, zero: bool = False) -> nn.BatchNorm2d:
     """A batch norm as `norm`, of another width, fresh."""
-    new = type(norm)(channels, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    new: Any = type(norm)(channels, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    if isinstance(norm, nn.SyncBatchNorm):
+        new.process_group = norm.process_group
     if zero and new.affine:
         nn.init.zeros_(new.weight)
     like = next(iter(norm.parameters()), None)
-    return new if like is None else new.to(like.device, like.dtype)
+    moved: nn.BatchNorm2d = new if like is None else new.to(like.device, like.dtype)
+    return moved
