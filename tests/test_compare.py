@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 
 import pytest
@@ -87,7 +88,12 @@ def test_compare_trains_scores_and_reads_finished_runs_again(tmp_path):
     stamp = (tmp_path / "plain-s0" / "run.json").stat().st_mtime_ns
     again = compare(recipes, tmp_path, progress=False)
     assert (tmp_path / "plain-s0" / "run.json").stat().st_mtime_ns == stamp
-    assert again[PLAIN][0].test_accuracy == plain.test_accuracy
+    assert again[PLAIN][0] == plain  # its date, too, is that of the training
+    for scores in (first, again):
+        write_scores(tmp_path / "scores.csv", [score for score, _ in scores.values()], append=True)
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    assert [row["label"] for row in rows] == [PLAIN, REMOVED]
+    assert rows[0]["date"] == json.loads((tmp_path / "plain-s0" / "environment.json").read_text())["date"]
 
 
 def test_scores_are_written_appended_and_foreign_files_refused(tmp_path):

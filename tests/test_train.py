@@ -19,6 +19,7 @@ from pliant.checkpoint import load, read_config
 from pliant.recipes import get_recipe
 from pliant.train import Recipe, Run, evaluate, fit, override, read_run
 from pliant.train.objectives import CrossEntropy
+from pliant.train.run import claim
 from pliant.train.tasks import NonFiniteLossError, make_optimizer, rate
 
 TINY = Recipe(
@@ -190,6 +191,14 @@ def test_folders_that_are_taken_are_refused(tiny, tmp_path):
     assert not (tmp_path / "none").exists()
     with pytest.raises(FileNotFoundError, match="holds no run"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(("accelerator", "named"), [("auto", "cuda"), ("cpu", "cpu")])
+def test_the_environment_names_the_gpu_that_trains(accelerator, named, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("pliant.train.run.provenance", lambda device: {"gpu": device})
+    claim(tmp_path / "run", replace(TINY, accelerator=accelerator), resume=False)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text()) == {"gpu": named}
 
 
 def test_a_loss_that_is_nan_stops_the_run_and_names_epoch_step_and_term(tmp_path):

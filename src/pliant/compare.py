@@ -57,7 +57,8 @@ class Score:
         gap: training minus validation accuracy, in points (section 5.2 of the paper).
         test_accuracy: of the best epoch's weights, tested once, in percent.
         seconds: of training. Machines differ; compare within one comparison only.
-        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`.
+        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`, when
+            the run began.
     """
 
     label: str
@@ -154,8 +155,8 @@ def compare(
         Score and run for each label, in the order given.
     """
     from pliant.measuring.macs import count_macs, count_parameters
-    from pliant.measuring.provenance import provenance
     from pliant.train import fit
+    from pliant.train.run import ENVIRONMENT
 
     done = {}
     for label, recipe in recipes.items():
@@ -164,7 +165,8 @@ def compare(
         place = Path(folder) / f"{_slug(label)}-s{recipe.seed}"
         run = fit(recipe, place, resume=(place / "recipe.json").is_file(), progress=progress, **fit_options)
         best = run.history[run.best_epoch]
-        device = next(run.model.parameters()).device
+        # Where it was trained, which is not always here and now.
+        origin = json.loads((place / ENVIRONMENT).read_text(encoding="utf-8"))
         score = Score(
             label=label,
             recipe=recipe.name,
@@ -181,7 +183,7 @@ def compare(
             gap=100 * (best["train_accuracy"] - best["val_accuracy"]),
             test_accuracy=None if run.test_accuracy is None else 100 * run.test_accuracy,
             seconds=run.seconds,
-            **provenance(device),
+            **origin,
         )
         done[label] = (score, run)
         if finished:
@@ -195,7 +197,8 @@ def write_scores(path: str | Path, scores: Iterable[Score], append: bool = False
     Args:
         path: the file; its folder is made if missing.
         scores: what to write.
-        append: keep the rows that the file has and add these.
+        append: keep the rows that the file has and add these, but none twice: a
+            comparison that is run again gives its finished runs again.
 
     Raises:
         ValueError: `append` to a file with other columns.
@@ -213,10 +216,14 @@ def write_scores(path: str | Path, scores: Iterable[Score], append: bool = False
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(old)
-        for score in scores:
-            values = asdict(score).values()
-            writer.writerow(f"{v:.4f}" if isinstance(v, float) else "" if v is None else v for v in values)
+        new = [_cells(score) for score in scores]
+        writer.writerows([*old, *(row for row in new if row not in old)])
+
+
+def _cells(score: Score) -> list[str]:
+    """A score's row of a CSV file."""
+    values = asdict(score).values()
+    return [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in values]
 
 
 HEADINGS = ("network", "test, %", "validation, %", "gap, points", "parameters", "MACs", "training, s")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pliant._files import atomic_path
@@ -132,7 +133,8 @@ def claim(folder: Path, recipe: Recipe, *, resume: bool) -> Path | None:
         # Killed before the end of its first epoch, a run begins again.
         return folder / LAST if (folder / LAST).is_file() else None
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / ENVIRONMENT, provenance())
+    gpu = recipe.accelerator != "cpu" and torch.cuda.is_available()
+    write_json(folder / ENVIRONMENT, provenance("cuda" if gpu else "cpu"))
     write_json(written, recipe.as_dict())
     return None
 
