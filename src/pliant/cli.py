@@ -59,6 +59,8 @@ def models(pattern: Annotated[str, typer.Argument(help="part of the name")] = ""
             shape = "x".join(map(str, size))
             macs = f"{count_macs(model, size) / 1e9:.3f} G"
             table.add_row(name, shape, f"{count_parameters(model):,}", macs)
+    if not table.row_count:
+        raise ValueError(f"no network of pliant has {pattern!r} in its name; pliant models lists all")
     _print(table)
 
 
@@ -95,7 +97,9 @@ def plan(
 
 @app.command()
 def measure(
-    models: Annotated[list[str], typer.Argument(help="networks of timm, or folders that `save` wrote")],
+    models: Annotated[
+        list[str], typer.Argument(help="networks of timm, or folders that `save` or `train` wrote")
+    ],
     against: Annotated[str | None, typer.Option(help="the baseline of all ratios")] = None,
     batch: Annotated[int, typer.Option(help="images a forward")] = 1,
     pixels: Annotated[int | None, typer.Option(help="height and width, if not each network's own")] = None,
@@ -110,17 +114,23 @@ def measure(
     rows: Annotated[Path | None, typer.Option(help="CSV file that gets the rows, appended")] = None,
     markdown: Annotated[bool, typer.Option(help="print a Markdown table")] = False,
     plot: Annotated[Path | None, typer.Option(help="figure of --plot-y against latency")] = None,
-    plot_y: Annotated[str, typer.Option(help="macs, parameters or accuracy")] = "macs",
+    plot_y: Annotated[str, typer.Option(help="macs or parameters")] = "macs",
 ) -> None:
     """Parameters, MACs and latency, interleaved in one run; ratios and the MoD tax."""
-    from pliant.analysis.plots import Quantity, plot_against_latency
+    from pliant.analysis.plots import Quantity, check_figure, plot_against_latency
     from pliant.measuring.latency import measure as run
     from pliant.measuring.rows import markdown_table, terminal_table, write_rows
 
+    # What cannot be written is refused before the timing, not after.
+    if plot is not None:
+        check_figure(plot, plot_y)
+    if rows is not None:
+        write_rows(rows, [], append=True)
+    names = models if against is None or against in models else [against, *models]
     with _progress("timing") as step:
         found = run(
-            {name: _network(name) for name in models},
-            against=None if against is None else (against if against in models else _network(against)),
+            {name: _network(name) for name in names},
+            against=against,
             batch=batch,
             input_size=pixels,
             device=device,
@@ -149,7 +159,8 @@ def recipes() -> None:
     from pliant.recipes import get_recipe, list_recipes
 
     for name in list_recipes():
-        typer.echo(f"{name:34} {get_recipe(name).note}")
+        # The whole note, of several lines, is in the recipe.json of each run.
+        typer.echo(f"{name:34} {get_recipe(name).note.partition(':')[0]}")
 
 
 @app.command()
@@ -165,7 +176,12 @@ def train(
     from pliant.train import fit
     from pliant.train.recipe import override
 
-    run = fit(override(get_recipe(recipe), changes or []), folder, resume=resume, progress=progress)
+    chosen = override(get_recipe(recipe), changes or [])
+    try:
+        run = fit(chosen, folder, resume=resume, progress=progress)
+    except KeyboardInterrupt as stop:  # says how to go on, where there is something to go on with
+        typer.secho(f"pliant: {stop}" if str(stop) else "pliant: interrupted", fg="red", err=True)
+        raise typer.Exit(130) from stop
     typer.echo(f"best epoch {run.best_epoch + 1}: validation {100 * run.val_accuracy:.2f} %")
     if run.test_accuracy is not None:
         typer.echo(f"test {100 * run.test_accuracy:.2f} %")
@@ -197,7 +213,7 @@ def evaluate(
 def compare(
     recipe: Annotated[str, typer.Argument(help="recipe of the plain network, such as cifar10.resnet20")],
     changes: Changes = None,
-    seeds: Annotated[int, typer.Option(help="how many, from the recipe's seed on")] = 1,
+    seeds: Annotated[int, typer.Option(help="how many, from the recipe's seed on", min=1)] = 1,
     only: Annotated[list[str] | None, typer.Option(help="only these labels; repeat for several")] = None,
     folder: Annotated[Path, typer.Option(help="of the runs; finished ones are not run again")] = Path(
         "runs/compare"
@@ -289,10 +305,14 @@ def _options(method: type[Method], changes: list[str]) -> dict[str, Any]:
 
 
 def _network(name: str) -> Any:
-    """A folder that `save` wrote, as its network; any other name as it is."""
+    """A folder that `save` or `train` wrote, as its network; any other name as it is."""
     from pliant.checkpoint import load
+    from pliant.train.run import BEST
 
-    return load(name) if Path(name).is_dir() else name
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    return load(folder / BEST if (folder / BEST).is_dir() else folder)
 
 
 @contextmanager

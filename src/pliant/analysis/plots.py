@@ -62,9 +62,7 @@ def plot_against_latency(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = check_suffix(path)
-    if y not in QUANTITIES:
-        raise ValueError(f"y is {y!r}; it can be {', '.join(QUANTITIES)}")
+    path = check_figure(path, y)
     panels: dict[str, list[Measurement]] = {}
     for row in rows:
         if row.median_ms is not None and getattr(row, y) is not None:
@@ -87,6 +85,17 @@ def plot_against_latency(
     for axes, members in zip(figure.axes, panels.values(), strict=True):
         _label(axes, members, y)
     return write_figure(figure, path)
+
+
+def check_figure(path: str | Path, y: str) -> Path:
+    """`path`, if `plot_against_latency` can draw `y` to it; so that one knows before measuring.
+
+    Raises:
+        ValueError: an unknown `y` or suffix.
+    """
+    if y not in QUANTITIES:
+        raise ValueError(f"y is {y!r}; it can be {', '.join(QUANTITIES)}")
+    return check_suffix(path)
 
 
 def _kind(row: Measurement) -> str:
