@@ -171,6 +171,33 @@ def test_output_stride(name, stride):
     assert features(images(name, size=128))[-1].shape[2] == 128 // stride
 
 
+@pytest.mark.parametrize("stride", [2, 4, 8])
+@pytest.mark.parametrize("name", CIFAR)
+def test_output_stride_behind_a_3x3_stem(name, stride):
+    features = meta(name, features_only=True, output_stride=stride).eval()
+    last = min(stride, 2 ** (len(features.feature_info) - 2))
+    assert features.feature_info.reduction()[-1] == last
+    assert features(images(name))[-1].shape[2] == 32 // last
+
+
+def test_other_output_strides_are_refused_behind_a_3x3_stem():
+    with pytest.raises(ValueError, match="output_stride must be 2, 4 or 8 behind a 3x3 stem, not 16"):
+        timm.create_model("resnet18_cifar", output_stride=16)
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_a_headless_cifar_network_is_built_where_it_is_asked_for(name):
+    assert all(p.is_meta for p in meta(name, num_classes=0).parameters())
+
+
+def test_networks_of_others_are_not_listed(monkeypatch):
+    from timm.models import _registry
+
+    ours = _registry._module_to_models["cifar"]
+    monkeypatch.setitem(_registry._module_to_models, "cifar", {*ours, "resnet18"})
+    assert list_networks() == NETWORKS
+
+
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name.endswith("_mod")])
 def test_mod_networks_are_their_plain_ones_with_blocks_replaced(name):
     model = meta(name)

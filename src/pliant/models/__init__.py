@@ -16,4 +16,7 @@ def list_networks() -> list[str]:
         >>> "resnet50_mod" in list_networks()
         True
     """
-    return sorted(timm.list_models(module="cifar") + timm.list_models(module="mod"))
+    # timm goes by the last part of a module's name, which another package may share.
+    homes = {cifar.__name__, mod.__name__}
+    names = timm.list_models(module="cifar") + timm.list_models(module="mod")
+    return sorted(name for name in names if timm.model_entrypoint(name).__module__ in homes)

@@ -29,22 +29,24 @@ class PadShortcut(nn.Module):
 
     Args:
         channels: how many channels are added, half on each side.
+        stride: 2, or 1 where ``output_stride`` keeps the resolution.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, stride: int = 2) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.stride = channels, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C + channels, ceil(H / 2), ceil(W / 2)]."""
+        """[B, C, H, W] to [B, C + channels, ceil(H / stride), ceil(W / stride)]."""
         half = self.channels // 2
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, self.channels - half))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.channels - half))
 
 
 def cifar_resnet(
     *,
     channels: tuple[int, ...] = (64, 128, 256, 512),
     pad_shortcut: bool = False,
+    output_stride: int = 8,
     **kwargs: Any,
 ) -> ResNet:
     """A ResNet of timm with a 3x3 stem, no pool, and three or four stages.
@@ -55,22 +57,28 @@ def cifar_resnet(
         pad_shortcut: shortcuts without parameters in place of projections. Blocks then
             start with their last norm at one, where timm has zero: behind a padded
             channel, which is zero, ReLU would get exactly zero and never learn.
+        output_stride: pixels of the image for one of the last feature map; at most 2, 4
+            or 8. Later stages dilate instead of striding.
         kwargs: timm's ``ResNet`` takes the rest (``block``, ``layers``, ...).
 
     Raises:
-        ValueError: not three or four stages, or an odd width of the stem.
+        ValueError: not three or four stages, an odd width of the stem, or another
+            `output_stride`.
     """
     channels = tuple(channels)
     if len(channels) not in (3, 4):
         raise ValueError(f"channels must name three or four stages, not {channels}")
     if channels[0] % 2:
         raise ValueError(f"the stem's width, channels[0] = {channels[0]}, must be even")
+    if output_stride not in (2, 4, 8):
+        raise ValueError(f"output_stride must be 2, 4 or 8 behind a 3x3 stem, not {output_stride!r}")
+    kwargs["output_stride"] = 4 * output_stride  # timm counts a stem and a pool that stride
     kwargs.setdefault("zero_init_last", not pad_shortcut)
     # timm fixes a plain stem to 64 channels; a deep one is twice stem_width wide. The
     # convolution itself is replaced below, so only the width of the deep stem is used.
     model = ResNet(channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
     in_chans = kwargs.get("in_chans", 3)
-    with torch.device(model.fc.weight.device if isinstance(model.fc, nn.Linear) else "cpu"):
+    with torch.device(next(model.parameters()).device):
         model.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
@@ -83,7 +91,8 @@ def cifar_resnet(
     if pad_shortcut:
         for stage in (model.layer2, model.layer3, model.layer4):
             for block in list(stage)[:1]:
-                block.downsample = PadShortcut(block.conv2.out_channels - block.conv1.in_channels)
+                added = block.conv2.out_channels - block.conv1.in_channels
+                block.downsample = PadShortcut(added, block.stride)
     return model
 
 
