@@ -344,3 +344,22 @@ if __name__ == "__main__":
     run = read_run(tmp_path / "run")
     assert float(said["0"].split()[0]) == run.test_accuracy
     assert evaluate(run.folder, "digits", device="cpu").top1 == pytest.approx(run.test_accuracy)
+
+
+def test_tensorboard_has_the_gap_of_every_epoch(tiny):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tiny.folder / "tensorboard")).Reload()
+    logged = [event.value for event in events.Scalars("gap")]
+    assert logged == pytest.approx([row["gap"] for row in tiny.history], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["ema=0.5", "mixup=0.5", "cutmix=1", "precision=bf16", "smoothing=0.2", "clip=0.01", "erasing=1"],
+)
+def test_an_option_changes_what_is_learnt(change, tmp_path):
+    plain, changed = (
+        fit(override(TINY, ["epochs=1", *more]), tmp_path / str(len(more)), progress=False)
+        for more in ([], [change])
+    )
+    assert not same(weights(plain), weights(changed))
