@@ -241,7 +241,7 @@ def test_unreadable_images_are_named_counted_and_replaced(tmp_path):
 
 
 def test_a_folder_is_learnt_and_scored_as_its_checkpoint_says(tmp_path):
-    recipe = folder_recipe(make_folder(tmp_path / "a", 12), epochs=4, augmentation="flip_crop")
+    recipe = folder_recipe(make_folder(tmp_path / "a", 12), epochs=10, augmentation="flip_crop")
     run = fit(recipe, tmp_path / "run", progress=False)
     assert run.test_accuracy == 1.0
     few = tmp_path / "few"
@@ -254,6 +254,23 @@ def test_a_folder_is_learnt_and_scored_as_its_checkpoint_says(tmp_path):
         evaluate(tmp_path / "run", "folder", few, device="cpu", workers=0)
     with pytest.raises(ValueError, match="has 10 outputs and the data 1 classes"):
         evaluate(timm.create_model("resnet20_cifar"), "folder", few, device="cpu", workers=0)
+
+
+def test_a_run_is_scored_on_what_it_held_out(tmp_path):
+    recipe = folder_recipe(
+        make_folder(tmp_path / "a", 20), val_fraction=0.2, test_fraction=0.3, split_seed=7
+    )
+    run = fit(recipe, tmp_path / "run", progress=False)
+    data = load_data(recipe)
+    for part, images in (("test", data.test), ("val", data.val)):
+        found = evaluate(tmp_path / "run", part=part, device="cpu", workers=0)
+        assert found.images == len(images)
+        assert (
+            evaluate(tmp_path / "run", "folder", recipe.path, part=part, device="cpu", workers=0) == found
+        )
+    assert evaluate(tmp_path / "run", device="cpu", workers=0).top1 == pytest.approx(run.test_accuracy)
+    everything = evaluate(tmp_path / "run" / "best", "folder", recipe.path, device="cpu", workers=0)
+    assert everything.images == len(data.train) + len(data.val) + len(data.test)
 
 
 def test_evaluation_against_a_loop():

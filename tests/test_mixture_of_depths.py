@@ -675,8 +675,7 @@ def test_widening_without_stride_is_refused():
     ],
 )
 def test_networks_without_a_core_are_passed_over_with_the_reason(network, reason):
-    with torch.device("meta"):
-        model = timm.create_model(network)
+    model = timm.create_model(network)  # older timm cannot build RegNet on meta
     with pytest.raises(ValueError, match=rf"(?s)matches nothing in \w+:.*: {reason}"):
         convert(model, MixtureOfDepths())
 

@@ -193,7 +193,9 @@ def train(
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="a saved model: a folder that `save` or `train` wrote")],
-    data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, folder or imagenet")] = "digits",
+    data: Annotated[
+        str | None, typer.Option(help="digits, cifar10, cifar100, folder, imagenet; or the run's own")
+    ] = None,
     path: Annotated[Path | None, typer.Option(help="folder of the data; digits need none")] = None,
     part: Annotated[str, typer.Option(help="test or val")] = "test",
     batch: Annotated[int, typer.Option(help="images a forward")] = 256,
@@ -285,7 +287,7 @@ def _print(table: Table) -> None:
 
     console = Console()
     # What is piped is not cut to a terminal's width.
-    console.print(table, width=None if console.is_terminal else max(console.width, 200))
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def _options(method: type[Method], changes: list[str]) -> dict[str, Any]:

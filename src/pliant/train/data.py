@@ -111,12 +111,16 @@ def load_data(recipe: Recipe) -> Data:
     return _data(recipe, train, val, rest, classes, normalisation(recipe))
 
 
-def load_part(recipe: Recipe, part: Part = "test") -> tuple[ImageSet, tuple[str, ...]]:
+def load_part(
+    recipe: Recipe, part: Part = "test", *, divided: bool = False
+) -> tuple[ImageSet, tuple[str, ...]]:
     """One set to score, and its classes; of a folder, without looking at ``train/``.
 
     Args:
         recipe: names the data.
         part: of a folder, ``"test"`` is ``test/``, else ``val/``, else all of its images.
+        divided: divide a folder too as a run of the recipe does; without a test set its
+            ``"test"`` is the validation set.
 
     Raises:
         FileNotFoundError: the data is not there.
@@ -124,7 +128,7 @@ def load_part(recipe: Recipe, part: Part = "test") -> tuple[ImageSet, tuple[str,
     """
     if part not in get_args(Part):
         raise ValueError(f"part must be one of {', '.join(get_args(Part))}, not {part!r}")
-    if recipe.data in ("folder", "imagenet"):
+    if recipe.data in ("folder", "imagenet") and not divided:
         root = _root(recipe)
         names = ("test", "val") if part == "test" else ("val",)
         found = next((root / name for name in names if (root / name).is_dir()), root)
@@ -133,8 +137,7 @@ def load_part(recipe: Recipe, part: Part = "test") -> tuple[ImageSet, tuple[str,
         images, classes = _files(found, recipe)
         return images, tuple(classes)
     data = load_data(recipe)
-    chosen = data.val if part == "val" else data.test
-    assert chosen is not None  # only folders may lack one
+    chosen = data.val if part == "val" or data.test is None else data.test
     return chosen, data.classes
 
 

@@ -5,6 +5,7 @@ Shapes: x float32 [B, C, S, S], images; y int64 [B], classes; logits [B, classes
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -20,7 +21,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from pliant.train.batches import make_batches
 from pliant.train.data import Part, load_part, normalisation
 from pliant.train.recipe import Recipe
-from pliant.train.run import BEST
+from pliant.train.run import BEST, RECIPE
+
+# What of a recipe says which images are held out.
+DIVISION = ("val_fraction", "test_fraction", "split_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,7 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module | str | os.PathLike[str],
-    data: str = "digits",
+    data: str | None = None,
     path: str | os.PathLike[str] | None = None,
     *,
     part: Part = "test",
@@ -73,7 +77,8 @@ def evaluate(
 
     Args:
         model: a network, or the folder of a saved one or of a run.
-        data: as `Recipe.data`.
+        data: as `Recipe.data`. None: what the run in the folder `model` was trained on,
+            divided as it was, so that no image it learnt from is scored; else digits.
         path: as `Recipe.path`.
         part: ``"test"`` or ``"val"``. Of a folder, ``"test"`` is ``test/``, else ``val/``,
             else all of its images.
@@ -89,20 +94,26 @@ def evaluate(
     """
     network, settings = (model, _settings(model)) if isinstance(model, nn.Module) else _saved(Path(model))
     channels, side = settings.size[0], pixels or settings.size[-1]
+    place = None if path is None else os.fspath(path)
+    own = None if isinstance(model, nn.Module) else _recipe(Path(model))
+    if own is not None and (data not in (None, own.data) or place not in (None, own.path)):
+        own = None  # other data than the run's
+    division = {} if own is None else {name: getattr(own, name) for name in DIVISION}
     recipe = Recipe.from_dict(
         {
+            **division,
             "name": "evaluate",
             "model": type(network).__name__,
             "model_args": {"in_chans": channels},
-            "data": data,
-            "path": None if path is None else os.fspath(path),
+            "data": (data or "digits") if own is None else own.data,
+            "path": place if own is None else own.path,
             "pixels": side,
             "resize": round(side / settings.crop_pct) if settings.crop_pct else None,
             "batch": batch,
             "workers": workers,
         }
     )
-    images, classes = load_part(recipe, part)
+    images, classes = load_part(recipe, part, divided=own is not None)
     if settings.classes is not None:
         images.labels, classes = _renumbered(images.labels, classes, settings.classes), settings.classes
     mean, std = normalisation(recipe)
@@ -147,7 +158,7 @@ def score(
             for metric in (top1, each, top5):
                 if metric is not None:
                     metric.update(logits, y)
-            loss.update(F.cross_entropy(logits, y), weight=len(y))
+            loss.update(F.cross_entropy(logits, y, reduction="none"))
             counts += y.bincount(minlength=n).cpu()
     finally:
         model.train(mode)
@@ -189,6 +200,12 @@ def _saved(folder: Path) -> tuple[nn.Module, _Settings]:
     return load(folder), _Settings(
         config.input_size, config.mean, config.std, config.crop_pct, config.classes
     )
+
+
+def _recipe(folder: Path) -> Recipe | None:
+    """What the run in a folder was, if it is one's."""
+    written = folder / RECIPE
+    return Recipe.from_dict(json.loads(written.read_text(encoding="utf-8"))) if written.is_file() else None
 
 
 def _settings(model: nn.Module) -> _Settings:

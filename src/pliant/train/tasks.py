@@ -138,7 +138,8 @@ class Classification(pl.LightningModule):
         accuracy.update(logits.argmax(1), y)
         if dataloader_idx == 0:
             loss = torch.stack(list(self.objective(logits, y).values())).sum()
-            self.val_loss.update(loss, weight=len(y))
+            # Once an image: weights are lost where torchmetrics does not look for NaN (1.9).
+            self.val_loss.update(loss.expand(len(y)))
 
     def on_validation_epoch_end(self) -> None:
         """Close the epoch's row, and log it."""
