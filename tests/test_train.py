@@ -93,9 +93,9 @@ def test_the_saved_network_is_the_best_one_and_scores_the_same(tiny):
     again = evaluate(tiny.folder, "digits", device="cpu")
     assert again.top1 == tiny.test_accuracy
     assert evaluate(tiny.folder / "best", "digits", device="cpu", batch=7).top1 == pytest.approx(again.top1)
-    assert evaluate(tiny.folder, "digits", part="val", device="cpu").top1 == pytest.approx(
-        tiny.val_accuracy
-    )
+    held_out = evaluate(tiny.folder, "digits", part="val", device="cpu", batch=50)
+    assert held_out.top1 == pytest.approx(tiny.val_accuracy)
+    assert held_out.loss == pytest.approx(tiny.history[tiny.best_epoch]["val_loss"], rel=1e-5)
 
 
 def test_a_run_is_read_back(tiny):
