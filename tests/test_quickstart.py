@@ -29,6 +29,7 @@ def done(tmp_path_factory):
             large=("resnet20_cifar", "resnet20_cifar_mod"),
             threads=1,
             readme=readme,
+            results=folder / "results",
             console=Console(file=file, width=200),
         )
     return folder, page, (folder / "printed.txt").read_text()
@@ -54,6 +55,13 @@ def test_every_network_is_trained_timed_and_in_the_table(done):
     assert rows[len(labels) + 2].tax is not None
     for label in labels:
         assert label in printed.partition("Timing")[2]
+
+
+def test_rows_are_kept_as_results_too(done):
+    folder, _, _ = done
+    for name in ("scores", "latency"):
+        kept = (folder / "results" / f"quickstart-{name}.csv").read_bytes()
+        assert kept == (folder / "out" / f"{name}.csv").read_bytes()
 
 
 def test_page_has_table_curves_plots_and_selections(done):

@@ -262,11 +262,12 @@ def quickstart(
     ),
     threads: Threads = None,
     readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table")] = None,
+    results: Annotated[Path | None, typer.Option(help="folder that gets the rows too")] = None,
 ) -> None:
     """Train and measure plain and Mixture-of-Depths networks in five minutes."""
     from pliant.quickstart import quickstart as run
 
-    run(folder, changes=changes or (), threads=threads, readme=readme)
+    run(folder, changes=changes or (), threads=threads, readme=readme, results=results)
 
 
 @app.command()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RECIPE = "digits.resnet18"
 LARGE, LARGE_MOD, LOWER_PIXELS = "resnet50", "resnet50_mod", 176
 LEARNED = "MoD, score order"
+WIDE = 96  # characters that all columns need
 VERSIONS = ("pliant", "torch", "timm", "python")
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
 COLUMNS = ("label", "accuracy", "parameters", "macs", "time", "time_ratio", "tax")
@@ -42,6 +43,7 @@ def quickstart(
     large: tuple[str, str] = (LARGE, LARGE_MOD),
     threads: int | None = None,
     readme: str | Path | None = None,
+    results: str | Path | None = None,
     console: Console | None = None,
 ) -> Path:
     """Train, measure, print one table, and write ``report.html``.
@@ -54,6 +56,7 @@ def quickstart(
         large: the plain and the Mixture-of-Depths network that are timed at 224 px.
         threads: of PyTorch; by default as many as it takes by itself.
         readme: a file whose part between the quickstart marks gets the table.
+        results: a folder that gets the rows too, as ``quickstart-{scores,latency}.csv``.
         console: of rich, to print on.
 
     Returns:
@@ -83,8 +86,13 @@ def quickstart(
     write_scores(folder / "scores.csv", scores)
     rows = _latencies(done, large, console)
     write_rows(folder / "latency.csv", rows)
+    if results is not None:
+        write_scores(Path(results) / "quickstart-scores.csv", scores)
+        write_rows(Path(results) / "quickstart-latency.csv", rows)
     page = _page(folder, done, rows)
-    console.print(terminal_table(rows, COLUMNS, LEAVE_OUT))
+    # A narrow terminal gets ratios without times, rather than figures cut short.
+    shown = [c for c in COLUMNS if c != "time" or console.width >= WIDE]
+    console.print(terminal_table(rows, shown, LEAVE_OUT))
     console.print(f"The page: {page}")
     if readme is not None:
         _into_readme(Path(readme), rows)
@@ -120,6 +128,7 @@ def _latencies(
             against=plain,
             channels_last=True,
             lower_resolution=LOWER_PIXELS,
+            rounds=31,
             max_run_time=LARGE_SECONDS,
             progress=step,
         )
