@@ -33,6 +33,7 @@ VERSIONS = ("pliant", "torch", "timm", "python")
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
 COLUMNS = ("label", "accuracy", "parameters", "macs", "time", "time_ratio", "tax")
 LEAVE_OUT = ("against",)  # the row whose ratio is 1.00
+ROUNDS = 31
 DIGITS_SECONDS, LARGE_SECONDS = 15.0, 45.0  # of timing, at most
 
 
@@ -115,6 +116,7 @@ def _latencies(
             against=PLAIN,
             input_size=(done[PLAIN][1].recipe.in_chans, size.pixels, size.pixels),
             channels_last=True,
+            rounds=ROUNDS,
             max_run_time=DIGITS_SECONDS,
             min_run_time=0.02,
             progress=step,
@@ -128,7 +130,7 @@ def _latencies(
             against=plain,
             channels_last=True,
             lower_resolution=LOWER_PIXELS,
-            rounds=31,
+            rounds=ROUNDS,
             max_run_time=LARGE_SECONDS,
             progress=step,
         )
