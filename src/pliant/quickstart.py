@@ -229,11 +229,12 @@ def _selections(figures: Path, done: dict[str, tuple[Score, Run]]) -> tuple[Tabl
         ("block", "channels", "selected for an image", "for every image", "for none"),
         rows,
     )
-    block = next(path for path in found.counts if path.startswith("layer3."))
+    # The paper shows one of the third stage; where that one is constant, there is nothing to see.
+    block = min(found.counts, key=lambda path: len(found.always(path)) / found.k[path])
     figure = FigureBlock(
         "Which channels are selected, by class",
-        f"{block} of “{LEARNED}”, test images; rows are classes. Where rows are alike, selection hardly "
-        f"depends on the class.",
+        f"{block} of “{LEARNED}”, the block whose selection varies most; test images, a row for each "
+        f"class. Where rows are alike, selection hardly depends on the class.",
         plot_selection_frequency(found, block, figures / "selection.svg"),
     )
     return table, figure
