@@ -294,15 +294,19 @@ def convert(model: Network, *methods: Method, inplace: bool = False) -> Network:
 
 def mark_named(model: nn.Module) -> None:
     """Say that all conversions so far belong to the network's registered name."""
-    record = tuple(replace(c, named=True) for c in conversions(model))
-    model._pliant_conversions = record  # type: ignore[assignment]
+    _record(model, tuple(replace(c, named=True) for c in conversions(model)))
 
 
 def inherit_conversions(model: nn.Module, source: nn.Module) -> None:
     """Record on `model`, which took submodules of `source` over, what was done to these."""
     here = {path for path, _ in model.named_modules()}
     kept = (replace(c, sites=tuple(s for s in c.sites if s in here)) for c in conversions(source))
-    model._pliant_conversions = tuple(c for c in kept if c.sites)  # type: ignore[assignment]
+    _record(model, tuple(c for c in kept if c.sites))
+
+
+def _record(model: nn.Module, done: tuple[Conversion, ...]) -> None:
+    # Its attributes are typed as tensors and modules; this one is a note.
+    model._pliant_conversions = done  # type: ignore[assignment]
 
 
 def _check_methods(methods: tuple[object, ...]) -> None:
@@ -337,7 +341,7 @@ def _apply(model: nn.Module, method: Method) -> Survey:
             module = module.to(memory_format=torch.channels_last)
         setattr(model.get_submodule(parent), name, module.train(old.training))
     done = Conversion(method, tuple(s.path for s in survey.sites))
-    model._pliant_conversions = (*conversions(model), done)  # type: ignore[assignment]
+    _record(model, (*conversions(model), done))
     return survey
 
 

@@ -46,7 +46,7 @@ class MixtureOfDepths(Method):
         c: k = C // c channels of C are processed (section 3.2). None: the width of
             the network's first block, the largest that is legal (64 for ResNet-50).
         reduction: r of the selector, C -> C // r -> C (section 3.1; 16 in the paper). A
-            selector with one hidden unit ranks the channels alike for every input.
+            selector with one hidden unit ranks the channels alike for every input (or, silent, not at all).
         selection: which channels. ``"learned"`` by the selector; ``"random"`` fresh
             for each sample and forward, from torch's default generator, in evaluation
             too (the paper's MoD50-rand); ``"fixed"`` random, drawn once; ``"first"``

@@ -7,9 +7,9 @@ and the loading of weights alike.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import timm
@@ -51,7 +51,7 @@ def register(
     """
     if timm.is_model(name):
         raise ValueError(f"timm already has a model named {name!r}; choose another name")
-    options = {f.name for f in fields(method)} if method else set()  # type: ignore[arg-type]
+    options = set(inspect.signature(method).parameters) if method else set()
 
     def network(**kwargs: Any) -> nn.Module:
         chosen = method_defaults | {k: kwargs.pop(k) for k in options & kwargs.keys()}

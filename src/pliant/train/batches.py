@@ -13,6 +13,7 @@ Shapes in this file::
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from pliant.train.recipe import AUGMENTATIONS, Recipe
 from pliant.train.seeds import mixed_seed, seeded
 
 
-class Batches:
+class Batches(ABC):
     """Batches of one set, ``(x, y)``, for one epoch after another.
 
     Training batches are shuffled, augmented and of one size, the last incomplete one
@@ -62,8 +63,9 @@ class Batches:
             return -(-len(range(rank, len(self.images), world)) // self.recipe.batch)
         return max(1, len(self.images) // world // self.recipe.batch)
 
+    @abstractmethod
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        raise NotImplementedError
+        """Each batch of this epoch."""
 
     def order(self) -> list[Tensor]:
         """Indices of the images in each batch of this epoch, for this process."""
