@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from timm.models import _efficientnet_blocks as efficientnet
@@ -25,16 +26,23 @@ class Block(nn.Module):
     was converted once can still be read, for a second method or for measuring.
 
     Args:
-        channels: channels in and out (a replacement never changes the width).
+        channels: of its input.
+        out_channels: of its output; None: as many.
+        stride: its spatial stride.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int | None = None, stride: int = 1) -> None:
         super().__init__()
         self.channels = channels
+        self.out_channels = channels if out_channels is None else out_channels
+        self.stride = stride
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        return f"channels={self.channels}"
+        shape = f"channels={self.channels}"
+        if self.out_channels != self.channels:
+            shape += f", out_channels={self.out_channels}"
+        return shape if self.stride == 1 else f"{shape}, stride={self.stride}"
 
 
 class RemovedBlock(Block):
@@ -110,7 +118,7 @@ _READERS: dict[type[nn.Module], Callable[..., Shape]] = {
         b.conv_dw.stride[0],
     ),
     vision_transformer.Block: lambda b: (b.norm1.weight.shape[0],) * 2 + (1,),
-    Block: lambda b: (b.channels, b.channels, 1),
+    Block: lambda b: (b.channels, b.out_channels, b.stride),
 }
 
 
@@ -154,6 +162,102 @@ def stages(model: nn.Module) -> list[Stage]:
         if blocks:
             found.append(Stage(path, tuple(blocks)))
     return found
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A layer that convolves, inside or outside a block.
+
+    Attributes:
+        path: dotted path from the module that was searched.
+        module: an `nn.Conv2d`, or an `nn.Linear` that is applied at each position.
+        kind: ``"depthwise"``, ``"pointwise"`` (1x1, or linear) or ``"spatial"``.
+    """
+
+    path: str
+    module: nn.Conv2d | nn.Linear
+    kind: Literal["depthwise", "pointwise", "spatial"]
+
+
+def convolutions(block: nn.Module) -> list[Convolution]:
+    """The convolutions of a block, in order; without those of squeeze-and-excitation.
+
+    Example:
+        >>> import timm
+        >>> block = timm.create_model("mobilenetv3_small_100").blocks[0][0]
+        >>> [(c.path, c.kind) for c in convolutions(block)]
+        [('conv_dw', 'depthwise'), ('conv_pw', 'pointwise')]
+    """
+    found: list[Convolution] = []
+    if isinstance(block, vision_transformer.Block):
+        return found  # its linear layers are no convolutions: attention lies between them
+    for path, module in block.named_modules():
+        if "se" in path.split("."):
+            continue
+        if isinstance(module, nn.Linear):
+            found.append(Convolution(path, module, "pointwise"))
+        elif isinstance(module, nn.Conv2d):
+            found.append(Convolution(path, module, _kind(module)))
+    return found
+
+
+def _kind(conv: nn.Conv2d) -> Literal["depthwise", "pointwise", "spatial"]:
+    if conv.groups == conv.in_channels > 1:
+        return "depthwise"
+    return "pointwise" if conv.kernel_size == (1, 1) else "spatial"
+
+
+def classifier(model: nn.Module) -> str | None:
+    """Path of the linear layer that gives the classes; None without one."""
+    get = getattr(model, "get_classifier", None)
+    found = get() if callable(get) else None
+    if not isinstance(found, nn.Linear):
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        last = list(model.modules())[-1]
+        found = last if get is None and linear and last is linear[-1] else None
+    return next((path for path, m in model.named_modules() if m is found), None) if found else None
+
+
+def stem_and_head(model: nn.Module) -> tuple[list[Convolution], list[Convolution]]:
+    """Convolutions before the first block, and those between the last one and the classes.
+
+    Example:
+        >>> import timm
+        >>> stem, head = stem_and_head(timm.create_model("mobilenetv2_100"))
+        >>> [c.path for c in stem], [c.path for c in head]
+        (['conv_stem'], ['conv_head'])
+    """
+    blocks = [block.path for stage in stages(model) for block in stage.blocks]
+    stem: list[Convolution] = []
+    head: list[Convolution] = []
+    seen = 0
+    for path, module in model.named_modules():
+        if path in blocks:
+            seen += 1
+        elif isinstance(module, nn.Conv2d) and not any(path.startswith(f"{b}.") for b in blocks):
+            found = Convolution(path, module, _kind(module))
+            if seen == 0:
+                stem.append(found)
+            elif seen == len(blocks):
+                head.append(found)
+    return stem, head
+
+
+def take_dropout(model: nn.Module, classifier: str) -> float:
+    """Turn off the dropout on the classifier's input; returns the rate that it had.
+
+    For a classifier that drops by itself, because it also needs the features whole. timm
+    drops by a function with the network's ``drop_rate``, or by a module beside the classifier.
+    """
+    owner = model.get_submodule(classifier.rpartition(".")[0])
+    drop = getattr(owner, "drop", None)
+    if isinstance(drop, nn.Dropout):
+        rate, drop.p = drop.p, 0.0
+        return rate
+    rate = float(getattr(owner, "drop_rate", 0.0))
+    if rate:
+        vars(owner)["drop_rate"] = 0.0
+    return rate
 
 
 def block_families() -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pliant import anatomy
 
@@ -91,6 +91,9 @@ class Method(ABC):
         On the device and in the dtype of `module`, whose parts may be used again.
         """
 
+    def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:  # noqa: B027
+        """What is left to do to the network as a whole, once all `sites` are replaced."""
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -106,51 +109,6 @@ class Conversion:
     method: Method
     sites: tuple[str, ...]
     named: bool = False
-
-
-class ThreadedRun(nn.Sequential):
-    """A run of blocks through which a value of this forward is threaded.
-
-    For methods whose blocks share something (one routing for several convolutions):
-    each block that is a `Threaded` takes ``(x, value)`` and gives ``(x, value)``; the
-    others see ``x`` alone. The value starts as None and dies with the forward:
-    nothing is kept on a module, so copies, threads and compilation are safe.
-
-    Example:
-        >>> import torch
-        >>> run = ThreadedRun.of(nn.Sequential(nn.ReLU(), nn.ReLU()))
-        >>> run(torch.tensor([-1.0, 2.0]))
-        tensor([0., 2.])
-    """
-
-    @classmethod
-    def of(cls, blocks: nn.Module) -> ThreadedRun:
-        """The children of `blocks` as a run, under their own names."""
-        run = cls()
-        for name, block in blocks.named_children():
-            run.add_module(name, block)
-        return run
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Send `x` through the blocks, any shapes; returns the last block's output."""
-        return self.thread(x, None)[0]
-
-    def thread(self, x: Tensor, value: Any) -> tuple[Tensor, Any]:
-        """As `forward`, with a value that comes from, and goes on to, other runs."""
-        for block in self:
-            if isinstance(block, (Threaded, ThreadedRun)):
-                x, value = block.thread(x, value)
-            else:
-                x = block(x)
-        return x, value
-
-
-class Threaded(nn.Module, ABC):
-    """A block of a `ThreadedRun` that reads or sets the threaded value."""
-
-    @abstractmethod
-    def thread(self, x: Tensor, value: Any) -> tuple[Tensor, Any]:
-        """The output for `x`, and the value for the blocks that follow."""
 
 
 def conversions(model: nn.Module) -> tuple[Conversion, ...]:
@@ -340,6 +298,7 @@ def _apply(model: nn.Module, method: Method) -> Survey:
         if channels_last:
             module = module.to(memory_format=torch.channels_last)
         setattr(model.get_submodule(parent), name, module.train(old.training))
+    method.finish(model, survey.sites)
     done = Conversion(method, tuple(s.path for s in survey.sites))
     _record(model, (*conversions(model), done))
     return survey

@@ -16,7 +16,6 @@ Shapes in this file::
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from pliant.anatomy import Block, BlockInfo, RemovedBlock, stages
 from pliant.methods.narrow import core_width, last_activation, narrow_core, unfit
+from pliant.methods.precision import full_precision, linear, pooled
 from pliant.surgery import Method, PassedOver, Site, Survey
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -257,14 +257,8 @@ class ChannelSelector(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The channels' relevance before the sigmoid, [B, C], at least float32."""
-        kind = "cpu" if x.is_meta else x.device.type  # there is no autocast on meta
-        # Autocast would cast the two layers down; entering it when it is off would
-        # only cost time (and a graph node).
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            wide = torch.promote_types(x.dtype, torch.float32)
-            pooled = x.mean((2, 3), dtype=wide)
-            hidden = F.relu(F.linear(pooled, self.fc1.weight.to(wide)))
-            return F.linear(hidden, self.fc2.weight.to(wide))
+        with full_precision(x):
+            return linear(F.relu(linear(pooled(x), self.fc1)), self.fc2)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

@@ -1,0 +1,38 @@
+"""Full precision for small networks that decide: selectors and routers.
+
+Ranking and routing need the digits that half precision and autocast would drop.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """No autocast for what follows on the device of `x`.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), full_precision(torch.ones(1)):
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.float32
+    """
+    kind = "cpu" if x.is_meta else x.device.type  # there is no autocast on meta
+    # Entering it when it is off would only cost time (and a graph node).
+    off = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if off else nullcontext()
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Mean over all positions, at least float32: [B, C] from [B, C, H, W] or [B, C]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.mean((2, 3), dtype=wide) if x.dim() == 4 else x.to(wide)
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """`layer` in the precision of `x`."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)

@@ -1,0 +1,134 @@
+"""Values of one forward, without keeping anything on a module.
+
+Two tools for methods whose parts share something while an image passes through:
+
+- *Along the feature maps.* `thread` hangs a value on a feature map, `threaded` reads it
+  further on. It lives as long as the feature map does, so copies of a network, threads,
+  gradient checkpointing, `torch.compile` and `torch.export` are safe. Modules that make
+  a new tensor lose it, unless `pass_along` told them not to.
+- *Into a block.* `Bound` runs a block's own forward with some of its layers called in
+  another way (with a routing, say), so that no family's forward is written twice.
+
+Shapes: x, any feature map; the values are whatever a method threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+Call = Callable[[str, nn.Module, Any], Any]
+
+
+def thread(x: Tensor, name: str, value: Tensor) -> Tensor:
+    """Hang `value` on the feature map `x`, which is returned, under a method's `name`."""
+    setattr(x, f"_pliant_{name}", value)
+    return x
+
+
+def threaded(x: Tensor, name: str) -> Tensor | None:
+    """What `thread` hung on `x` under `name`; None where nothing was, or it was lost.
+
+    Example:
+        >>> import torch
+        >>> x = thread(torch.zeros(1), "routing", torch.ones(2))
+        >>> threaded(x, "routing"), threaded(x + 1, "routing")
+        (tensor([1., 1.]), None)
+    """
+    value: Tensor | None = getattr(x, f"_pliant_{name}", None)
+    return value
+
+
+def pass_along(modules: Iterable[nn.Module], name: str) -> None:
+    """Let modules hang what their input carries under `name` on their output.
+
+    An output that carries a value of its own keeps it.
+
+    Example:
+        >>> import torch
+        >>> pool = nn.AvgPool2d(2)
+        >>> pass_along([pool], "routing")
+        >>> threaded(pool(thread(torch.zeros(1, 1, 2, 2), "routing", torch.ones(2))), "routing")
+        tensor([1., 1.])
+    """
+    for module in modules:
+        module.register_forward_hook(partial(_hand_on, name))
+
+
+def _hand_on(name: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+        value = threaded(args[0], name)
+        if value is not None and threaded(output, name) is None:
+            thread(output, name, value)
+
+
+class Bound:
+    """A view of a module in whose forward some of its submodules are called otherwise.
+
+    Everything but these is the module's own. The view is made for one forward and thrown
+    away after it. Hooks of the modules that lie between `module` and its bound layers
+    do not run; those of all others do.
+
+    Args:
+        module: whose forward runs.
+        leaves: dotted paths, in `module`, of the layers that are called otherwise.
+        between: dotted paths of the modules on the way to them (`between`).
+        call: gets path, layer and input of such a call, and gives its output.
+
+    Example:
+        >>> import torch
+        >>> block = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Identity()))
+        >>> leaves = frozenset({"1.0"})
+        >>> double = Bound(block, leaves, between(leaves), lambda path, layer, x: 2 * layer(x))
+        >>> double(torch.tensor([-1.0, 3.0]))
+        tensor([0., 6.])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        leaves: frozenset[str],
+        between: frozenset[str],
+        call: Call,
+        prefix: str = "",
+    ) -> None:
+        self._module = module
+        self._leaves = leaves
+        self._between = between
+        self._call = call
+        self._prefix = prefix
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        path = self._prefix + name
+        if path in self._leaves:
+            return partial(self._call, path, value)
+        if path in self._between:
+            return Bound(value, self._leaves, self._between, self._call, f"{path}.")
+        if isinstance(value, MethodType) and value.__self__ is self._module:
+            return MethodType(value.__func__, self)  # what it calls is bound too
+        return value
+
+    def __iter__(self) -> Iterator[Any]:
+        """The children, as `nn.Sequential` runs them."""
+        for name, _ in self._module.named_children():
+            yield self.__getattr__(name)
+
+    def __call__(self, *args: Any) -> Any:
+        """The module's forward, through this view."""
+        return type(self._module).forward(self, *args)
+
+
+def between(leaves: Iterable[str]) -> frozenset[str]:
+    """The paths of all modules on the way to `leaves`.
+
+    Example:
+        >>> sorted(between({"mlp.fc1", "conv", "a.b.c"}))
+        ['a', 'a.b', 'mlp']
+    """
+    parts = (path.split(".") for path in leaves)
+    return frozenset(".".join(p[:n]) for p in parts for n in range(1, len(p)))
