@@ -11,10 +11,12 @@ from pliant._version import __version__
 from pliant.checkpoint import load, save
 from pliant.measuring.latency import measure
 from pliant.measuring.rows import Measurement
+from pliant.methods.condconv import CondConv
 from pliant.methods.mixture_of_depths import MixtureOfDepths
 from pliant.surgery import Method, Plan, convert, plan
 
 __all__ = [
+    "CondConv",
     "Measurement",
     "Method",
     "MixtureOfDepths",

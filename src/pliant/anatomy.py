@@ -129,6 +129,18 @@ def _read(module: nn.Module) -> Shape | None:
     return None
 
 
+def shape_of(block: nn.Module) -> Shape:
+    """Channels in, channels out and stride of a block.
+
+    Raises:
+        ValueError: a block of no known family.
+    """
+    shape = _read(block)
+    if shape is None:
+        raise ValueError(f"{type(block).__name__} is no known block; known: {', '.join(block_families())}")
+    return shape
+
+
 def _containers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """Every module below (and with) `module` that is not itself inside a block."""
     yield path, module

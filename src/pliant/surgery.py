@@ -258,7 +258,12 @@ def mark_named(model: nn.Module) -> None:
 def inherit_conversions(model: nn.Module, source: nn.Module) -> None:
     """Record on `model`, which took submodules of `source` over, what was done to these."""
     here = {path for path, _ in model.named_modules()}
-    kept = (replace(c, sites=tuple(s for s in c.sites if s in here)) for c in conversions(source))
+
+    def now(path: str) -> str:
+        flat = path.replace(".", "_", 1)  # timm's name of a stage taken out of a Sequential
+        return flat if flat in here else path
+
+    kept = (replace(c, sites=tuple(now(s) for s in c.sites if now(s) in here)) for c in conversions(source))
     _record(model, tuple(c for c in kept if c.sites))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from pliant.methods.condconv import CondConv
 from pliant.methods.mixture_of_depths import MixtureOfDepths
 from pliant.surgery import Method
 
-METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (MixtureOfDepths,)}
+METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (MixtureOfDepths, CondConv)}

@@ -325,6 +325,8 @@ class CondLinear(_Conditional):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"wanted inputs of [B, ..., {self.in_features}], not {tuple(x.shape)}")
+        if routing is None and x.dim() > 2 and isinstance(self.router, Router):
+            routing = self.router(x.flatten(1, -2).mean(1))  # channels come last here
         routing = self._routing(x, routing)
         if self.drop:
             x = F.dropout(x, self.drop, self.training)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -31,6 +31,8 @@ def register(
     input_size: tuple[int, int, int] = (3, 224, 224),
     num_classes: int = 1000,
     feature_levels: int = 5,
+    flatten: bool = False,
+    config: Mapping[str, str] | None = None,
     **method_defaults: Any,
 ) -> None:
     """Register one network with timm, under a name that must be free.
@@ -44,6 +46,8 @@ def register(
         input_size: channels, height, width the network is made for.
         num_classes: classes by default.
         feature_levels: how many feature maps ``features_only`` gives by default.
+        flatten: the stages lie in one ``Sequential`` of the network.
+        config: what else timm's configuration says (names of first and last layer).
         method_defaults: options of the method for this name.
 
     Raises:
@@ -63,7 +67,7 @@ def register(
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         kwargs.setdefault("num_classes", num_classes)
-        levels = {"out_indices": tuple(range(feature_levels))}
+        levels = {"out_indices": tuple(range(feature_levels)), "flatten_sequential": flatten}
         arguments = dict(kwargs)
         built: list[nn.Module] = []
 
@@ -81,7 +85,7 @@ def register(
     entry.__module__ = module
     entry.__doc__ = f"{name}: see `{module}`."
     home = sys.modules[module]
-    config = {
+    settings = {
         "num_classes": num_classes,
         "input_size": input_size,
         "pool_size": None,
@@ -91,7 +95,8 @@ def register(
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "conv1",
         "classifier": "fc",
+        **(config or {}),
     }
-    home.__dict__.setdefault("default_cfgs", {}).update(generate_default_cfgs({name: config}))
+    home.__dict__.setdefault("default_cfgs", {}).update(generate_default_cfgs({name: settings}))
     setattr(home, name, entry)
     register_model(entry)

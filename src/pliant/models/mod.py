@@ -51,5 +51,5 @@ for _base, _build in CIFAR_NETWORKS.items():
         num_classes=10,
         feature_levels=feature_levels(_base),
         # At r = 16, blocks of 16 and 32 channels would have one and two hidden units.
-        **({"reduction": 4} if _base in ("resnet20", "resnet56") else {}),
+        reduction=4 if _base in ("resnet20", "resnet56") else 16,
     )

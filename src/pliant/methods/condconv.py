@@ -1,0 +1,403 @@
+"""CondConv: each example gets its own kernels, mixed from experts.
+
+Yang, Bender, Le, Ngiam, *Soft Conditional Computation* (*CondConv*), arXiv 1904.04971.
+A router looks at the input of a block and says how much of each expert's kernels this
+example gets; the block then runs as ever. Capacity grows with the experts, the cost by
+about one multiply-add for each further parameter.
+
+Shapes in this file::
+
+    B  batch        x        [B, C, H, W]  feature map
+    E  experts      routing  [B, E], or [B, E, O] for all output channels of a block
+    O  channels out
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+
+from pliant import anatomy
+from pliant.anatomy import Block, BlockInfo, Convolution, convolutions
+from pliant.methods.conditional import (
+    ROUTING,
+    Activation,
+    CondConv2d,
+    CondLinear,
+    Router,
+    SharedRouting,
+    check_experts,
+    check_form,
+)
+from pliant.methods.mixing import Form
+from pliant.surgery import Method, PassedOver, Site, Survey
+from pliant.threaded import Bound, between, pass_along, thread
+
+Routing = Literal["block", "layer", "single", "shared", "hierarchical"]
+Layers = Literal["all", "pointwise", "depthwise"]
+THREADED = ("single", "shared", "hierarchical")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondConv(Method):
+    """Replace convolutions, and the classifier, by mixtures of experts.
+
+    The network's *units* are numbered as in the paper: the stem is 1, then come the
+    blocks, a convolution behind them if there is one, and last the classifier.
+
+    Args:
+        experts: E, from 1 to 64 (Tables 1 to 3).
+        begin: number of the first unit that is replaced; all after it are too (Table 7).
+            None: the first block of the two lowest resolutions, where the paper begins in
+            both MobileNets (7 of 15 in MobileNetV1).
+        features: replace convolutions. Off: the classifier alone (Table 8).
+        classifier: replace the classifier too (Table 8).
+        layers: ``"all"`` convolutions of a block, or its ``"pointwise"`` or ``"depthwise"``
+            ones alone (Table 5). Those of squeeze-and-excitation are never replaced.
+        routing: who computes routings (Table 6). ``"block"``: each block, for all of its
+            convolutions, and each other unit; ``"layer"``: each convolution; ``"single"``:
+            the first unit, for all; ``"shared"``: every second unit, for the next one
+            too; ``"hierarchical"``: each unit, from its input and the routing before.
+        activation: ``"sigmoid"``, or ``"softmax"``, where experts compete (Table 6).
+        hidden: a hidden layer of the router with ``hidden * C`` units and ReLU: 1/8, 1 and 8
+            are the paper's small, medium and large (Table 6). None: no hidden layer.
+        per_channel: a weight for each output channel of each expert (section 4.3.1), with
+            ``hidden=0.5`` unless told. Not with a routing that several units share.
+        active: hard routing to so many experts of each example (section 3). None: all.
+        form: how a mixture is computed, as for `CondConv2d`; changes speed alone.
+        upcycle: the converted network computes what the given one does. With softmax the
+            experts start as copies of its layers under a random router; with sigmoid as
+            scaled copies under a constant one, told apart by `noise`. Off: experts and
+            router start at random, for training from the beginning.
+        noise: standard deviation of that noise, as a share of the copies'. It sums to
+            zero over the experts.
+
+    Raises:
+        ValueError: an option is out of its range or contradicts another. When applied:
+            the network has no unit `begin`.
+
+    Example:
+        >>> import timm, torch
+        >>> from pliant import convert
+        >>> plain = timm.create_model("resnet18").eval()
+        >>> network = convert(plain, CondConv(experts=2, begin=8))
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> bool((network(x) - plain(x)).abs().max() < 1e-4)
+        True
+    """
+
+    experts: int = 8
+    begin: int | None = None
+    features: bool = True
+    classifier: bool = True
+    layers: Layers = "all"
+    routing: Routing = "block"
+    activation: Activation = "sigmoid"
+    hidden: float | None = None
+    per_channel: bool = False
+    active: int | None = None
+    form: Form = "auto"
+    upcycle: bool = True
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_experts(self.experts, self.active)
+        check_form(self.form)
+        for name, kind in (("layers", Layers), ("routing", Routing), ("activation", Activation)):
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
+        for name in ("features", "classifier", "per_channel", "upcycle"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        begin = 1 if self.begin is None else self.begin
+        if not isinstance(begin, int) or isinstance(begin, bool) or begin < 1:
+            raise ValueError(f"begin must be a whole number of at least 1, not {self.begin!r}")
+        for name, value in (("hidden", 1.0 if self.hidden is None else self.hidden), ("noise", self.noise)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < float("inf") or (name == "hidden" and value == 0):
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        self._agree()
+
+    def _agree(self) -> None:
+        """Refuse options that contradict one another."""
+        if not (self.features or self.classifier):
+            raise ValueError("features=False with classifier=False leaves nothing to replace")
+        if self.per_channel and self.routing in THREADED:
+            raise ValueError(
+                f"per_channel gives each unit weights of its own width; routing={self.routing!r} shares "
+                f"them between units: take routing='block' or 'layer'"
+            )
+        if self.upcycle and self.activation == "sigmoid" and self.experts > 1:
+            if self.active not in (None, self.experts):
+                raise ValueError(
+                    f"with active={self.active}, upcycling needs activation='softmax': under a constant "
+                    f"sigmoid the same experts would be chosen for ever (or set upcycle=False)"
+                )
+            if self.noise == 0:
+                raise ValueError("noise=0 leaves equal experts, which could never part; take noise=0.1")
+
+    def survey(self, model: nn.Module) -> Survey:
+        """Find the units to replace; see `Method.survey`."""
+        found = anatomy.stages(model)
+        stem, head = anatomy.stem_and_head(model) if found else ([], [])
+        blocks = [block for stage in found for block in stage.blocks]
+        last = 1 + len(blocks) + len(head) + 1
+        begin = _lowest_resolutions(blocks) if self.begin is None else self.begin
+        if begin > last:
+            raise ValueError(
+                f"begin={begin}, but the classifier of {type(model).__name__} is unit {last}, the last"
+            )
+        sites: list[Site] = []
+        passed_over: list[PassedOver] = []
+
+        def unit(number: int, path: str, kind: str, layers: list[Convolution]) -> None:
+            why = self._why_not(number, begin, layers)
+            if why:
+                passed_over.append(PassedOver(path, why))
+            elif kind == "block" and self.routing == "layer":
+                inner = [f"{path}.{layer.path}" for layer in self._wanted(layers)]
+                sites.extend(Site(p, self._detail("convolution")) for p in inner)
+            else:
+                sites.append(Site(path, self._detail(kind) | _count(kind, self._wanted(layers))))
+
+        for conv in stem:
+            unit(1, conv.path, "convolution", [conv] if len(stem) == 1 else [])
+        for number, block in enumerate(blocks, 2):
+            own = isinstance(block.module, Block)
+            unit(number, block.path, "block", [] if own else convolutions(block.module))
+        for number, conv in enumerate(head, 2 + len(blocks)):
+            unit(number, conv.path, "convolution", [conv])
+        if self.features and begin < last and not sites:
+            return Survey((), tuple(passed_over))
+        path = anatomy.classifier(model)
+        if self.classifier and path is not None:
+            sites.append(Site(path, self._detail("classifier")))
+        elif path is not None:
+            passed_over.append(PassedOver(path, "classifier=False"))
+        return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (self._note(),))
+
+    def _why_not(self, number: int, begin: int, layers: list[Convolution]) -> str:
+        """Why a unit stays as it is; empty if it does not."""
+        if not self.features:
+            return "features=False"
+        if number < begin:
+            return f"unit {number}; begin={begin}"
+        if not layers:
+            return "not one convolution, or already another method's"
+        if not self._wanted(layers):
+            odd = next((c for c in layers if self._kind(c) and not _mixable(c.module)), None)
+            if odd is not None:
+                return f"{odd.path} is a {type(odd.module).__name__} that cannot be mixed"
+            return f"no {self.layers} convolution"
+        return ""
+
+    def _kind(self, layer: Convolution) -> bool:
+        return self.layers in ("all", layer.kind)
+
+    def _wanted(self, layers: list[Convolution]) -> list[Convolution]:
+        return [c for c in layers if self._kind(c) and _mixable(c.module)]
+
+    def _detail(self, kind: str) -> dict[str, Any]:
+        return {"kind": kind, "experts": self.experts}
+
+    def _with_sources(self, sites: list[Site]) -> list[Site]:
+        """Say of each site where its routing comes from."""
+        result = []
+        for n, site in enumerate(sites):
+            source = "own"
+            if self.routing == "hierarchical" and n > 0:
+                source = "own, with the one before"
+            elif (self.routing == "single" and n > 0) or (self.routing == "shared" and n % 2):
+                source = "the one before"
+            detail = {**site.detail, "routing": source}
+            if self.routing in THREADED and n + 1 < len(sites):
+                detail["passes_on"] = True
+            result.append(Site(site.path, detail))
+        return result
+
+    def _note(self) -> str:
+        if self.upcycle:
+            return "starts as the given network: experts are copies of its layers (upcycle=False: afresh)"
+        return "experts and routers start at random, whatever the network's weights were"
+
+    def replace(self, module: nn.Module, site: Site) -> nn.Module:
+        """Build what stands at one site; see `Method.replace`."""
+        like = next(module.parameters())
+        with torch.device(like.device):
+            if site.detail["kind"] == "block":
+                return self._block(module, site).to(like.dtype)
+            assert isinstance(module, (nn.Conv2d, nn.Linear))
+            router = self._router(*_channels(module), site)
+            # Keeps logits, at sigmoid weights of a half, as large as one layer's.
+            scale = 2 / self.experts**0.5 if site.detail["kind"] == "classifier" else 1.0
+            new = self._layer(module, router, scale)
+            new.passes_on = "passes_on" in site.detail
+            return new.to(like.dtype)
+
+    def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
+        """See to what lies between the units; see `Method.finish`."""
+        paths = [site.path for site in sites]
+        if self.routing in THREADED:
+            pass_along(_outside(model, paths), ROUTING)
+        for site in sites:
+            if site.detail["kind"] == "classifier":
+                new = model.get_submodule(site.path)
+                assert isinstance(new, CondLinear)
+                new.drop = anatomy.take_dropout(model, site.path)
+
+    def _block(self, block: nn.Module, site: Site) -> CondConvBlock:
+        layers = self._wanted(convolutions(block))
+        channels, out_channels, stride = anatomy.shape_of(block)
+        widths = [_channels(layer.module)[1] for layer in layers]
+        router = self._router(channels, sum(widths), site)
+        for layer in layers:
+            parent, _, name = layer.path.rpartition(".")
+            new = self._layer(layer.module, None).train(block.training)
+            setattr(block.get_submodule(parent), name, new)
+        return CondConvBlock(
+            block,
+            router,
+            {layer.path: width for layer, width in zip(layers, widths, strict=True)},
+            (channels, out_channels, stride),
+            passes_on="passes_on" in site.detail,
+        )
+
+    def _router(self, channels: int, out: int, site: Site) -> nn.Module:
+        if site.detail["routing"] == "the one before":
+            return SharedRouting()
+        hidden = 0.5 if self.hidden is None and self.per_channel else self.hidden
+        router = Router(
+            channels,
+            self.experts,
+            hidden=None if hidden is None else max(1, int(channels * hidden)),
+            activation=self.activation,
+            outputs=out if self.per_channel else None,
+            active=self.active,
+            previous=site.detail["routing"] == "own, with the one before",
+        )
+        if self.upcycle and self.activation == "sigmoid":
+            router.start_constant()
+        return router
+
+    def _layer(
+        self, layer: nn.Conv2d | nn.Linear, router: nn.Module | None, scale: float = 1.0
+    ) -> CondConv2d | CondLinear:
+        """The conditional form of a layer; `scale` is for experts that start at random."""
+        channels, out = _channels(layer)
+        options: dict[str, Any] = {"experts": self.experts, "router": router, "form": self.form}
+        options["bias"] = None if layer.bias is None else "shared"
+        new: CondConv2d | CondLinear
+        if isinstance(layer, nn.Linear):
+            new = CondLinear(channels, out, **options)
+        else:
+            for name in ("kernel_size", "stride", "dilation", "groups"):
+                options[name] = getattr(layer, name)
+            options["padding"] = "same" if isinstance(layer, Conv2dSame) else layer.padding
+            new = CondConv2d(channels, out, **options)
+        with torch.no_grad():
+            new.weight.copy_(self._start(layer.weight, scale))
+            if new.bias is not None and layer.bias is not None:
+                new.bias.copy_(layer.bias)
+        return new
+
+    def _start(self, weight: Tensor, scale: float) -> Tensor:
+        """Experts [E, ...] from a layer's weight, as `upcycle` says."""
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        copies = weight.expand(self.experts, *weight.shape)
+        if not self.upcycle:
+            return torch.randn_like(copies) * (scale * weight.std(correction=0))
+        if self.activation == "softmax":
+            return copies
+        copies = copies / (0.5 * self.experts)
+        noise = torch.randn_like(copies) * (self.noise * copies.std(correction=0))
+        return copies + noise - noise.mean(0)
+
+
+class CondConvBlock(Block):
+    """A block whose convolutions are mixed for each example, by one router.
+
+    The block's own forward runs; its conditional layers get the routing in addition.
+
+    Args:
+        block: with conditional layers in place of its convolutions.
+        router: gives the routing of the block's input.
+        widths: path and output channels of each conditional layer in `block`.
+        shape: channels in and out, stride.
+        passes_on: thread the routing to the blocks that follow.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        router: nn.Module,
+        widths: dict[str, int],
+        shape: tuple[int, int, int],
+        passes_on: bool = False,
+    ) -> None:
+        super().__init__(*shape)
+        self.block, self.router, self.passes_on = block, router, passes_on
+        self._leaves = frozenset(widths)
+        self._between = between(widths)
+        ends = [0]
+        for width in widths.values():
+            ends.append(ends[-1] + width)
+        self._parts = dict(zip(widths, pairwise(ends), strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block on `x` [B, C, H, W], with kernels for each of the B examples."""
+        routing = self.router(x)
+        y: Tensor = Bound(self.block, self._leaves, self._between, partial(self._call, routing))(x)
+        return thread(y, ROUTING, routing) if self.passes_on else y
+
+    def _call(self, routing: Tensor, path: str, layer: nn.Module, x: Tensor) -> Any:
+        if routing.dim() == 3:  # weights of all layers' channels, side by side
+            start, end = self._parts[path]
+            routing = routing[:, :, start:end]
+        return layer(x, routing)
+
+
+def _lowest_resolutions(blocks: list[BlockInfo]) -> int:
+    """Number of the first unit of the two lowest resolutions."""
+    strided = [n for n, block in enumerate(blocks, 2) if block.stride > 1]
+    return 2 if len(strided) < 2 else strided[-2]
+
+
+def _mixable(layer: nn.Module) -> bool:
+    """Whether a layer is just its weight and a convolution, with zeros around it."""
+    if isinstance(layer, nn.Conv2d):
+        return (
+            type(layer) in (nn.Conv2d, Conv2dSame)
+            and layer.padding_mode == "zeros"
+            and (not isinstance(layer.padding, str))
+        )
+    return type(layer) is nn.Linear
+
+
+def _channels(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
+
+
+def _count(kind: str, layers: list[Convolution]) -> dict[str, int]:
+    return {"convolutions": len(layers)} if kind == "block" else {}
+
+
+def _outside(model: nn.Module, sites: list[str]) -> list[nn.Module]:
+    """All modules after the first site that lie in no block and no site."""
+    blocks = [b.path for stage in anatomy.stages(model) for b in stage.blocks]
+    own = set(sites)
+    found, begun = [], False
+    for path, module in model.named_modules():
+        begun = begun or path in own
+        inside = any(path.startswith(f"{p}.") for p in (*own, *blocks))
+        if begun and path not in own and not inside:
+            found.append(module)
+    return found
