@@ -302,7 +302,7 @@ class CondConv(Method):
             options["padding"] = "same" if isinstance(layer, Conv2dSame) else layer.padding
             new = CondConv2d(channels, out, **options)
         with torch.no_grad():
-            new.weight.copy_(self._start(layer.weight, scale))
+            new.weight.copy_(self._start(layer.weight.flatten(1), scale))
             if new.bias is not None and layer.bias is not None:
                 new.bias.copy_(layer.bias)
         return new

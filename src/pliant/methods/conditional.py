@@ -6,7 +6,7 @@ Shapes in this file::
 
     B  batch           x        [B, C, H, W]  feature map, or [B, ..., C] for linear layers
     E  experts         routing  [B, E], or [B, E, O] with a weight for each channel
-    C  channels in     weight   [E, O, C/g, h, w] or [E, O, C]
+    C  channels in     weight   [E, O, C/g h w] or [E, O, C]
     O  channels out    bias     [O], shared by the experts, or [E, O]
 """
 
@@ -170,7 +170,8 @@ class _Conditional(nn.Module):
             )
         self.experts, self.form, self.router = experts, form, router
         self.passes_on = False
-        self.weight = nn.Parameter(torch.empty(experts, *shape))
+        # A filter is kept flat: of five dimensions, `Module.to(memory_format=channels_last)` fails.
+        self.weight = nn.Parameter(torch.empty(experts, shape[0], math.prod(shape[1:])))
         if bias is None:
             self.register_parameter("bias", None)
         else:
@@ -179,7 +180,7 @@ class _Conditional(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start each expert as PyTorch starts a layer of its shape."""
-        bound = 1 / math.sqrt(math.prod(self.weight.shape[2:]))
+        bound = 1 / math.sqrt(self.weight.shape[2])
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
@@ -254,6 +255,7 @@ class CondConv2d(_Conditional):
         size = _pair(kernel_size)
         super().__init__((out_channels, in_channels // groups, *size), experts, bias, router, form)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, size
+        self._kernels = (experts, out_channels, in_channels // groups, *size)
         self.same = padding == "same"
         self.geometry = Geometry(
             _pair(stride), (0, 0) if padding == "same" else _pair(padding), _pair(dilation), groups
@@ -271,7 +273,8 @@ class CondConv2d(_Conditional):
         routing = self._routing(x, routing)
         if self.same:
             x = pad_same(x, self.kernel_size, self.geometry.stride, self.geometry.dilation)
-        y = conditional_conv2d(x, self.weight, routing, self.bias, self.geometry, self.form)
+        kernels = self.weight.view(self._kernels)
+        y = conditional_conv2d(x, kernels, routing, self.bias, self.geometry, self.form)
         return thread(y, ROUTING, routing) if self.passes_on else y
 
     def extra_repr(self) -> str:
