@@ -14,8 +14,8 @@ from pliant.compare import (
     REMOVED,
     Score,
     compare,
+    controls,
     controls_by_name,
-    mod_controls,
     summary,
     terminal_summary,
     write_scores,
@@ -39,6 +39,7 @@ SCORE = Score(
     macs=2_000_000,
     train_accuracy=90.0,
     val_accuracy=80.0,
+    train_ce=0.5,
     gap=10.0,
     test_accuracy=70.0,
     seconds=3.0,
@@ -47,7 +48,7 @@ SCORE = Score(
 
 def test_controls_change_the_network_and_nothing_else():
     plain = override(TINY, ["model_args.drop_rate=0.1", "seed=3"])
-    recipes = mod_controls(plain, replace(plain, model="resnet20_cifar_mod"))
+    recipes = controls(plain, replace(plain, model="resnet20_cifar_mod"), MOD_CONTROLS)
     assert list(recipes) == [PLAIN, *MOD_CONTROLS]
     assert recipes[PLAIN].model == "resnet20_cifar"
     assert recipes[REMOVED].model == "resnet20_cifar_mod"
@@ -59,7 +60,7 @@ def test_controls_change_the_network_and_nothing_else():
 
 def test_an_unfair_comparison_is_refused():
     with pytest.raises(ValueError, match=r"differ in epochs \(1 and 2\)"):
-        mod_controls(TINY, replace(MOD, epochs=2))
+        controls(TINY, replace(MOD, epochs=2), MOD_CONTROLS)
 
 
 def test_controls_by_name_change_both_and_keep_what_the_form_needs():
@@ -73,7 +74,7 @@ def test_controls_by_name_change_both_and_keep_what_the_form_needs():
 
 
 def test_compare_trains_scores_and_reads_finished_runs_again(tmp_path):
-    recipes = {k: v for k, v in mod_controls(TINY, MOD).items() if k in (PLAIN, REMOVED)}
+    recipes = {k: v for k, v in controls(TINY, MOD, MOD_CONTROLS).items() if k in (PLAIN, REMOVED)}
     seen = []
     first = compare(recipes, tmp_path, progress=False, started=lambda label, _: seen.append(label))
     assert seen == [PLAIN, REMOVED]
@@ -112,7 +113,16 @@ def test_scores_are_written_appended_and_foreign_files_refused(tmp_path):
 
 def test_summary_averages_seeds():
     rows = summary([SCORE, replace(SCORE, seed=1, test_accuracy=74.0), replace(SCORE, label="b")])
-    assert rows[0] == ("a", "72.0 ± 2.8", "80.0 ± 0.0", "10.0 ± 0.0", "1,234", "2.00 M", "3 ± 0")
+    assert rows[0] == (
+        "a",
+        "72.0 ± 2.8",
+        "80.0 ± 0.0",
+        "0.500 ± 0.000",
+        "10.0 ± 0.0",
+        "1,234",
+        "2.00 M",
+        "3 ± 0",
+    )
     assert rows[1][:2] == ("b", "70.0")
     assert terminal_summary([SCORE]).row_count == 1
     assert summary([replace(SCORE, test_accuracy=None)])[0][1] == "-"

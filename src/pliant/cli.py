@@ -215,6 +215,7 @@ def evaluate(
 def compare(
     recipe: Annotated[str, typer.Argument(help="recipe of the plain network, such as cifar10.resnet20")],
     changes: Changes = None,
+    method: Annotated[str, typer.Option(help="mod or condconv: which forms are compared")] = "mod",
     seeds: Annotated[int, typer.Option(help="how many, from the recipe's seed on", min=1)] = 1,
     only: Annotated[list[str] | None, typer.Option(help="only these labels; repeat for several")] = None,
     folder: Annotated[Path, typer.Option(help="of the runs; finished ones are not run again")] = Path(
@@ -222,11 +223,11 @@ def compare(
     ),
     rows: Annotated[Path | None, typer.Option(help="CSV file that gets the scores, appended")] = None,
 ) -> None:
-    """Train a plain network, its Mixture-of-Depths form and the controls, and score them."""
+    """Train a plain network, its forms by a method and their controls, and score them."""
     from pliant.compare import PLAIN, controls_by_name, terminal_summary, write_scores
     from pliant.compare import compare as run
 
-    controls = controls_by_name(recipe, changes or [])
+    controls = controls_by_name(recipe, changes or [], method)
     unknown = set(only or ()) - controls.keys()
     if unknown:
         raise ValueError(f"no label {unknown.pop()!r}; the labels are {', '.join(controls)}")

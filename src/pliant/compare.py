@@ -1,7 +1,7 @@
 """Train networks side by side at one recipe, and score them.
 
-An accuracy is worth what its controls are worth. `mod_controls` gives those that a
-Mixture-of-Depths network needs; `compare` trains whatever it is given and returns one
+An accuracy is worth what its controls are worth. `controls` gives those that a method
+needs; `compare` trains whatever it is given and returns one
 `Score` for each, ready for CSV and tables. Runs that are finished are not run again, so
 a comparison that was killed goes on where it stopped.
 """
@@ -36,6 +36,18 @@ MOD_CONTROLS: dict[str, dict[str, Any]] = {
     REMOVED: {"selection": "none"},
 }
 
+# Capacity at one recipe, as in Table 1 of CondConv.
+CONDCONV_CONTROLS: dict[str, dict[str, Any]] = {
+    "CondConv, 4 experts": {"experts": 4},
+    "CondConv, 8 experts": {"experts": 8},
+}
+
+# For each method, what its form of a network is named, and what is compared.
+METHODS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "mod": ("{network}_mod", MOD_CONTROLS),
+    "condconv": ("cc_{network}", CONDCONV_CONTROLS),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
@@ -54,6 +66,8 @@ class Score:
         macs: multiply-accumulates of one image.
         train_accuracy: of the best epoch, in percent, as `fit` logs it.
         val_accuracy: of the best epoch, in percent.
+        train_ce: cross entropy on training images in that epoch, without augmentation or
+            smoothing: capacity (section 4.1 of CondConv).
         gap: training minus validation accuracy, in points (section 5.2 of the paper).
         test_accuracy: of the best epoch's weights, tested once, in percent.
         seconds: of training. Machines differ; compare within one comparison only.
@@ -72,6 +86,7 @@ class Score:
     parameters: int
     macs: int
     train_accuracy: float
+    train_ce: float
     val_accuracy: float
     gap: float
     test_accuracy: float | None
@@ -88,47 +103,60 @@ class Score:
     date: str = ""
 
 
-def mod_controls(plain: Recipe, mod: Recipe) -> dict[str, Recipe]:
-    """A plain network's recipe, that of its Mixture-of-Depths form, and all controls.
+def controls(
+    plain: Recipe, converted: Recipe, changes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Recipe]:
+    """A plain network's recipe, and those of all forms of its converted network.
 
     Args:
         plain: of the plain network.
-        mod: of its Mixture-of-Depths form, with the options that all controls share.
+        converted: of the converted one, with the options that all forms share.
+        changes: for each label, what its form changes in the options.
 
     Raises:
         ValueError: the two recipes differ in more than their network.
 
     Example:
         >>> from pliant.recipes import get_recipe
-        >>> list(mod_controls(get_recipe("digits.resnet18"), get_recipe("digits.resnet18_mod")))[:2]
+        >>> one, two = get_recipe("digits.resnet18"), get_recipe("digits.resnet18_mod")
+        >>> list(controls(one, two, MOD_CONTROLS))[:2]
         ['plain', 'MoD, score order']
     """
-    other = differences(plain, mod, leaving_out=("name", "note", "model", "model_args"))
+    other = differences(plain, converted, leaving_out=("name", "note", "model", "model_args"))
     if other:
-        raise ValueError(f"{plain.name} and {mod.name} differ in {', '.join(other)}: no fair comparison")
+        raise ValueError(
+            f"{plain.name} and {converted.name} differ in {', '.join(other)}: no fair comparison"
+        )
     return {PLAIN: plain} | {
-        label: replace(mod, model_args={**mod.model_args, **options})
-        for label, options in MOD_CONTROLS.items()
+        label: replace(converted, model_args={**converted.model_args, **options})
+        for label, options in changes.items()
     }
 
 
-def controls_by_name(name: str, changes: Sequence[str] = ()) -> dict[str, Recipe]:
-    """`mod_controls` for the recipe of a plain network and its form ``<network>_mod``.
+def controls_by_name(name: str, changes: Sequence[str] = (), method: str = "mod") -> dict[str, Recipe]:
+    """`controls` for the recipe of a plain network and its form by a method.
 
     Args:
         name: of the plain network's recipe, ``"cifar10.resnet20"``.
         changes: ``key=value`` strings, applied to both.
+        method: one of `METHODS`: ``"mod"`` (its form of resnet20 is ``resnet20_mod``) or
+            ``"condconv"`` (``cc_resnet20``).
 
     Raises:
-        ValueError: no such recipe, or the network has no such form.
+        ValueError: no such method or recipe, or the network has no such form.
     """
     from pliant.recipes import get_recipe
 
+    if method not in METHODS:
+        raise ValueError(f"no comparison for {method!r}; there is one for {', '.join(METHODS)}")
+    form, forms = METHODS[method]
     data, _, rest = name.partition(".")
-    network, dot, form = rest.partition(".")
-    names = (name, f"{data}.{network}_mod{dot}{form}")
-    plain, mod = (override(get_recipe(one), changes) for one in names)
-    return mod_controls(plain, mod)
+    network, dot, ending = rest.partition(".")
+    # MobileNetV1's plain widths have a letter more, because timm took the name without.
+    converted = form.format(network=network.replace("_w", "_"))
+    names = (name, f"{data}.{converted}{dot}{ending}")
+    plain, other = (override(get_recipe(one), changes) for one in names)
+    return controls(plain, other, forms)
 
 
 def compare(
@@ -179,6 +207,7 @@ def compare(
             parameters=count_parameters(run.model),
             macs=count_macs(run.model, (recipe.in_chans, recipe.pixels, recipe.pixels)),
             train_accuracy=100 * best["train_accuracy"],
+            train_ce=best["train_ce"],
             val_accuracy=100 * best["val_accuracy"],
             gap=100 * (best["train_accuracy"] - best["val_accuracy"]),
             test_accuracy=None if run.test_accuracy is None else 100 * run.test_accuracy,
@@ -226,7 +255,16 @@ def _cells(score: Score) -> list[str]:
     return [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in values]
 
 
-HEADINGS = ("network", "test, %", "validation, %", "gap, points", "parameters", "MACs", "training, s")
+HEADINGS = (
+    "network",
+    "test, %",
+    "validation, %",
+    "train CE",
+    "gap, points",
+    "parameters",
+    "MACs",
+    "training, s",
+)
 
 
 def summary(scores: Sequence[Score]) -> list[tuple[str, ...]]:
@@ -244,6 +282,7 @@ def summary(scores: Sequence[Score]) -> list[tuple[str, ...]]:
                 label,
                 _mean(tests, 1),
                 _mean([score.val_accuracy for score in own], 1),
+                _mean([score.train_ce for score in own], 3),
                 _mean([score.gap for score in own], 1),
                 f"{first.parameters:,}",
                 f"{first.macs / 1e6:.2f} M",

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -46,9 +47,11 @@ class Classification(pl.LightningModule):
 
     Attributes:
         history: one row an epoch, oldest first, kept in checkpoints: ``epoch`` (from 0),
-            ``train_loss`` and its terms (``train_cross_entropy``), ``val_loss``,
-            ``train_accuracy``, ``running_accuracy``, ``val_accuracy``, ``gap`` (all
-            in [0, 1]), ``lr`` of the last step, ``seconds``.
+            ``train_loss`` and its terms (``train_cross_entropy``), ``val_loss``, ``train_ce``
+            (cross entropy where ``train_accuracy`` is taken, labels not smoothed: what
+            *CondConv* calls capacity, section 4.1), ``train_accuracy``,
+            ``running_accuracy``, ``val_accuracy``, ``gap`` (all in [0, 1]), ``lr`` of the
+            last step, ``seconds``.
         unreadable: paths of images that could not be read, kept in checkpoints.
     """
 
@@ -71,6 +74,7 @@ class Classification(pl.LightningModule):
         self.running = _accuracy(classes)
         self.accuracy = nn.ModuleList([_accuracy(classes), _accuracy(classes)])
         self.val_loss = MeanMetric(nan_strategy="disable")
+        self.train_ce = MeanMetric(nan_strategy="disable")
         self.terms: dict[str, MeanMetric] = {}
         self._unchecked: tuple[int, int, dict[str, Tensor]] | None = None
         self._started = time.perf_counter()
@@ -140,6 +144,8 @@ class Classification(pl.LightningModule):
             loss = torch.stack(list(self.objective(logits, y).values())).sum()
             # Once an image: weights are lost where torchmetrics does not look for NaN (1.9).
             self.val_loss.update(loss.expand(len(y)))
+        else:
+            self.train_ce.update(F.cross_entropy(logits.float(), y, reduction="none"))
 
     def on_validation_epoch_end(self) -> None:
         """Close the epoch's row, and log it."""
@@ -150,6 +156,7 @@ class Classification(pl.LightningModule):
             "train_loss": sum(terms.values()),
             **terms,
             "val_loss": float(self.val_loss.compute()),
+            "train_ce": float(self.train_ce.compute()),
             "train_accuracy": train,
             "running_accuracy": float(self.running.compute()),
             "val_accuracy": val,
@@ -158,7 +165,7 @@ class Classification(pl.LightningModule):
             "unreadable": len(self.unreadable),
             "seconds": time.perf_counter() - self._started,
         }
-        for metric in (*self.accuracy, *self.terms.values(), self.val_loss, self.running):
+        for metric in (*self.accuracy, *self.terms.values(), self.val_loss, self.train_ce, self.running):
             metric.reset()
         if not math.isfinite(row["val_loss"]):
             raise NonFiniteLossError(
