@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pliant.analysis._passes import Hook, labelled, watched
 from pliant.methods.mixture_of_depths import MoDBlock
 
 
@@ -78,7 +79,8 @@ def selection_frequency(
         per_class: at most so many samples of a class (the paper: 50); None takes all.
 
     Raises:
-        ValueError: no block of the network selects, or a label has no name.
+        ValueError: no block of the network selects, or a label has no name; or `per_class`
+            is not positive.
 
     Example:
         >>> import timm, pliant
@@ -102,47 +104,19 @@ def selection_frequency(
     samples = torch.zeros(len(classes), dtype=torch.long)
     picked: dict[str, Tensor] = {}
 
-    def remember(path: str) -> Any:
+    def remember(path: str) -> Hook:
         def hook(_module: nn.Module, _args: Any, output: tuple[Any, Tensor]) -> None:
             picked[path] = output[1]
 
         return hook
 
-    hooks = [b.selector.register_forward_hook(remember(p)) for p, b in blocks.items() if b.selector]
-    was_training = [m for m in model.modules() if m.training]
-    model.eval()
+    hooks = [(b.selector, remember(p)) for p, b in blocks.items() if b.selector]
     like = next(model.parameters())
-    try:
-        for images, labels in batches:
-            if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-                raise ValueError(
-                    f"a label of {int(labels.min())} to {int(labels.max())} has no name: "
-                    f"{len(classes)} classes were given"
-                )
-            keep = _within(labels, samples, per_class)
-            if not keep.any():
-                continue
-            images, labels = images[keep], labels[keep].cpu()
+    with watched(model, hooks):
+        for images, labels, _ in labelled(batches, len(classes), per_class):
             model(images.to(like.device, like.dtype))
             samples += labels.bincount(minlength=len(classes))
             for path, index in picked.items():
                 index = index.cpu().expand(len(labels), -1)  # fixed selections are [k]
                 counts[path].index_put_((labels[:, None], index), torch.tensor(1), accumulate=True)
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for module in was_training:
-            module.training = True
     return SelectionFrequency(tuple(classes), counts, samples, {p: b.k for p, b in blocks.items()})
-
-
-def _within(labels: Tensor, samples: Tensor, per_class: int | None) -> Tensor:
-    """Which samples of a batch are within the first `per_class` of their class."""
-    if per_class is None:
-        return torch.ones(len(labels), dtype=torch.bool)
-    seen = samples.clone()
-    keep = torch.zeros(len(labels), dtype=torch.bool)
-    for i, label in enumerate(labels.tolist()):
-        keep[i] = seen[label] < per_class
-        seen[label] += 1
-    return keep
