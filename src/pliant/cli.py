@@ -215,7 +215,7 @@ def evaluate(
 def compare(
     recipe: Annotated[str, typer.Argument(help="recipe of the plain network, such as cifar10.resnet20")],
     changes: Changes = None,
-    method: Annotated[str, typer.Option(help="mod or condconv: which forms are compared")] = "mod",
+    method: Annotated[str, typer.Option(help="mod, condconv or condconv-ablations: which forms")] = "mod",
     seeds: Annotated[int, typer.Option(help="how many, from the recipe's seed on", min=1)] = 1,
     only: Annotated[list[str] | None, typer.Option(help="only these labels; repeat for several")] = None,
     folder: Annotated[Path, typer.Option(help="of the runs; finished ones are not run again")] = Path(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pliant._files import atomic_path
+from pliant.recipes.ablations import ABLATIONS
 from pliant.train.recipe import Recipe, differences, override
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ CONDCONV_CONTROLS: dict[str, dict[str, Any]] = {
 METHODS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "mod": ("{network}_mod", MOD_CONTROLS),
     "condconv": ("cc_{network}", CONDCONV_CONTROLS),
+    "condconv-ablations": ("cc_{network}", {"CondConv": {}, **ABLATIONS}),
 }
 
 
@@ -139,8 +141,8 @@ def controls_by_name(name: str, changes: Sequence[str] = (), method: str = "mod"
     Args:
         name: of the plain network's recipe, ``"cifar10.resnet20"``.
         changes: ``key=value`` strings, applied to both.
-        method: one of `METHODS`: ``"mod"`` (its form of resnet20 is ``resnet20_mod``) or
-            ``"condconv"`` (``cc_resnet20``).
+        method: one of `METHODS`: ``"mod"`` (its form of resnet20 is ``resnet20_mod``),
+            ``"condconv"`` (``cc_resnet20``) or ``"condconv-ablations"``.
 
     Raises:
         ValueError: no such method or recipe, or the network has no such form.

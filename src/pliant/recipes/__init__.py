@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from pliant.recipes import cifar10, cifar100, digits, imagenet
 from pliant.recipes._networks import cifar_networks, close, imagenet_networks
+from pliant.recipes.ablations import PREFIX, has_ablations
 from pliant.train.recipe import Recipe
 
 __all__ = ["get_recipe", "list_recipes"]
@@ -36,6 +37,7 @@ def list_recipes() -> list[str]:
         for data, forms in _FORMS.items()
         for network in _networks(data)
         for form in forms
+        if not form.startswith(PREFIX) or has_ablations(network)
     ]
 
 

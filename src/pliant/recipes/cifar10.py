@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pliant.recipes._networks import cifar_network
+from pliant.recipes.ablations import ablation_forms
 from pliant.train.recipe import Recipe
 
 PAPER = (
@@ -80,4 +81,4 @@ def for_cifar100(recipe: Recipe) -> Recipe:
     return replace(recipe, name=name, data="cifar100", path="data/cifar100")
 
 
-FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper}
+FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper, **ablation_forms(short)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pliant.recipes import cifar10
+from pliant.recipes.ablations import ablation_forms
 from pliant.train.recipe import Recipe
 
 
@@ -30,4 +31,4 @@ def paper(network: str = "resnet18_mod") -> Recipe:
     return cifar10.for_cifar100(cifar10.paper(network))
 
 
-FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper}
+FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper, **ablation_forms(short)}

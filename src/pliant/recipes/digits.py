@@ -1,6 +1,6 @@
 """Digits: scikit-learn's 1797 handwritten digits of 8 x 8 pixels, at 16 x 16.
 
-The networks are CIFAR's at a quarter of their width, so that one trains in well under a
+Wide ResNets are CIFAR's at a quarter of their width, so that one trains in well under a
 minute on two cores. The recipe is ours: digits are in none of the papers.
 """
 
@@ -25,7 +25,8 @@ def short(network: str = "resnet18_mod") -> Recipe:
     """
     model = cifar_network(network)
     arguments: dict[str, Any] = {}
-    if network.split("_")[0] not in ("resnet20", "resnet56"):
+    base = network.removeprefix("cc_").split("_")[0]
+    if base.startswith("resnet") and base not in ("resnet20", "resnet56"):
         arguments["channels"] = [16, 32, 64, 128]
         if network.endswith("_mod"):
             arguments["reduction"] = 4  # at 16, blocks so narrow would have one hidden unit

@@ -1,12 +1,18 @@
-"""ImageNet: the recipe of *CNN Mixture-of-Depths* (appendix A.1), and a short one of ours."""
+"""ImageNet: the recipes of the papers, and a short one of ours.
+
+``paper`` is that of *CNN Mixture-of-Depths* (appendix A.1), or for ``cc_*`` networks that of
+*CondConv* (section 4.1), which ``condconv`` gives for their plain base lines too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import timm
 
 from pliant.recipes._networks import close, imagenet_networks
+from pliant.recipes.ablations import ablation_forms
 from pliant.train.recipe import Recipe
 
 PAPER = (
@@ -14,6 +20,17 @@ PAPER = (
     "every 30 epochs, momentum 0.9, weight decay 1e-4, 3 seeds (0 to 2), after PyTorch's reference "
     "(random resized crops and flips at 224 px, centre crop of 256). The official validation set gives "
     "the figure, as everyone's; the best epoch on it is chosen, which favours every network alike"
+)
+
+CONDCONV = (
+    "arXiv 1904.04971, section 4.1: one recipe for all networks, batch norm momentum 0.1 (0.9 in "
+    "TensorFlow's sense), no averaged weights. It gives no other setting ('following Kornblith et al. "
+    "2018'); ours: 120 epochs, batch 256, SGD 0.1 with Nesterov momentum 0.9, weight decay 4e-5, cosine "
+    "after 5 epochs of warm-up, random resized crops and flips at 224 px"
+)
+REGULARIZED = (
+    "; for networks of large capacity also AutoAugment, mixup 0.2 and dropout on the classifier's input "
+    "(its rate is not given; ours: 0.2)"
 )
 
 
@@ -50,7 +67,7 @@ def short(network: str = "resnet50_mod") -> Recipe:
 
 
 def paper(network: str = "resnet50_mod") -> Recipe:
-    """The paper's recipe; run it with seeds 0 to 2.
+    """The paper's recipe; run it with seeds 0 to 2. For ``cc_*`` networks: `condconv`.
 
     Args:
         network: a network of pliant or of timm.
@@ -60,6 +77,8 @@ def paper(network: str = "resnet50_mod") -> Recipe:
         >>> recipe.epochs, recipe.batch, recipe.schedule, recipe.step_size
         (100, 256, 'step', 30)
     """
+    if network.startswith("cc_"):
+        return replace(condconv(network), name=f"imagenet.{network}.paper")
     return Recipe(
         name=f"imagenet.{network}.paper",
         note=PAPER,
@@ -82,10 +101,73 @@ def paper(network: str = "resnet50_mod") -> Recipe:
     )
 
 
+def condconv(network: str = "cc_mobilenetv1_050") -> Recipe:
+    """The recipe of *CondConv* without further regularization; the base line's too.
+
+    The paper measures capacity with it (training cross entropy) and runs its ablations.
+
+    Args:
+        network: a network of pliant or of timm.
+
+    Example:
+        >>> recipe = condconv("mobilenetv1_w050")
+        >>> recipe.epochs, recipe.nesterov, recipe.weight_decay, recipe.ema
+        (120, True, 4e-05, None)
+    """
+    return Recipe(
+        name=f"imagenet.{network}.condconv",
+        note=CONDCONV,
+        model=_network(network),
+        data="imagenet",
+        path="data/imagenet",
+        val_fraction=None,
+        pixels=224,
+        resize=256,
+        epochs=120,
+        batch=256,
+        lr=0.1,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=4e-5,
+        schedule="cosine",
+        warmup=5,
+        augmentation="flip_crop",
+        channels_last=True,
+        workers=8,
+    )
+
+
+def regularized(network: str = "cc_mobilenetv1_050") -> Recipe:
+    """As `condconv`, with what the paper adds for networks of large capacity.
+
+    Args:
+        network: a network of pliant or of timm.
+
+    Example:
+        >>> recipe = regularized("cc_mobilenetv1_050")
+        >>> recipe.mixup, recipe.augmentation, recipe.model_args
+        (0.2, 'original', {'drop_rate': 0.2})
+    """
+    return replace(
+        condconv(network),
+        name=f"imagenet.{network}.condconv-regularized",
+        note=CONDCONV + REGULARIZED,
+        mixup=0.2,
+        augmentation="original",
+        model_args={"drop_rate": 0.2},
+    )
+
+
 def _network(name: str) -> str:
     if not timm.is_model(name):
         raise ValueError(f"no network {name!r}; {close(name, imagenet_networks())}")
     return name
 
 
-FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper}
+FORMS: dict[str, Callable[[str], Recipe]] = {
+    "short": short,
+    "paper": paper,
+    "condconv": condconv,
+    "condconv-regularized": regularized,
+    **ablation_forms(paper, experts=32),
+}
