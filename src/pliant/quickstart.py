@@ -1,6 +1,6 @@
 """The first five minutes: train on real images, measure, and write one page.
 
-Plain, Mixture-of-Depths and control networks learn scikit-learn's digits at one recipe;
+Plain, Mixture-of-Depths, control and CondConv networks learn scikit-learn's digits at one recipe;
 ResNet-50 and its Mixture-of-Depths form are timed at 224 pixels. One table says what
 each costs and scores; ``report.html`` adds the curves, the plots and which channels
 the selectors choose for which class (figure 4 of the paper, for this data).
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RECIPE = "digits.resnet18"
 LARGE, LARGE_MOD, LOWER_PIXELS = "resnet50", "resnet50_mod", 176
 LEARNED = "MoD, score order"
+EXPERTS = "CondConv, 4 experts"
 WIDE = 96  # characters that all columns need
 VERSIONS = ("pliant", "torch", "timm", "python")
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
@@ -73,6 +74,7 @@ def quickstart(
     if threads is not None:
         torch.set_num_threads(threads)
     recipes = controls_by_name(RECIPE, changes)
+    recipes[EXPERTS] = controls_by_name(RECIPE, changes, "condconv")[EXPERTS]
     console.print(
         f"Training {len(recipes)} networks on scikit-learn's digits, "
         f"{recipes[PLAIN].epochs} epochs each, {torch.get_num_threads()} threads."
@@ -184,7 +186,7 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
     first = rows[0]
     return write_report(
         folder / "report.html",
-        "Plain and Mixture-of-Depths networks: cost and score",
+        "Plain, Mixture-of-Depths and CondConv networks: cost and score",
         findings=_findings(scores, large),
         tables=[
             TableBlock("What each costs and scores", shared, headings, cells),
