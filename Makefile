@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-quickstart: setup ## train plain and Mixture-of-Depths networks on real images, five minutes
+quickstart: setup ## train plain, Mixture-of-Depths and CondConv networks on real images, five minutes
 	$(BIN)/python -m pliant quickstart
 
 lint: setup ## ruff and mypy

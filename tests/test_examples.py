@@ -54,6 +54,17 @@ def test_train_digits(run_example, tmp_path):
     assert network.num_classes == 10
 
 
+def test_upcycle_a_trained_network(run_example, tmp_path):
+    lines = run_example("upcycle_a_trained_network.py").splitlines()
+    assert lines[0].startswith("layer2.0: BasicBlock -> CondConvBlock (kind=block, experts=4")
+    # Kernels of layers 2 and 3 four times, the classifier's too, and seven routers.
+    assert "parameters: 269,722 -> 1,033,206 (383.1%)" in lines
+    name, difference = lines[-1].split(":")
+    assert name == "largest difference"
+    assert float(difference) < 1e-4
+    assert (tmp_path / "resnet20-experts" / "model.safetensors").is_file()
+
+
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     names = [f.name for f in EXAMPLES.glob("*.py")]

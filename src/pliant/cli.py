@@ -212,6 +212,45 @@ def evaluate(
 
 
 @app.command()
+def experts(
+    folder: Annotated[Path, typer.Argument(help="a saved CondConv network, as for evaluate")],
+    data: Annotated[
+        str | None, typer.Option(help="digits, cifar10, cifar100, folder, imagenet; or the run's own")
+    ] = None,
+    path: Annotated[Path | None, typer.Option(help="folder of the data; digits need none")] = None,
+    to: Annotated[Path | None, typer.Option(help="folder of the files, if not experts/ in FOLDER")] = None,
+    part: Annotated[str, typer.Option(help="test or val")] = "test",
+    class_: Annotated[
+        list[str] | None, typer.Option("--class", help="drawn against all; repeat for several")
+    ] = None,
+    per_class: Annotated[int | None, typer.Option(help="at most so many images of a class", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="images a forward")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Routing weights by layer, class and example: a file, rows, and four figures."""
+    from pliant.analysis.expert_report import report_experts
+    from pliant.train.data import Part
+
+    to = folder / "experts" if to is None else to
+    found = report_experts(
+        folder,
+        to,
+        data,
+        path,
+        part=cast("Part", part),
+        classes=class_,
+        per_class=per_class,
+        batch=batch,
+        device=device,
+    )
+    for layer in found.layers:
+        idle = ", ".join(map(str, found.idle(layer, 0.01))) or "none"
+        source = f", routing of {found.shared[layer]}" if layer in found.shared else ""
+        typer.echo(f"{layer}: {found.experts(layer)} experts{source}; never above 0.01: {idle}")
+    typer.echo(f"{len(found.labels)} images; routing.npz, experts.csv and figures are in {to}")
+
+
+@app.command()
 def compare(
     recipe: Annotated[str, typer.Argument(help="recipe of the plain network, such as cifar10.resnet20")],
     changes: Changes = None,
@@ -265,7 +304,7 @@ def quickstart(
     readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table")] = None,
     results: Annotated[Path | None, typer.Option(help="folder that gets the rows too")] = None,
 ) -> None:
-    """Train and measure plain and Mixture-of-Depths networks in five minutes."""
+    """Train and measure plain, Mixture-of-Depths and CondConv networks in five minutes."""
     from pliant.quickstart import quickstart as run
 
     run(folder, changes=changes or (), threads=threads, readme=readme, results=results)
