@@ -9,13 +9,16 @@ from __future__ import annotations
 from pliant import models
 from pliant._version import __version__
 from pliant.checkpoint import load, save
+from pliant.depth import depths, get_depth, set_depth, subnet
 from pliant.measuring.latency import measure
 from pliant.measuring.rows import Measurement
+from pliant.methods.adaptive_depth import AdaptiveDepth
 from pliant.methods.condconv import CondConv
 from pliant.methods.mixture_of_depths import MixtureOfDepths
 from pliant.surgery import Method, Plan, convert, plan
 
 __all__ = [
+    "AdaptiveDepth",
     "CondConv",
     "Measurement",
     "Method",
@@ -23,9 +26,13 @@ __all__ = [
     "Plan",
     "__version__",
     "convert",
+    "depths",
+    "get_depth",
     "load",
     "measure",
     "models",
     "plan",
     "save",
+    "set_depth",
+    "subnet",
 ]

@@ -219,6 +219,45 @@ def _kind(conv: nn.Conv2d) -> Literal["depthwise", "pointwise", "spatial"]:
     return "pointwise" if conv.kernel_size == (1, 1) else "spatial"
 
 
+def is_transformer(block: nn.Module) -> bool:
+    """Whether a block is one of a vision transformer, whose blocks are all one stage."""
+    return isinstance(getattr(block, "block", block), vision_transformer.Block)
+
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def norms(block: nn.Module) -> list[str]:
+    """Paths of the norms on a block's main path: those of its shortcut are left out.
+
+    Example:
+        >>> import timm
+        >>> norms(timm.create_model("resnet18").layer2[0])
+        ['bn1', 'bn2']
+    """
+    return [
+        path
+        for path, module in block.named_modules()
+        if isinstance(module, _NORMS) and not {"downsample", "shortcut"} & set(path.split("."))
+    ]
+
+
+def is_residual(block: nn.Module) -> bool:
+    """Whether a block adds its input to its output, so that it can be left out.
+
+    Example:
+        >>> import timm
+        >>> [is_residual(block) for block in timm.create_model("mobilenetv2_100").blocks[1]]
+        [False, True]
+    """
+    inner = getattr(block, "block", block)  # of a block that a method wrapped
+    if isinstance(inner, regnet.Bottleneck):
+        return inner.downsample is not None and isinstance(inner.downsample, nn.Identity)
+    added = getattr(inner, "has_skip", True)
+    channels, out_channels, stride = shape_of(inner)
+    return bool(added) and channels == out_channels and stride == 1
+
+
 def classifier(model: nn.Module) -> str | None:
     """Path of the linear layer that gives the classes; None without one."""
     get = getattr(model, "get_classifier", None)

@@ -267,6 +267,11 @@ def inherit_conversions(model: nn.Module, source: nn.Module) -> None:
     _record(model, tuple(c for c in kept if c.sites))
 
 
+def forget_conversions(model: nn.Module, method: str) -> None:
+    """Take a method off the record of `model`, of which nothing is left in it."""
+    _record(model, tuple(c for c in conversions(model) if c.method.name != method))
+
+
 def _record(model: nn.Module, done: tuple[Conversion, ...]) -> None:
     # Its attributes are typed as tensors and modules; this one is a note.
     model._pliant_conversions = done  # type: ignore[assignment]

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 Call = Callable[[str, nn.Module, Any], Any]
 
 
-def thread(x: Tensor, name: str, value: Tensor) -> Tensor:
+def thread(x: Tensor, name: str, value: Any) -> Tensor:
     """Hang `value` on the feature map `x`, which is returned, under a method's `name`."""
     setattr(x, f"_pliant_{name}", value)
     return x
 
 
-def threaded(x: Tensor, name: str) -> Tensor | None:
+def threaded(x: Tensor, name: str) -> Any:
     """What `thread` hung on `x` under `name`; None where nothing was, or it was lost.
 
     Example:
@@ -39,8 +39,7 @@ def threaded(x: Tensor, name: str) -> Tensor | None:
         >>> threaded(x, "routing"), threaded(x + 1, "routing")
         (tensor([1., 1.]), None)
     """
-    value: Tensor | None = getattr(x, f"_pliant_{name}", None)
-    return value
+    return getattr(x, f"_pliant_{name}", None)
 
 
 def pass_along(modules: Iterable[nn.Module], name: str) -> None:

@@ -134,7 +134,7 @@ def arrived(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: there is none.
     """
-    routing = threaded(x, ROUTING)
+    routing: Tensor | None = threaded(x, ROUTING)
     if routing is None:
         raise RuntimeError(
             "no routing came with the feature map: the block that computes it did not run before, or "
