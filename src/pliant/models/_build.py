@@ -30,8 +30,9 @@ def register(
     method: type[Method] | None = None,
     input_size: tuple[int, int, int] = (3, 224, 224),
     num_classes: int = 1000,
-    feature_levels: int = 5,
+    feature_levels: int | tuple[int, ...] = 5,
     flatten: bool = False,
+    feature_class: str | None = None,
     config: Mapping[str, str] | None = None,
     **method_defaults: Any,
 ) -> None:
@@ -45,8 +46,10 @@ def register(
             its options go to it, all others to `build`.
         input_size: channels, height, width the network is made for.
         num_classes: classes by default.
-        feature_levels: how many feature maps ``features_only`` gives by default.
+        feature_levels: how many feature maps ``features_only`` gives by default, or which.
         flatten: the stages lie in one ``Sequential`` of the network.
+        feature_class: timm's way to ``features_only``; None: by the modules of the stages.
+            ``"getter"`` for networks that give their features themselves (ViT).
         config: what else timm's configuration says (names of first and last layer).
         method_defaults: options of the method for this name.
 
@@ -55,6 +58,7 @@ def register(
     """
     if timm.is_model(name):
         raise ValueError(f"timm already has a model named {name!r}; choose another name")
+    indices = tuple(range(feature_levels)) if isinstance(feature_levels, int) else feature_levels
     options = set(inspect.signature(method).parameters) if method else set()
 
     def network(**kwargs: Any) -> nn.Module:
@@ -67,7 +71,9 @@ def register(
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         kwargs.setdefault("num_classes", num_classes)
-        levels = {"out_indices": tuple(range(feature_levels)), "flatten_sequential": flatten}
+        levels: dict[str, Any] = {"out_indices": indices, "flatten_sequential": flatten}
+        if feature_class is not None:
+            levels["feature_cls"] = feature_class
         arguments = dict(kwargs)
         built: list[nn.Module] = []
 
