@@ -20,10 +20,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from pliant.checkpoint import save
+from pliant.methods.adaptive_depth import Depth
 from pliant.train.batches import Batches, eval_size
 from pliant.train.data import Data, load_data
 from pliant.train.evaluation import score
-from pliant.train.objectives import Objective
+from pliant.train.objectives import Joint, Objective, make_objective
 from pliant.train.recipe import Recipe
 from pliant.train.run import (
     BEST,
@@ -39,6 +40,7 @@ from pliant.train.run import (
 )
 from pliant.train.seeds import seeded
 from pliant.train.tasks import Classification
+from pliant.train.weights import load_weights
 
 __all__ = ["build", "fit"]
 
@@ -50,7 +52,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     model: nn.Module | None = None,
-    objective: Objective | None = None,
+    objective: Objective | Joint | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train a network by a recipe, keep the best epoch on validation, test it once.
@@ -71,13 +73,14 @@ def fit(
         progress: show a progress bar.
         model: train this network, in place, rather than build ``recipe.model``. Images
             have as many channels as ``recipe.in_chans`` says.
-        objective: what is minimised; by default cross entropy, smoothed as the recipe says.
+        objective: what is minimised; by default what the recipe says.
         callbacks: more of Lightning's callbacks. In ``on_train_epoch_end`` the row of the
             epoch is ``pl_module.history[-1]``.
 
     Raises:
         ValueError: a folder that holds something else; a network that does not fit the
-            data, or that `pliant.checkpoint.save` could not save (found before training).
+            data, the objective or the weights, or that `pliant.checkpoint.save` could not
+            save (found before training).
         FileNotFoundError: the data is not there.
         KeyboardInterrupt: Ctrl-C; the run can be continued.
         NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints are kept.
@@ -100,6 +103,10 @@ def fit(
     with _quiet(), _threads(recipe.threads), seeded(recipe.seed, "weights"):
         data = load_data(recipe)
         network = build(recipe, len(data.classes)) if model is None else model
+        if recipe.weights is not None and not (resume and (folder / LAST).is_file()):
+            load_weights(network, recipe.weights, classes=data.classes, mean=data.mean, std=data.std)
+        chosen = objective or make_objective(recipe.objective, recipe.objective_args, recipe.smoothing)
+        _check_objective(chosen, network)
         about = _about(recipe, data, network)
         with tempfile.TemporaryDirectory() as trial:
             save(network, Path(trial, BEST), **about)  # rather fail now than after training
@@ -107,7 +114,7 @@ def fit(
             checkpoint = claim(folder, recipe, resume=resume)
         else:  # the first process has claimed it
             checkpoint = folder / LAST if resume and (folder / LAST).is_file() else None
-        task = _train(recipe, data, network, folder, checkpoint, objective, progress, callbacks)
+        task = _train(recipe, data, network, folder, checkpoint, chosen, progress, callbacks)
         best = torch.load(folder / LAST.with_name("best.ckpt"), map_location="cpu", weights_only=True)
         network.load_state_dict(_part(best["state_dict"], "model."))
         return _finish(recipe, data, network.eval(), folder, task, best["epoch"], about)
@@ -134,6 +141,16 @@ def build(recipe: Recipe, classes: int) -> nn.Module:
     return network
 
 
+def _check_objective(objective: Objective | Joint, network: nn.Module) -> None:
+    """Refuse an objective that is not the network's; warn of a half-trained network."""
+    if isinstance(objective, Joint):
+        objective.check(network)
+    elif any(isinstance(m, Depth) for m in network.modules()):
+        logging.getLogger(__name__).warning(
+            "only one depth of this adaptive network is trained: objective=specialize trains all"
+        )
+
+
 def _about(recipe: Recipe, data: Data, network: nn.Module) -> dict[str, Any]:
     """What a checkpoint says of the images; how they are cropped, `save` reads off the network."""
     config = getattr(network, "pretrained_cfg", None)
@@ -150,7 +167,7 @@ def _train(
     network: nn.Module,
     folder: Path,
     checkpoint: Path | None,
-    objective: Objective | None,
+    objective: Objective | Joint,
     progress: bool,
     callbacks: Sequence[Callback],
 ) -> Classification:

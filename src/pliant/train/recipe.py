@@ -13,12 +13,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pliant.train.objectives import make_objective
+
 DataName = Literal["digits", "cifar10", "cifar100", "folder", "imagenet"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["step", "cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 Accelerator = Literal["auto", "cpu", "gpu"]
 OnUnreadable = Literal["skip", "stop"]
+ObjectiveName = Literal["cross_entropy", "joint", "specialize"]
 
 AUGMENTATIONS = ("none", "crop", "flip_crop")
 # The starts of timm's configuration strings, each with its own options after a dash.
@@ -38,6 +41,9 @@ class Recipe:
         model: a network that ``timm.create_model`` knows.
         model_args: its keyword arguments (``{"c": 16}``), plain values only. The number
             of classes comes from the data, and so does ``in_chans`` unless given.
+        weights: where the network starts instead of at random: a folder that
+            `pliant.save` or `fit` wrote, or a file of a state dict. Weights of a plain
+            network start its adaptive form too (`pliant.train.weights.load_weights`).
         note: where the recipe comes from, and what in it is not its source's.
         data: ``"digits"`` (8 x 8 images shipped by scikit-learn), ``"cifar10"``,
             ``"cifar100"``, ``"folder"`` (one folder a class, or ``train/`` and ``val/``
@@ -69,6 +75,11 @@ class Recipe:
         gamma: see `schedule`.
         warmup: epochs in which the rate rises linearly, before the schedule applies.
         clip: largest norm of the gradient; None: no clipping.
+        objective: what is minimised: ``"cross_entropy"``; of an adaptive network
+            ``"specialize"`` (Algorithm 1: the base network learns to give what the whole one
+            gives) or ``"joint"`` (cross entropy of both).
+        objective_args: its options, ``{"alpha": 0.7}``: see
+            `pliant.train.objectives.Specialization`.
         smoothing: of labels, in [0, 1).
         mixup: alpha of mixup; 0 is off.
         cutmix: alpha of CutMix; 0 is off. With both, each takes half of the batches.
@@ -102,6 +113,7 @@ class Recipe:
     name: str
     model: str
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
     note: str = ""
     data: DataName = "digits"
     path: str | None = None
@@ -124,6 +136,8 @@ class Recipe:
     gamma: float = 0.1
     warmup: float = 0.0
     clip: float | None = None
+    objective: ObjectiveName = "cross_entropy"
+    objective_args: Mapping[str, Any] = field(default_factory=dict)
     smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -142,9 +156,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        path: Any = self.path
-        if isinstance(path, os.PathLike):
-            object.__setattr__(self, "path", os.fspath(path))
+        for name in ("path", "weights"):
+            place: Any = getattr(self, name)
+            if isinstance(place, os.PathLike):
+                object.__setattr__(self, name, os.fspath(place))
         for f in fields(self):
             object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), hints[f.name]))
         for name in ("name", "model"):
@@ -198,6 +213,7 @@ class Recipe:
             raise ValueError(f"mixup and CutMix pair images: batch must be even, not {self.batch}")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("nesterov belongs to SGD with momentum; turn it off")
+        make_objective(self.objective, self.objective_args, self.smoothing)
         reserved = {"num_classes", "pretrained_cfg"} & self.model_args.keys()
         if reserved:
             raise ValueError(f"model_args holds {reserved.pop()!r}, which the data decides; leave it out")
@@ -209,7 +225,9 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them; `from_dict` is the way back."""
-        return asdict(replace(self, model_args=dict(self.model_args)))
+        return asdict(
+            replace(self, model_args=dict(self.model_args), objective_args=dict(self.objective_args))
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -231,8 +249,8 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
 
     Each value is read as the type of its option: ``none`` where that is allowed,
     ``true`` or ``false`` for a switch. ``model_args.KEY=VALUE`` sets one argument of the
-    network; its value is read as Python would (``16``, ``0.5``, ``(16, 32)``, ``true``),
-    else as a string.
+    network, ``objective_args.KEY=VALUE`` one option of the objective; the value is read as
+    Python would (``16``, ``0.5``, ``(16, 32)``, ``true``), else as a string.
 
     Raises:
         ValueError: no ``=``; an unknown option (close matches are listed); a value of
@@ -246,7 +264,7 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
     """
     hints = get_type_hints(Recipe)
     values: dict[str, Any] = {}
-    arguments = dict(recipe.model_args)
+    mappings = {name: dict(getattr(recipe, name)) for name in _MAPPINGS}
     for change in changes:
         key, equals, text = change.partition("=")
         key, text = key.strip(), text.strip()
@@ -254,15 +272,20 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
             raise ValueError(f"{change!r} is not of the form key=value, such as epochs=5")
         head, dot, argument = key.partition(".")
         _known(head)
-        if head == "model_args":
+        if head in mappings:
             if not dot or not argument:
-                raise ValueError("model_args is set one by one: model_args.c=16")
-            arguments[argument] = literal(text)
+                raise ValueError(f"{head} is set one by one: {_MAPPINGS[head]}")
+            mappings[head][argument] = literal(text)
         elif dot:
             raise ValueError(f"{head} has no part {argument!r}; write {head}=...")
         else:
             values[key] = _parsed(key, text, hints[key])
-    return replace(recipe, **values, model_args=arguments)
+    values |= mappings
+    return replace(recipe, **values)
+
+
+# Options with parts, and how one is set.
+_MAPPINGS = {"model_args": "model_args.c=16", "objective_args": "objective_args.alpha=0.5"}
 
 
 def differences(a: Recipe, b: Recipe, *, leaving_out: Iterable[str] = ()) -> list[str]:

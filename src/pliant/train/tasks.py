@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from pliant.train.objectives import CrossEntropy, Objective
+from pliant.train.objectives import Joint, Objective, make_objective
+from pliant.train.passes import BothPasses
 from pliant.train.recipe import Recipe
 from pliant.train.seeds import mixed_seed, seeded
 
@@ -36,14 +37,16 @@ class Classification(pl.LightningModule):
     the training images of the same number. Their difference is ``gap``, the overfitting
     (or the regularising effect that *CNN Mixture-of-Depths* claims, section 5.2).
     ``running_accuracy`` is that of the training steps themselves: under augmentation, with
-    weights that change (with mixup, of the label that came first).
+    weights that change (with mixup, of the label that came first). Of an adaptive network
+    that is trained at both its depths all these are the whole network's, and
+    ``val_accuracy_base`` is the base network's.
 
     Args:
         model: the network, images [B, C, S, S] to logits [B, classes].
         recipe: the rest.
         classes: how many there are.
         steps: of one epoch.
-        objective: what is minimised; by default `CrossEntropy` as the recipe says.
+        objective: what is minimised; by default the recipe's.
 
     Attributes:
         history: one row an epoch, oldest first, kept in checkpoints: ``epoch`` (from 0),
@@ -51,7 +54,7 @@ class Classification(pl.LightningModule):
             (cross entropy where ``train_accuracy`` is taken, labels not smoothed: what
             *CondConv* calls capacity, section 4.1), ``train_accuracy``,
             ``running_accuracy``, ``val_accuracy``, ``gap`` (all in [0, 1]), ``lr`` of the
-            last step, ``seconds``.
+            last step, ``seconds``. With two depths also ``val_accuracy_base``.
         unreadable: paths of images that could not be read, kept in checkpoints.
     """
 
@@ -62,17 +65,20 @@ class Classification(pl.LightningModule):
         *,
         classes: int,
         steps: int,
-        objective: Objective | None = None,
+        objective: Objective | Joint | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.recipe, self.classes, self.steps = recipe, classes, steps
-        self.objective = objective or CrossEntropy(recipe.smoothing)
+        self.objective: Any = objective or make_objective(
+            recipe.objective, recipe.objective_args, recipe.smoothing
+        )
         self.mixup = _mixup(recipe, classes)
         self.history: list[dict[str, float]] = []
         self.unreadable: set[str] = set()
         self.running = _accuracy(classes)
         self.accuracy = nn.ModuleList([_accuracy(classes), _accuracy(classes)])
+        self.base_accuracy = _accuracy(classes) if isinstance(self.objective, Joint) else None
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.train_ce = MeanMetric(nan_strategy="disable")
         self.terms: dict[str, MeanMetric] = {}
@@ -109,13 +115,13 @@ class Classification(pl.LightningModule):
             x, y = x[:even], y[:even]
             with seeded(self.recipe.seed, self.current_epoch, self.global_rank, number, "mixup"):
                 x, target = self.mixup(x, y)
-        logits = self(x)
+        logits, outputs = self._run(x)
         if logits.shape != (len(x), self.classes):
             raise ValueError(
                 f"the network gives outputs of shape {tuple(logits.shape)} for {len(x)} images of "
                 f"{self.classes} classes; wanted ({len(x)}, {self.classes}), so num_classes={self.classes}"
             )
-        terms = self.objective(logits, target)
+        terms = self.objective(outputs, target)
         loss = torch.stack(list(terms.values())).sum()
         self._watch(terms)
         for name, term in terms.items():
@@ -136,12 +142,14 @@ class Classification(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], number: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the validation images (0) or of the training images (1)."""
         x, y = batch
-        logits = self(x)
+        logits, outputs = self._run(x) if dataloader_idx == 0 else (self(x), None)
         accuracy = self.accuracy[dataloader_idx]
         assert isinstance(accuracy, MulticlassAccuracy)
         accuracy.update(logits.argmax(1), y)
+        if isinstance(outputs, BothPasses) and self.base_accuracy is not None:
+            self.base_accuracy.update(outputs.base_logits.argmax(1), y)
         if dataloader_idx == 0:
-            loss = torch.stack(list(self.objective(logits, y).values())).sum()
+            loss = torch.stack(list(self.objective(outputs, y).values())).sum()
             # Once an image: weights are lost where torchmetrics does not look for NaN (1.9).
             self.val_loss.update(loss.expand(len(y)))
         else:
@@ -165,6 +173,9 @@ class Classification(pl.LightningModule):
             "unreadable": len(self.unreadable),
             "seconds": time.perf_counter() - self._started,
         }
+        if self.base_accuracy is not None:
+            row["val_accuracy_base"] = float(self.base_accuracy.compute())
+            self.base_accuracy.reset()
         for metric in (*self.accuracy, *self.terms.values(), self.val_loss, self.train_ce, self.running):
             metric.reset()
         if not math.isfinite(row["val_loss"]):
@@ -186,6 +197,14 @@ class Classification(pl.LightningModule):
         """Take the history up again."""
         self.history = [dict(row) for row in checkpoint["pliant"]["history"]]
         self.unreadable.update(checkpoint["pliant"]["unreadable"])
+
+    def _run(self, x: Tensor) -> tuple[Tensor, Any]:
+        """The network's logits, and what the objective takes: both in one forward of DDP."""
+        if isinstance(self.objective, Joint):
+            passes = self.objective.run(self, x)
+            return passes.logits, passes
+        logits = self(x)
+        return logits, logits
 
     def _watch(self, terms: dict[str, Tensor]) -> None:
         """Refuse a loss that is no number: now on a CPU, one step later elsewhere.
