@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,3 +39,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(
+    path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]], append: bool, what: str
+) -> None:
+    """Write rows of text to a CSV file, whole or not at all; `append` keeps those it has.
+
+    No row is written twice: what is run again gives its rows again.
+
+    Raises:
+        ValueError: `append` to a file that does not hold `what`.
+    """
+    path = Path(path)
+    old: list[list[str]] = []
+    if append and path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            first, *old = list(csv.reader(file)) or [[]]
+        if first != list(header):
+            raise ValueError(
+                f"{path} has the columns {first}, which are not those of {what}; name another file"
+            )
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([*old, *(row for row in map(list, rows) if row not in old)])

@@ -200,14 +200,31 @@ def evaluate(
     part: Annotated[str, typer.Option(help="test or val")] = "test",
     batch: Annotated[int, typer.Option(help="images a forward")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    depths: Annotated[
+        bool, typer.Option("--depths", help="score all depths of an adaptive network")
+    ] = False,
+    rows: Annotated[Path | None, typer.Option(help="of depths: CSV file that gets them, appended")] = None,
+    markdown: Annotated[bool, typer.Option(help="of depths: print a Markdown table")] = False,
+    plot: Annotated[Path | None, typer.Option(help="of depths: figure of accuracy against MACs")] = None,
 ) -> None:
-    """Score a saved model on images of a data set."""
+    """Score a saved model, or all its depths, on images of a data set."""
     from pliant.train import evaluate as score
     from pliant.train.data import Part
+    from pliant.train.depth_scores import depth_markdown, depth_table, report_depths
 
-    found = score(folder, data, path, part=cast("Part", part), batch=batch, device=device)
-    typer.echo(str(found))
-    for name in found.unreadable_paths:
+    if depths:
+        options: Any = {"part": part, "batch": batch, "device": device}
+        found = report_depths(folder, data, path, rows=rows, plot=plot, **options)
+        if markdown:
+            typer.echo(depth_markdown(found))
+        else:
+            _print(depth_table(found))
+        return
+    if rows or markdown or plot:
+        raise ValueError("--rows, --markdown and --plot are of depths: add --depths")
+    scores = score(folder, data, path, part=cast("Part", part), batch=batch, device=device)
+    typer.echo(str(scores))
+    for name in scores.unreadable_paths:
         typer.echo(f"unreadable: {name}")
 
 

@@ -8,7 +8,6 @@ a comparison that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pliant._files import atomic_path
+from pliant._files import write_csv
 from pliant.recipes.ablations import ABLATIONS
 from pliant.train.recipe import Recipe, differences, override
 
@@ -234,21 +233,8 @@ def write_scores(path: str | Path, scores: Iterable[Score], append: bool = False
     Raises:
         ValueError: `append` to a file with other columns.
     """
-    path = Path(path)
     header = [f.name for f in fields(Score)]
-    old: list[list[str]] = []
-    if append and path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            first, *old = list(csv.reader(file)) or [[]]
-        if first != header:
-            raise ValueError(
-                f"{path} has the columns {first}, which are not those of scores; name another file"
-            )
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        new = [_cells(score) for score in scores]
-        writer.writerows([*old, *(row for row in new if row not in old)])
+    write_csv(path, header, map(_cells, scores), append, "scores")
 
 
 def _cells(score: Score) -> list[str]:

@@ -10,15 +10,28 @@ from typing import TYPE_CHECKING, Any
 from pliant.train.recipe import Recipe, override
 
 if TYPE_CHECKING:
+    from pliant.train.depth_scores import DepthScore, evaluate_depths
     from pliant.train.evaluation import Evaluation, evaluate
     from pliant.train.fitting import fit
     from pliant.train.run import Run, read_run
 
-__all__ = ["Evaluation", "Recipe", "Run", "evaluate", "fit", "override", "read_run"]
+__all__ = [
+    "DepthScore",
+    "Evaluation",
+    "Recipe",
+    "Run",
+    "evaluate",
+    "evaluate_depths",
+    "fit",
+    "override",
+    "read_run",
+]
 
 _HOME = {
+    "DepthScore": "depth_scores",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
+    "evaluate_depths": "depth_scores",
     "fit": "fitting",
     "Run": "run",
     "read_run": "run",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from pliant.train.batches import make_batches
+from pliant.train.batches import Batches, make_batches
 from pliant.train.data import Part, load_part, normalisation
 from pliant.train.recipe import Recipe
 from pliant.train.run import BEST, RECIPE
@@ -92,6 +92,34 @@ def evaluate(
             has classes that the checkpoint does not name (it may have fewer).
         FileNotFoundError: no data, or no checkpoint.
     """
+    ready = prepare(model, data, path, part, batch, device, workers, pixels)
+    result = score(ready.network, ready.loader, ready.classes, device=ready.device)
+    paths = tuple(sorted(ready.loader.unreadable))
+    return replace(result, unreadable=len(paths), unreadable_paths=paths)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A network, and the images that it is to be scored on."""
+
+    network: nn.Module
+    loader: Batches
+    classes: tuple[str, ...]
+    device: torch.device
+    recipe: Recipe
+
+
+def prepare(
+    model: nn.Module | str | os.PathLike[str],
+    data: str | None,
+    path: str | os.PathLike[str] | None,
+    part: Part,
+    batch: int,
+    device: str,
+    workers: int,
+    pixels: int | None,
+) -> Ready:
+    """Load what `evaluate` needs; its arguments, and what it raises."""
     network, settings = (model, _settings(model)) if isinstance(model, nn.Module) else _saved(Path(model))
     channels, side = settings.size[0], pixels or settings.size[-1]
     place = None if path is None else os.fspath(path)
@@ -119,9 +147,7 @@ def evaluate(
     mean, std = normalisation(recipe)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     loader = make_batches(images, recipe, settings.mean or mean, settings.std or std, device=where)
-    result = score(network, loader, classes, device=where)
-    paths = tuple(sorted(loader.unreadable))
-    return replace(result, unreadable=len(paths), unreadable_paths=paths)
+    return Ready(network, loader, classes, where, recipe)
 
 
 @torch.no_grad()
@@ -137,44 +163,73 @@ def score(
     Raises:
         ValueError: its outputs are not one for each of `classes`; or there is no image.
     """
-    n, mode = len(classes), model.training
-    top1 = MulticlassAccuracy(n, average="micro", validate_args=False).to(device)
-    each = MulticlassAccuracy(n, average="none", validate_args=False).to(device)
-    top5 = None
-    if n >= 10:
-        top5 = MulticlassAccuracy(n, top_k=5, average="micro", validate_args=False).to(device)
-    loss = MeanMetric(nan_strategy="disable").to(device)
-    counts = torch.zeros(n, dtype=torch.long)
+    scores = Scores(classes, device)
+    mode = model.training
     model.to(device).eval()
     try:
         for x, y in loader:
-            x, y = x.to(device), y.to(device)
-            logits = model(x).float()
-            if logits.shape != (len(y), n):
-                raise ValueError(
-                    f"the network has {logits.shape[-1]} outputs and the data {n} classes; take the data "
-                    f"that it was trained on, or build it with num_classes={n}"
-                )
-            for metric in (top1, each, top5):
-                if metric is not None:
-                    metric.update(logits, y)
-            loss.update(F.cross_entropy(logits, y, reduction="none"))
-            counts += y.bincount(minlength=n).cpu()
+            scores.update(model(x.to(device)), y.to(device))
     finally:
         model.train(mode)
-    if not counts.sum():
-        raise ValueError("there is no image that could be read, so nothing to score")
-    shares = each.compute().tolist()
-    return Evaluation(
-        top1=float(top1.compute()),
-        top5=None if top5 is None else float(top5.compute()),
-        loss=float(loss.compute()),
-        per_class={
-            name: share if count else float("nan")
-            for name, share, count in zip(classes, shares, counts.tolist(), strict=True)
-        },
-        images=int(counts.sum()),
-    )
+    return scores.result()
+
+
+class Scores:
+    """Scores of a network, batch by batch.
+
+    Args:
+        classes: their names.
+        device: where outputs and labels come from.
+    """
+
+    def __init__(self, classes: tuple[str, ...], device: torch.device | str = "cpu") -> None:
+        n = len(classes)
+        self.classes = classes
+        self._top1 = MulticlassAccuracy(n, average="micro", validate_args=False).to(device)
+        self._each = MulticlassAccuracy(n, average="none", validate_args=False).to(device)
+        self._top5 = None
+        if n >= 10:
+            self._top5 = MulticlassAccuracy(n, top_k=5, average="micro", validate_args=False).to(device)
+        self._loss = MeanMetric(nan_strategy="disable").to(device)
+        self._counts = torch.zeros(n, dtype=torch.long)
+
+    def update(self, logits: Tensor, y: Tensor) -> None:
+        """Count a batch: logits [B, classes], labels int64 [B].
+
+        Raises:
+            ValueError: the outputs are not one for each class.
+        """
+        logits, n = logits.float(), len(self.classes)
+        if logits.shape != (len(y), n):
+            raise ValueError(
+                f"the network has {logits.shape[-1]} outputs and the data {n} classes; take the data "
+                f"that it was trained on, or build it with num_classes={n}"
+            )
+        for metric in (self._top1, self._each, self._top5):
+            if metric is not None:
+                metric.update(logits, y)
+        self._loss.update(F.cross_entropy(logits, y, reduction="none"))
+        self._counts += y.bincount(minlength=n).cpu()
+
+    def result(self) -> Evaluation:
+        """The scores.
+
+        Raises:
+            ValueError: there was no image.
+        """
+        if not self._counts.sum():
+            raise ValueError("there is no image that could be read, so nothing to score")
+        shares = self._each.compute().tolist()
+        return Evaluation(
+            top1=float(self._top1.compute()),
+            top5=None if self._top5 is None else float(self._top5.compute()),
+            loss=float(self._loss.compute()),
+            per_class={
+                name: share if count else float("nan")
+                for name, share, count in zip(self.classes, shares, self._counts.tolist(), strict=True)
+            },
+            images=int(self._counts.sum()),
+        )
 
 
 @dataclass(frozen=True)

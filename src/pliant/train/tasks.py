@@ -159,6 +159,10 @@ class Classification(pl.LightningModule):
         """Close the epoch's row, and log it."""
         val, train = (float(metric.compute()) for metric in self.accuracy)  # type: ignore[operator]
         terms = {f"train_{name}": float(metric.compute()) for name, metric in self.terms.items()}
+        base = {}
+        if self.base_accuracy is not None:
+            base["val_accuracy_base"] = float(self.base_accuracy.compute())
+            self.base_accuracy.reset()
         row = {
             "epoch": self.current_epoch,
             "train_loss": sum(terms.values()),
@@ -168,14 +172,12 @@ class Classification(pl.LightningModule):
             "train_accuracy": train,
             "running_accuracy": float(self.running.compute()),
             "val_accuracy": val,
+            **base,
             "gap": train - val,
             "lr": self._lr,
             "unreadable": len(self.unreadable),
             "seconds": time.perf_counter() - self._started,
         }
-        if self.base_accuracy is not None:
-            row["val_accuracy_base"] = float(self.base_accuracy.compute())
-            self.base_accuracy.reset()
         for metric in (*self.accuracy, *self.terms.values(), self.val_loss, self.train_ce, self.running):
             metric.reset()
         if not math.isfinite(row["val_loss"]):
