@@ -10,28 +10,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant.anatomy import RemovedBlock
 from pliant.measuring.macs import count_macs, count_parameters
-from pliant.methods.adaptive_depth import (
-    _HELD,
-    AdaptiveBlock,
-    Depth,
-    Held,
-    Skip,
-    SwitchableNorm,
-    check_skip,
-)
-from pliant.surgery import forget_conversions
+from pliant.methods.adaptive_depth import Subnet
+from pliant.surgery import record_conversion
+from pliant.switch import Skip, Switch, check_skip, find_depth
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -64,7 +54,7 @@ def set_depth(model: nn.Module, skip: Sequence[bool]) -> Switch:
         >>> get_depth(model)
         (False, False, False, True)
     """
-    depth = _depth(model)
+    depth = find_depth(model)
     return Switch(depth, check_skip(list(skip), len(depth.skip)))
 
 
@@ -74,59 +64,7 @@ def get_depth(model: nn.Module) -> Skip:
     Raises:
         ValueError: the network has no adaptive depth.
     """
-    return _depth(model).current()
-
-
-class Switch:
-    """What `set_depth` returns: a context manager, or, thrown away, the new default.
-
-    Until it is entered or thrown away it holds for its own context alone, so that no other
-    thread ever runs at the depth of a ``with``.
-    """
-
-    def __init__(self, depth: Depth, skip: Skip) -> None:
-        others = _HELD.get() or {}
-        before = others.get(depth)
-        if before is not None and before.pending:
-            before.publish()  # kept alive, as by an interactive prompt, and followed by this one
-        self._held = Held(depth, skip)
-        self._token = _HELD.set({**others, depth: self._held})
-
-    def __enter__(self) -> Skip:
-        """Hold the depth; returns its flags."""
-        self._held.pending = False
-        return self._held.skip
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
-    ) -> None:
-        """What held before holds again."""
-        self._held.alive = False
-        _HELD.reset(self._token)
-
-    def __del__(self) -> None:
-        if self._held.pending:
-            self._held.publish()
-            with suppress(ValueError):  # thrown away in another context: it is dead there too
-                _HELD.reset(self._token)
-
-    def __repr__(self) -> str:
-        return f"depth {self._held.skip}"
-
-
-def _depth(model: nn.Module) -> Depth:
-    """The one depth of a network.
-
-    Raises:
-        ValueError: it has none, or several.
-    """
-    found = [m for m in model.modules() if isinstance(m, Depth)]
-    if len(found) != 1:
-        raise ValueError(
-            f"{type(model).__name__} has {len(found) or 'no'} adaptive depth{'s' * (len(found) > 1)}; "
-            f"{'give one of its networks' if found else 'convert it by AdaptiveDepth() first'}"
-        )
-    return found[0]
+    return find_depth(model).current()
 
 
 @dataclass(frozen=True)
@@ -163,7 +101,7 @@ def depths(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     """
     size = input_size or anatomy.input_size(model)
     result = []
-    for skip in product((False, True), repeat=len(_depth(model).skip)):
+    for skip in product((False, True), repeat=len(find_depth(model).skip)):
         cut = subnet(model, skip, share=True)
         macs = count_macs(cut, size) if size else None
         result.append(DepthInfo(skip, count_parameters(cut), macs))
@@ -190,32 +128,17 @@ def subnet(model: Network, skip: Sequence[bool], *, share: bool = False) -> Netw
         >>> sum(p.numel() for p in subnet(model, (True,) * 4).parameters())
         17112360
     """
-    flags = check_skip(list(skip), len(_depth(model).skip))
+    flags = check_skip(list(skip), len(find_depth(model).skip))
     memo: dict[int, Any] = {}
     if share:
         memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
     cut = copy.deepcopy(model, memo)
-    for path, module in list(cut.named_modules()):
-        if isinstance(module, AdaptiveBlock):
-            _put(cut, path, _plain(module, flags[module.flag]))
-    forget_conversions(cut, "AdaptiveDepth")
+    # Not by `convert`, which may copy weights, and lays them out in one memory format.
+    for site in (method := Subnet(skip=flags)).survey(cut).sites:
+        parent, _, name = site.path.rpartition(".")
+        setattr(cut.get_submodule(parent), name, method.replace(cut.get_submodule(site.path), site))
+    record_conversion(cut, method, ())
     return cut
-
-
-def _plain(block: AdaptiveBlock, skip: bool) -> nn.Module:
-    """What a block is at one of its two depths, without anything to switch."""
-    if skip and block.skippable:
-        return RemovedBlock(block.channels)
-    plain: nn.Module = block.block
-    for path, norm in list(plain.named_modules()):
-        if isinstance(norm, SwitchableNorm):
-            _put(plain, path, norm.base if skip else norm.full)
-    return plain
-
-
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
 
 
 class CompiledDepths(nn.Module):
@@ -237,7 +160,7 @@ class CompiledDepths(nn.Module):
         self.model = model
         # In a dict they are no submodules: their weights are the model's.
         self._runners: dict[Skip, Callable[..., Any]] = {}
-        flags = len(_depth(model).skip)
+        flags = len(find_depth(model).skip)
         chosen = product((False, True), repeat=flags) if skips is None else skips
         for skip in chosen:
             cut = subnet(model, list(skip), share=True)

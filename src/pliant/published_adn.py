@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pliant.depth import subnet
 from pliant.measuring.macs import count_macs, count_parameters
-from pliant.methods.adaptive_depth import Skip
 from pliant.published import CountRow, PublishedRow
+from pliant.switch import Skip
 
 CONVENTIONS: dict[str, str] = {
     "fvcore": "fvcore 0.1.5: convolutions and linear layers, norms 2 per element",

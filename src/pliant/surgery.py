@@ -66,9 +66,12 @@ class Method(ABC):
         wraps: methods whose replacements may lie inside this method's sites. A method
             that rebuilds a stage lists those that it can hold; every other overlap
             is refused, because it would silently undo one of the two.
+        dissolves: the method that this one takes out of the network again, leaving plain
+            modules; neither is then in the way of others.
     """
 
     wraps: ClassVar[tuple[str, ...]] = ()
+    dissolves: ClassVar[str] = ""
 
     @property
     def name(self) -> str:
@@ -267,9 +270,16 @@ def inherit_conversions(model: nn.Module, source: nn.Module) -> None:
     _record(model, tuple(c for c in kept if c.sites))
 
 
-def forget_conversions(model: nn.Module, method: str) -> None:
-    """Take a method off the record of `model`, of which nothing is left in it."""
-    _record(model, tuple(c for c in conversions(model) if c.method.name != method))
+def record_conversion(model: nn.Module, method: Method, sites: Iterable[str]) -> None:
+    """Record that `method` was carried out on `model`, at `sites`."""
+    if method.dissolves:
+        sites = ()
+        for network in model.modules():
+            if conversions(network):
+                gone = (c.method.name == method.dissolves for c in conversions(network))
+                done = zip(conversions(network), gone, strict=True)
+                _record(network, tuple(replace(c, sites=()) if g else c for c, g in done))
+    _record(model, (*conversions(model), Conversion(method, tuple(sites))))
 
 
 def _record(model: nn.Module, done: tuple[Conversion, ...]) -> None:
@@ -309,8 +319,7 @@ def _apply(model: nn.Module, method: Method) -> Survey:
             module = module.to(memory_format=torch.channels_last)
         setattr(model.get_submodule(parent), name, module.train(old.training))
     method.finish(model, survey.sites)
-    done = Conversion(method, tuple(s.path for s in survey.sites))
-    _record(model, (*conversions(model), done))
+    record_conversion(model, method, [site.path for site in survey.sites])
     return survey
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pliant.methods.adaptive_depth import AdaptiveDepth
+from pliant.methods.adaptive_depth import AdaptiveDepth, Subnet
 from pliant.methods.condconv import CondConv
 from pliant.methods.mixture_of_depths import MixtureOfDepths
 from pliant.surgery import Method
 
-METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (MixtureOfDepths, CondConv, AdaptiveDepth)}
+METHODS: dict[str, type[Method]] = {
+    cls.__name__: cls for cls in (MixtureOfDepths, CondConv, AdaptiveDepth, Subnet)
+}

@@ -13,8 +13,7 @@ Shapes in this file::
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant.anatomy import Block, BlockInfo
+from pliant.anatomy import Block, BlockInfo, RemovedBlock
 from pliant.surgery import Method, PassedOver, Site, Survey
+from pliant.switch import Depth, Skip, check_skip, find_depth
 from pliant.threaded import Bound, between, thread, threaded
 
-Skip = tuple[bool, ...]
 DEPTH = "depth"  # the name under which a stage's flag is threaded
 
 
@@ -152,84 +151,88 @@ class AdaptiveDepth(Method):
 
     def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
         """Give all blocks one depth to read; see `Method.finish`."""
-        flags = 1 + max(site.detail["flag"] for site in sites)
-        depth = Depth(flags)
+        depth = Depth((False,) * (1 + max(site.detail["flag"] for site in sites)))
         seen: set[int] = set()
         for site in sites:
             block = model.get_submodule(site.path)
             assert isinstance(block, AdaptiveBlock)
             block.read_from(depth, owner=not seen, first=block.flag not in seen)
             seen.add(block.flag)
+            for norm in block.modules():
+                if isinstance(norm, SwitchableNorm):
+                    norm.base.train(norm.full.training)
 
 
-class Depth(nn.Module):
-    """The depth that a network's blocks read: one flag for each stage that can skip.
+@dataclass(frozen=True, kw_only=True)
+class Subnet(Method):
+    """Cut one depth out of an adaptive network: what is left is plain.
 
-    Attributes:
-        skip: the default; what holds here and now is `current`. Checkpoints keep it.
+    `pliant.subnet` cuts a network at hand; as a method this is for recipes (the paper's
+    individual base network is ``AdaptiveDepth(), Subnet(skip=...)``) and for checkpoints.
+
+    Args:
+        skip: the depth, a flag for each stage that can skip.
+
+    Raises:
+        ValueError: no flags. When applied: the network has no adaptive depth, or another
+            number of flags.
+
+    Example:
+        >>> import timm
+        >>> from pliant import convert
+        >>> base = Subnet(skip=(True,) * 4)
+        >>> model = convert(timm.create_model("resnet50"), AdaptiveDepth(), base)
+        >>> sum(p.numel() for p in model.parameters())
+        17112360
     """
 
-    def __init__(self, flags: int) -> None:
-        super().__init__()
-        self.skip: Skip = (False,) * flags
+    wraps: ClassVar[tuple[str, ...]] = ("AdaptiveDepth", "MixtureOfDepths", "CondConv")
+    dissolves: ClassVar[str] = "AdaptiveDepth"
 
-    def current(self) -> Skip:
-        """The flags that hold in this context."""
-        held = (_HELD.get() or {}).get(self)
-        return held.skip if held is not None and held.alive else self.skip
+    skip: Skip
 
-    def get_extra_state(self) -> list[bool]:
-        """The default, for checkpoints."""
-        return list(self.skip)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", check_skip(self.skip))
 
-    def set_extra_state(self, state: Any) -> None:
-        """Take the default of a checkpoint.
+    def survey(self, model: nn.Module) -> Survey:
+        """Find the blocks; see `Method.survey`."""
+        check_skip(self.skip, len(find_depth(model).skip))
+        return Survey(
+            tuple(
+                Site(
+                    path, {"left": "nothing" if block.skippable and self.skip[block.flag] else "the block"}
+                )
+                for path, block in model.named_modules()
+                if isinstance(block, AdaptiveBlock)
+            )
+        )
 
-        Raises:
-            ValueError: it has other flags than this network.
-        """
-        self.skip = check_skip(state, len(self.skip))
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return f"skip={self.skip}"
-
-
-class Held:
-    """A depth that holds in one context.
-
-    Attributes:
-        skip: its flags.
-        pending: it may yet become the default.
-        alive: it holds.
-    """
-
-    def __init__(self, depth: Depth, skip: Skip) -> None:
-        self._depth = depth
-        self.skip = skip
-        self.pending = self.alive = True
-
-    def publish(self) -> None:
-        """Make it the default, for all contexts, instead."""
-        self._depth.skip = self.skip
-        self.pending = self.alive = False
-
-
-# What holds in this context: replaced as a whole, never changed.
-_HELD: ContextVar[dict[Depth, Held] | None] = ContextVar("pliant_depth", default=None)
+    def replace(self, module: nn.Module, site: Site) -> nn.Module:
+        """What a block is at its depth, without anything to switch; see `Method.replace`."""
+        assert isinstance(module, AdaptiveBlock)
+        skip = self.skip[module.flag]
+        if skip and module.skippable:
+            return RemovedBlock(module.channels)
+        plain: nn.Module = module.block
+        for path, norm in list(plain.named_modules()):
+            if isinstance(norm, SwitchableNorm):
+                parent, _, name = path.rpartition(".")
+                setattr(plain.get_submodule(parent), name, norm.base if skip else norm.full)
+        return plain
 
 
 class SwitchableNorm(nn.Module):
     """A norm for the full stage, and its copy for the stage that skips.
 
     Args:
-        norm: of the full stage; the other one starts as its copy.
+        norm: of the full stage; the other one starts as its copy, and learns also where
+            this one is frozen.
     """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.full = norm
-        self.base = copy.deepcopy(norm)
+        self.base = copy.deepcopy(norm).requires_grad_(True)
 
     def forward(self, x: Tensor, skip: bool = False) -> Tensor:
         """Normalise `x`, of any shape that the norm takes, for one of the two depths."""
@@ -286,13 +289,25 @@ class AdaptiveBlock(Block):
         return result
 
     def _skips(self, x: Tensor) -> bool:
-        flag, skip = threaded(x, DEPTH) or (None, False)
-        if flag == self.flag and (not self.first or _recomputing()):
+        flag, skip = threaded(x, DEPTH) or (None, None)
+        mine = flag == self.flag
+        if mine and not self.first and skip is not None:
             return bool(skip)
-        skip = self._depth[0].current()[self.flag]
+        if _recomputing():  # gradient checkpointing runs this block again
+            if not mine or skip is None:
+                raise RuntimeError(_LOST if not mine else _TWO)
+            return bool(skip)
+        now = self._depth[0].current()[self.flag]
         if torch.is_grad_enabled():
-            thread(x, DEPTH, (self.flag, skip))  # gradient checkpointing runs this block again
-        return bool(skip)
+            thread(x, DEPTH, (self.flag, None if mine and skip is not now else now))
+        return now
+
+    def _replicate_for_data_parallel(self) -> AdaptiveBlock:
+        """A replica for a thread of `nn.DataParallel`, at the depth that holds for its caller."""
+        replicate: Callable[[], AdaptiveBlock] = super()._replicate_for_data_parallel
+        replica = replicate()
+        replica._depth = (Depth(self._depth[0].current()),)
+        return replica
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -310,17 +325,14 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def check_skip(skip: object, flags: int) -> Skip:
-    """Flags as a tuple.
-
-    Raises:
-        ValueError: another number of them, or something else than True and False.
-    """
-    if not isinstance(skip, (tuple, list)) or not all(isinstance(s, bool) for s in skip):
-        raise ValueError(f"skip must hold True or False for each of {flags} stages, not {skip!r}")
-    if len(skip) != flags:
-        raise ValueError(f"skip has {len(skip)} flags, {tuple(skip)}; the network has {flags}")
-    return tuple(skip)
+_LOST = (
+    "the depth of this forward is lost, because gradient checkpointing runs it again on other tensors; "
+    "use torch.utils.checkpoint with use_reentrant=False"
+)
+_TWO = (
+    "one feature map went into a stage at two depths, and gradient checkpointing runs one of them again "
+    "without knowing which; give each its own, x.clone()"
+)
 
 
 def _sizes(stages: Sequence[Sequence[object]]) -> str:

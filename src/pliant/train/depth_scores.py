@@ -18,7 +18,7 @@ from pliant._files import write_csv
 from pliant.depth import depths, get_depth, set_depth
 from pliant.measuring.entrants import by_name
 from pliant.measuring.provenance import provenance
-from pliant.methods.adaptive_depth import Skip, check_skip
+from pliant.switch import Skip, check_skip
 from pliant.train.data import Part
 from pliant.train.evaluation import Scores, prepare
 

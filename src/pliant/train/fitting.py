@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from pliant.checkpoint import save
-from pliant.methods.adaptive_depth import Depth
+from pliant.switch import Depth
 from pliant.train.batches import Batches, eval_size
 from pliant.train.data import Data, load_data
 from pliant.train.evaluation import score

@@ -16,7 +16,8 @@ from torch import nn
 from pliant._state import difference, shapes
 from pliant.checkpoint import load, read_config
 from pliant.depth import get_depth, subnet
-from pliant.methods.adaptive_depth import Depth, SwitchableNorm
+from pliant.methods.adaptive_depth import SwitchableNorm
+from pliant.switch import Depth
 from pliant.train.run import BEST
 
 
