@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pliant.recipes import cifar10, cifar100, digits, imagenet
 from pliant.recipes._networks import cifar_networks, close, imagenet_networks
 from pliant.recipes.ablations import PREFIX, has_ablations
+from pliant.recipes.adaptive_depth import TABLE3, is_adaptive
 from pliant.train.recipe import Recipe
 
 __all__ = ["get_recipe", "list_recipes"]
@@ -37,7 +38,7 @@ def list_recipes() -> list[str]:
         for data, forms in _FORMS.items()
         for network in _networks(data)
         for form in forms
-        if not form.startswith(PREFIX) or has_ablations(network)
+        if _applies(form, network)
     ]
 
 
@@ -68,6 +69,13 @@ def get_recipe(name: str) -> Recipe:
         return forms[form](network)
     except ValueError as error:
         raise ValueError(f"no recipe {name!r}: {error}") from error
+
+
+def _applies(form: str, network: str) -> bool:
+    """Whether a form is of this network; only ablations are of some alone."""
+    if not form.startswith(PREFIX):
+        return True
+    return is_adaptive(network) if form.removeprefix(PREFIX) in TABLE3 else has_ablations(network)
 
 
 def _networks(data: str) -> Iterable[str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from pliant.recipes._networks import cifar_network
 from pliant.recipes.ablations import ablation_forms
+from pliant.recipes.adaptive_depth import objective_of, table3_forms
 from pliant.train.recipe import Recipe
 
 PAPER = (
@@ -36,6 +37,7 @@ def short(network: str = "resnet18_mod") -> Recipe:
         decay_all=False,
         schedule="cosine",
         warmup=3,
+        objective=objective_of(network),
         smoothing=0.1,
         augmentation="flip_crop",
         erasing=0.25,
@@ -71,6 +73,7 @@ def paper(network: str = "resnet18_mod") -> Recipe:
         momentum=0.9,
         weight_decay=5e-4,
         schedule="cosine",
+        objective=objective_of(network),
         augmentation="flip_crop",
     )
 
@@ -81,4 +84,9 @@ def for_cifar100(recipe: Recipe) -> Recipe:
     return replace(recipe, name=name, data="cifar100", path="data/cifar100")
 
 
-FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper, **ablation_forms(short)}
+FORMS: dict[str, Callable[[str], Recipe]] = {
+    "short": short,
+    "paper": paper,
+    **ablation_forms(short),
+    **table3_forms(short),
+}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from pliant.recipes import cifar10
 from pliant.recipes.ablations import ablation_forms
+from pliant.recipes.adaptive_depth import table3_forms
 from pliant.train.recipe import Recipe
 
 
@@ -31,4 +32,9 @@ def paper(network: str = "resnet18_mod") -> Recipe:
     return cifar10.for_cifar100(cifar10.paper(network))
 
 
-FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper, **ablation_forms(short)}
+FORMS: dict[str, Callable[[str], Recipe]] = {
+    "short": short,
+    "paper": paper,
+    **ablation_forms(short),
+    **table3_forms(short),
+}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pliant.recipes._networks import cifar_network
+from pliant.recipes.adaptive_depth import objective_of, table3_forms
 from pliant.train.recipe import Recipe
 
 
@@ -44,10 +45,11 @@ def short(network: str = "resnet18_mod") -> Recipe:
         weight_decay=5e-4,
         schedule="cosine",
         warmup=0.5,  # so that one epoch is a run too
+        objective=objective_of(network),
         augmentation="crop",
         workers=0,
         threads=1,  # more do not help so small a network, and the figures then hold on any machine
     )
 
 
-FORMS: dict[str, Callable[[str], Recipe]] = {"short": short}
+FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, **table3_forms(short)}
