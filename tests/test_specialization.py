@@ -1,0 +1,656 @@
+"""Training at both depths: the terms of Algorithm 1, what they reach, and `fit` with them."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+import pliant
+from pliant.checkpoint import save
+from pliant.depth import set_depth, subnet
+from pliant.methods.adaptive_depth import SwitchableNorm
+from pliant.recipes import get_recipe, list_recipes
+from pliant.train import Recipe, evaluate, fit, override, read_run
+from pliant.train.objectives import CrossEntropy, Joint, Specialization, divergence, make_objective
+from pliant.train.passes import BothPasses, Feature, channel_dim, run_both, stage_outputs
+from pliant.train.weights import load_weights
+
+TINY = Recipe(
+    name="tiny",
+    model="resnet20_cifar_adn",
+    pixels=8,
+    epochs=2,
+    batch=128,
+    augmentation="crop",
+    accelerator="cpu",
+    threads=1,
+    lr=0.05,
+    objective="specialize",
+)
+TERMS = ["cross_entropy", "kl_stage0", "kl_stage1", "kl_stage2", "kl_logits"]
+
+
+def adaptive(**options):
+    return timm.create_model("resnet20_cifar_adn", **options)
+
+
+def tiny_vit():
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=8, num_heads=2, num_classes=5
+    )
+    return pliant.convert(vit, pliant.AdaptiveDepth(groups=2))
+
+
+def images(n=4, pixels=16, channels=3):
+    return torch.randn(n, channels, pixels, pixels)
+
+
+def logs(*shares):
+    """What a softmax turns into these shares."""
+    return torch.tensor(shares).log()
+
+
+def maps(*positions):
+    """A map [1, C, 1, W] of distributions, one a position."""
+    return torch.stack([logs(*p) for p in positions], 1)[None, :, None]
+
+
+def passes(teacher, student, dim=1, logits=None):
+    logits = logits or (torch.zeros(len(teacher), 2), torch.zeros(len(teacher), 2))
+    return BothPasses(*logits, {0: Feature(teacher, dim)}, {0: Feature(student, dim)})
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+# --- the divergence -------------------------------------------------------------------------------
+
+
+def test_divergence_is_the_one_by_hand_averaged_over_positions():
+    p, q = [(0.75, 0.25), (0.9, 0.1)], [(0.5, 0.5), (0.2, 0.8)]
+    by_hand = (kl(p[0], q[0]) + kl(p[1], q[1])) / 2
+    assert by_hand == pytest.approx(0.638269, abs=1e-6)
+    assert float(divergence(maps(*p), maps(*q))) == pytest.approx(by_hand, rel=1e-5)
+    # It is not symmetric: the super-net's distribution comes first.
+    assert float(divergence(maps(*q), maps(*p))) == pytest.approx(
+        (kl(q[0], p[0]) + kl(q[1], p[1])) / 2, rel=1e-5
+    )
+    assert float(divergence(maps(*p), maps(*p))) == pytest.approx(0, abs=1e-7)
+
+
+def test_divergence_does_not_depend_on_how_many_images_and_positions_there_are():
+    p, q = torch.randn(2, 6, 3, 4), torch.randn(2, 6, 3, 4)
+    once = divergence(p, q)
+    tiled = divergence(p.repeat(1, 1, 2, 2), q.repeat(1, 1, 2, 2))
+    assert float(tiled) == pytest.approx(float(once), rel=1e-6)
+    assert float(divergence(p.repeat(3, 1, 1, 1), q.repeat(3, 1, 1, 1))) == pytest.approx(
+        float(once), rel=1e-6
+    )
+    # torch's own mean over the batch alone grows with the map.
+    batchmean = F.kl_div(F.log_softmax(q, 1), F.log_softmax(p, 1), log_target=True, reduction="batchmean")
+    assert float(batchmean) == pytest.approx(12 * float(once), rel=1e-5)
+
+
+def test_each_position_and_pooled_maps():
+    p, q = [(0.75, 0.25), (0.25, 0.75)], [(0.25, 0.75), (0.75, 0.25)]
+    both = passes(maps(*p), maps(*q))
+    each = Specialization(alpha=0.5, logits=False)(both, torch.tensor([0]))
+    assert float(each["kl_stage0"]) == pytest.approx(0.5 * 0.5 * math.log(3), rel=1e-5)
+    # The mean over positions is the same for both: pooled, nothing is seen.
+    pooled = Specialization(positions="pooled", logits=False)(both, torch.tensor([0]))
+    assert float(pooled["kl_stage0"]) == pytest.approx(0, abs=1e-7)
+    other = passes(maps((0.9, 0.1), (0.4, 0.6)), maps((0.5, 0.5), (0.5, 0.5)))
+    means = [
+        math.exp(0.5 * (math.log(0.9) + math.log(0.4))),
+        math.exp(0.5 * (math.log(0.1) + math.log(0.6))),
+    ]
+    shares = [m / sum(means) for m in means]
+    pooled = Specialization(positions="pooled", logits=False)(other, torch.tensor([0]))
+    assert float(pooled["kl_stage0"]) == pytest.approx(0.5 * kl(shares, (0.5, 0.5)), rel=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["each", "pooled"])
+def test_layouts_of_the_same_values_give_the_same_term(positions):
+    objective = Specialization(positions=positions, logits=False)
+    p, q = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    target = torch.tensor([0, 1])
+    found = [
+        objective(passes(p, q), target),
+        objective(passes(p.permute(0, 2, 3, 1), q.permute(0, 2, 3, 1), 3), target),
+        objective(passes(p.flatten(2).mT, q.flatten(2).mT, 2), target),  # tokens
+    ]
+    values = [float(terms["kl_stage0"]) for terms in found]
+    assert values[0] > 0.01
+    assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-5)
+
+
+def test_channel_dimensions():
+    assert channel_dim(torch.zeros(2, 8, 4, 4), 8) == 1
+    assert channel_dim(torch.zeros(2, 4, 4, 8), 8) == 3
+    assert channel_dim(torch.zeros(2, 8, 8, 8), 8) == 1
+    assert channel_dim(torch.zeros(2, 9, 8), 8) == 2
+    with pytest.raises(ValueError, match=r"\(2, 4, 4, 9\) has no dimension of 8 channels"):
+        channel_dim(torch.zeros(2, 4, 4, 9), 8)
+
+
+# --- the terms ------------------------------------------------------------------------------------
+
+
+def test_the_terms_are_algorithm_1():
+    model, x, y = adaptive().train(), images(), torch.tensor([0, 1, 2, 3])
+    both = run_both(model, x)
+    terms = Specialization(alpha=0.7, smoothing=0.1)(both, y)
+    assert list(terms) == TERMS
+    expected = [0.7 * F.cross_entropy(both.logits, y, label_smoothing=0.1)]
+    for n in range(3):
+        teacher, student = (s[n].h.softmax(1) for s in (both.stages, both.base_stages))
+        expected.append(0.3 * (teacher * (teacher / student).log()).sum(1).mean())
+    teacher, student = both.logits.softmax(1), both.base_logits.softmax(1)
+    expected.append(0.3 * (teacher * (teacher / student).log()).sum(1).mean())
+    assert [t.item() for t in terms.values()] == pytest.approx([t.item() for t in expected], rel=1e-4)
+    assert all(t.item() > 0 for t in terms.values())
+
+    some = Specialization(stages=[2], logits=False)(run_both(model, x, [2]), y)
+    assert list(some) == ["cross_entropy", "kl_stage2"]
+    assert list(Specialization(stages=())(run_both(model, x, ()), y)) == ["cross_entropy", "kl_logits"]
+
+
+def test_joint_is_the_mean_of_both_cross_entropies():
+    both = run_both(adaptive().train(), images(), ())
+    y = torch.tensor([0, 1, 2, 3])
+    terms = Joint()(both, y)
+    assert {k: v.item() for k, v in terms.items()} == pytest.approx(
+        {
+            "cross_entropy": 0.5 * F.cross_entropy(both.logits, y).item(),
+            "cross_entropy_base": 0.5 * F.cross_entropy(both.base_logits, y).item(),
+        }
+    )
+    assert Joint(alpha=0.9)(both, y)["cross_entropy_base"].item() == pytest.approx(
+        0.2 * terms["cross_entropy_base"].item()
+    )
+
+
+def test_targets_may_be_mixed():
+    both = run_both(adaptive().train(), images(2))
+    shares = F.one_hot(torch.tensor([1, 2]), 10).float()
+    for objective in (Joint(), Specialization()):
+        hard, soft = objective(both, torch.tensor([1, 2])), objective(both, shares)
+        assert {k: v.item() for k, v in hard.items()} == pytest.approx(
+            {k: v.item() for k, v in soft.items()}
+        )
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_detached_divergences_reach_only_the_student(detach):
+    leaves = [torch.randn(2, 4, 3, 3, requires_grad=True) for _ in range(2)]
+    logits = [torch.randn(2, 5, requires_grad=True) for _ in range(2)]
+    terms = Specialization(detach=detach)(passes(*leaves, logits=tuple(logits)), torch.tensor([0, 1]))
+    (terms["kl_stage0"] + terms["kl_logits"]).backward()
+    for teacher, student in (leaves, logits):
+        assert student.grad.abs().sum() > 0
+        assert (teacher.grad is None) == detach
+    if not detach:
+        assert all(leaf.grad.abs().sum() > 0 for leaf in (leaves[0], logits[0]))
+
+
+def test_terms_are_float32_whatever_the_features_are():
+    p, q = torch.randn(2, 64, 8, 8).bfloat16(), torch.randn(2, 64, 8, 8).bfloat16()
+    logits = torch.randn(2, 7).bfloat16(), torch.randn(2, 7).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = Specialization()(passes(p, q, logits=logits), torch.tensor([0, 1]))
+    assert {t.dtype for t in terms.values()} == {torch.float32}
+    exact = 0.5 * float(divergence(p.double(), q.double()))
+    assert float(terms["kl_stage0"]) == pytest.approx(exact, rel=1e-5)  # bfloat16 has 8 bits
+    assert float(terms["kl_logits"]) == pytest.approx(
+        0.5 * float(divergence(*(t.double() for t in logits))), rel=1e-5
+    )
+
+
+# --- both passes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        (adaptive, [(4, 16, 16, 16), (4, 32, 8, 8), (4, 64, 4, 4)]),
+        (tiny_vit, [(4, 17, 24)] * 2),
+        (
+            lambda: timm.create_model("mobilenetv2_adn", width=0.25),
+            [(4, 8, 4, 4), (4, 16, 2, 2), (4, 24, 2, 2), (4, 40, 1, 1)],
+        ),
+    ],
+    ids=["resnet", "vit", "mobilenet"],
+)
+def test_stages_are_collected_at_both_depths(make, shapes):
+    model, x = make().eval(), images(pixels=32 if make is not adaptive else 16)
+    with torch.no_grad():
+        both = run_both(model, x)
+        base = subnet(model, (True,) * len(shapes))
+        assert torch.equal(both.logits, model(x))
+        assert torch.equal(both.base_logits, base(x))
+    for stages in (both.stages, both.base_stages):
+        assert [tuple(f.h.shape) for f in stages.values()] == shapes
+    assert all(not torch.equal(both.stages[n].h, both.base_stages[n].h) for n in both.stages)
+
+
+def test_a_stage_is_what_the_next_one_gets():
+    """After the last activation; of a stage that skips, the same map that its blocks pass on."""
+    model, x, got = adaptive().train(), images(), []
+    model.layer2[0].register_forward_pre_hook(lambda _, args: got.append(args[0]))
+    both = run_both(model, x)
+    assert both.stages[0].h is got[0]
+    assert both.base_stages[0].h is got[1]
+    assert all(float(f.h.min()) >= 0 for f in (*both.stages.values(), *both.base_stages.values()))
+
+
+def test_collecting_leaves_nothing_behind():
+    model = adaptive()
+    before = {name: len(m._forward_hooks) for name, m in model.named_modules()}
+    with pytest.raises(RuntimeError), stage_outputs(model, [0, 1, 2]):
+        model(images(channels=5))
+    run_both(model, images())
+    assert {name: len(m._forward_hooks) for name, m in model.named_modules()} == before
+    assert pliant.get_depth(model) == (False,) * 3
+    with pytest.raises(ValueError, match="no stage 3; the stages that can skip are 0 to 2"):
+        run_both(model, images(), [3])
+    assert {name: len(m._forward_hooks) for name, m in model.named_modules()} == before
+    with pytest.raises(ValueError, match="convert it by AdaptiveDepth"):
+        run_both(timm.create_model("resnet20_cifar"), images())
+
+
+def test_running_statistics_see_the_passes_that_run_through_them():
+    model = adaptive().train()
+    run_both(model, images())
+    seen = {
+        name: int(m.num_batches_tracked) for name, m in model.named_modules() if hasattr(m, "running_mean")
+    }
+    for name, count in seen.items():
+        both = ".full" not in name and ".base" not in name and ".2." not in name  # blocks 2 skip
+        assert count == (2 if both else 1), name
+    assert seen["bn1"] == 2
+    pairs = [m for m in model.modules() if isinstance(m, SwitchableNorm)]
+    assert len(pairs) == 12
+    # At the start the first stage is the same at both depths up to the blocks that skip.
+    means = [torch.equal(m.full.running_mean, m.base.running_mean) for m in pairs]
+    assert means == [True] * 4 + [False] * 8
+    # Shortcuts of a network with projections are shared too.
+    wide = pliant.convert(timm.create_model("resnet18", num_classes=3), pliant.AdaptiveDepth()).train()
+    run_both(wide, images(2, 32))
+    assert int(wide.layer2[0].block.downsample[1].num_batches_tracked) == 2
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Specialization(),
+        Specialization(detach=False, positions="pooled"),
+        Specialization(stages=(2,), logits=False),
+        Specialization(stages=()),
+        Joint(),
+    ],
+    ids=["default", "pooled", "last stage", "logits", "joint"],
+)
+@pytest.mark.parametrize("make", [adaptive, tiny_vit], ids=["resnet", "vit"])
+def test_all_parameters_get_gradients(objective, make):
+    model = make().train()
+    if objective == Specialization(stages=(2,), logits=False) and make is tiny_vit:
+        objective = replace(objective, stages=(1,))
+    objective.check(model)
+    both = objective.run(model, images(pixels=32))
+    torch.stack(list(objective(both, torch.tensor([0, 1, 2, 3])).values())).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_one_depth_alone_leaves_norms_without_gradient():
+    """So that a search for unused parameters would be needed; and what a warning is for."""
+    model = adaptive().train()
+    F.cross_entropy(model(images()), torch.tensor([0, 1, 2, 3])).backward()
+    left = [name for name, p in model.named_parameters() if p.grad is None]
+    assert len(left) == 2 * 12
+    assert all(".base." in name for name in left)
+
+
+def test_a_step_draws_the_base_network_to_the_whole_one():
+    """On features that the super-net does not change meanwhile: the divergence falls."""
+    torch.manual_seed(3)
+    model, x, y = adaptive().train(), images(8), torch.arange(8)
+    objective = Specialization()
+    base = [p for name, p in model.named_parameters() if ".base." in name]
+    optimizer = torch.optim.SGD(base, lr=0.5)
+    found = []
+    for _ in range(12):
+        terms = objective(objective.run(model, x), y)
+        found.append(sum(v.item() for k, v in terms.items() if k.startswith("kl")))
+        optimizer.zero_grad()
+        torch.stack(list(terms.values())).sum().backward()
+        optimizer.step()
+    assert found[-1] < 0.9 * found[0]
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0}, "alpha must be between 0 and 1, not 0: at either end"),
+        ({"alpha": 1.0}, r"alpha must be between 0 and 1, not 1\.0"),
+        ({"alpha": "half"}, "alpha must be a number, not 'half'"),
+        ({"alpha": True}, "alpha must be a number, not True"),
+        ({"detach": 1}, "detach must be true or false, not 1"),
+        ({"logits": "no"}, "logits must be true or false, not 'no'"),
+        ({"positions": "all"}, "positions must be each or pooled, not 'all'"),
+        ({"stages": 2}, "stages must be numbers from 0, each once, or none; not 2"),
+        ({"stages": [0, -1]}, r"stages must be numbers from 0.*not \[0, -1\]"),
+        ({"stages": [1, 1]}, "each once"),
+        ({"stages": [True]}, "stages must be numbers"),
+        ({"stages": [], "logits": False}, "nothing that trains the base network"),
+        ({"beta": 0.5}, "has no option 'beta'; it has alpha, detach, stages, positions, logits"),
+        ({"smoothing": 0.1}, "has no option 'smoothing'"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_objective("specialize", options)
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, objective_args=options)
+
+
+def test_objectives_by_name():
+    assert make_objective("cross_entropy", {}, 0.1) == CrossEntropy(0.1)
+    assert make_objective("joint", {"alpha": 0.6}, 0.1) == Joint(alpha=0.6, smoothing=0.1)
+    made = make_objective("specialize", {"stages": [0, 2], "detach": False})
+    assert made == Specialization(stages=(0, 2), detach=False)
+    with pytest.raises(ValueError, match="no objective 'mse'; there are cross_entropy, joint, specialize"):
+        make_objective("mse", {})
+    with pytest.raises(ValueError, match="'cross_entropy' has no option 'alpha'; it has none"):
+        replace(TINY, objective="cross_entropy", objective_args={"alpha": 0.5})
+    with pytest.raises(ValueError, match="'joint' has no option 'detach'; it has alpha"):
+        make_objective("joint", {"detach": False})
+    with pytest.raises(ValueError, match="objective must be one of cross_entropy, joint, specialize"):
+        replace(TINY, objective="mse")
+
+
+def test_recipes_carry_the_objective():
+    changed = override(TINY, ["objective_args.alpha=0.7", "objective_args.stages=(1, 2)"])
+    assert changed.objective_args == {"alpha": 0.7, "stages": [1, 2]}
+    assert Recipe.from_dict(changed.as_dict()) == changed
+    joint = override(TINY, ["objective=joint", "objective_args.alpha=0.4"])
+    assert (joint.objective, joint.objective_args) == ("joint", {"alpha": 0.4})
+    with pytest.raises(ValueError, match=r"objective_args is set one by one: objective_args\.alpha=0\.5"):
+        override(TINY, ["objective_args=0.5"])
+
+
+def test_recipes_of_adaptive_networks():
+    names = [name for name in list_recipes() if "_adn" in name]
+    assert names
+    for name in names:
+        recipe = get_recipe(name)
+        joint = name.endswith(("ablation-neither", "ablation-norms"))
+        assert recipe.objective == ("joint" if joint else "specialize"), name
+    assert get_recipe("cifar10.resnet20").objective == "cross_entropy"
+    paper = get_recipe("imagenet.resnet50_adn.paper")
+    plain = get_recipe("imagenet.resnet50.adn")
+    assert (paper.epochs, paper.batch, paper.lr, paper.objective_args) == (150, 256, 0.1, {})
+    assert "Ours" in paper.note
+    same = replace(paper, name=plain.name, model=plain.model, objective="cross_entropy")
+    assert same == plain  # the individual network, trained alike
+
+
+def test_table_3_is_four_recipes():
+    forms = {}
+    for form in ("neither", "norms", "specialization", "both"):
+        recipe = get_recipe(f"imagenet.resnet50_adn.ablation-{form}")
+        forms[form] = (recipe.objective, recipe.model_args.get("switchable_norms", True))
+    assert forms == {
+        "neither": ("joint", False),
+        "norms": ("joint", True),
+        "specialization": ("specialize", False),
+        "both": ("specialize", True),
+    }
+    both, paper = (
+        get_recipe("imagenet.resnet50_adn.ablation-both"),
+        get_recipe("imagenet.resnet50_adn.paper"),
+    )
+    assert replace(both, name=paper.name) == paper
+    with pytest.raises(ValueError, match=r"of \*_adn networks, not of 'resnet50'"):
+        get_recipe("imagenet.resnet50.ablation-both")
+
+
+# --- fit ------------------------------------------------------------------------------------------
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+    )
+
+
+class StopAfter(Callback):
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epochs:
+            raise KeyError("killed")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return fit(TINY, tmp_path_factory.mktemp("runs") / "tiny", progress=False)
+
+
+def test_the_history_has_every_term_and_both_accuracies(tiny):
+    for row in tiny.history:
+        terms = [row[f"train_{name}"] for name in TERMS]
+        assert all(t > 0 for t in terms)
+        assert row["train_loss"] == pytest.approx(sum(terms))
+    assert tiny.history[1]["train_cross_entropy"] < tiny.history[0]["train_cross_entropy"]
+    for skip, name in (((False,) * 3, "val_accuracy"), ((True,) * 3, "val_accuracy_base")):
+        with set_depth(tiny.model, skip):
+            saved = subnet(tiny.model, skip)
+        score = evaluate(save_plain(saved), "digits", part="val", device="cpu", pixels=8)
+        assert score.top1 == pytest.approx(tiny.history[tiny.best_epoch][name])
+    assert "val_accuracy_base" in (tiny.folder / "metrics.csv").read_text().splitlines()[0]
+    assert tiny.val_accuracy == tiny.history[tiny.best_epoch]["val_accuracy"]
+    assert pliant.get_depth(tiny.model) == (False,) * 3
+
+
+def save_plain(network):
+    """A network whose images `evaluate` prepares as digits: mean and deviation from the data."""
+    vars(network)["pretrained_cfg"] = {"input_size": (1, 8, 8)}
+    return network
+
+
+def test_val_loss_is_the_objective_on_validation_images(tiny):
+    from pliant.train.data import load_data
+
+    batches = list(load_data(TINY).val_batches())
+    objective = Specialization()
+    losses = []
+    with torch.no_grad():
+        for x, y in batches:
+            terms = objective(objective.run(tiny.model, x), y)
+            losses += [float(sum(terms.values()))] * len(y)
+    assert sum(losses) / len(losses) == pytest.approx(tiny.history[tiny.best_epoch]["val_loss"], rel=1e-4)
+
+
+def test_a_resumed_run_ends_in_the_same_bits(tiny, tmp_path):
+    with pytest.raises(KeyError, match="killed"):
+        fit(TINY, tmp_path / "run", progress=False, callbacks=[StopAfter(1)])
+    resumed = fit(TINY, tmp_path / "run", resume=True, progress=False)
+    assert same(resumed.model.state_dict(), tiny.model.state_dict())
+    assert [r["val_accuracy_base"] for r in resumed.history] == [
+        r["val_accuracy_base"] for r in tiny.history
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["objective=joint"],
+        ["objective_args.positions=pooled", "precision=bf16", "channels_last=true", "ema=0.9"],
+        ["objective_args.detach=false", "mixup=0.2", "model_args.switchable_norms=false"],
+        ["objective_args.stages=(2,)", "objective_args.logits=false", "smoothing=0.1"],
+    ],
+    ids=["joint", "pooled, bf16, ema", "both ways, mixup", "last stage"],
+)
+def test_options_run_and_change_what_is_learnt(tiny, changes, tmp_path):
+    run = fit(override(TINY, ["epochs=1", *changes]), tmp_path / "run", progress=False)
+    row = run.history[0]
+    assert row["train_loss"] != pytest.approx(tiny.history[0]["train_loss"], rel=1e-3)
+    assert 0 <= row["val_accuracy_base"] <= 1
+    terms = {name for name in row if name.startswith(("train_kl", "train_cross"))}
+    if "objective=joint" in changes:
+        assert terms == {"train_cross_entropy", "train_cross_entropy_base"}
+    elif "objective_args.logits=false" in changes:
+        assert terms == {"train_cross_entropy", "train_kl_stage2"}
+    else:
+        assert terms == {f"train_{name}" for name in TERMS}
+
+
+def test_a_converted_network_of_ones_own_and_an_objective_of_ones_own(tmp_path):
+    plain = timm.create_model("resnet20_cifar", in_chans=1, num_classes=10)
+    model = pliant.convert(plain, pliant.AdaptiveDepth(skippable=(0, 2, 1)))
+    run = fit(
+        replace(TINY, epochs=1, objective="cross_entropy"),
+        tmp_path / "run",
+        model=model,
+        objective=Specialization(alpha=0.6),
+        progress=False,
+    )
+    assert set(run.history[0]) >= {"train_kl_stage0", "train_kl_stage1", "val_accuracy_base"}
+    assert "train_kl_stage2" not in run.history[0]
+    assert len(pliant.get_depth(read_run(run.folder).model)) == 2
+
+
+def test_networks_that_cannot_be_specialised_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="convert it by AdaptiveDepth"):
+        fit(override(TINY, ["model=resnet20_cifar"]), tmp_path / "a", progress=False)
+    with pytest.raises(ValueError, match="no stage 3; the stages that can skip are 0 to 2"):
+        fit(override(TINY, ["objective_args.stages=(3,)"]), tmp_path / "b", progress=False)
+    with pytest.raises(ValueError, match="do not train the base network's last stage; add stage 2"):
+        fit(
+            override(TINY, ["objective_args.stages=(0,)", "objective_args.logits=false"]),
+            tmp_path / "c",
+            progress=False,
+        )
+    model = adaptive(in_chans=1)
+    set_depth(model, (False, False, True))
+    with pytest.raises(ValueError, match=r"first set it to the whole network: .*\(False, False, False\)"):
+        fit(TINY, tmp_path / "d", model=model, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_one_depth_of_an_adaptive_network_is_told(tmp_path, caplog):
+    recipe = override(TINY, ["epochs=1", "objective=cross_entropy"])
+    run = fit(recipe, tmp_path / "run", progress=False)
+    assert "only one depth of this adaptive network is trained" in caplog.text
+    assert "val_accuracy_base" not in run.history[0]
+
+
+@pytest.mark.slow
+def test_two_processes_train_without_a_search_for_unused_parameters(tmp_path):
+    script = """
+import os, sys
+from pliant.train import fit, Recipe
+if __name__ == "__main__":
+    recipe = Recipe(name="d", model="resnet20_cifar_adn", pixels=8, epochs=2, devices=2, strategy="ddp",
+                    accelerator="cpu", threads=1, objective="specialize")
+    run = fit(recipe, sys.argv[1], progress=False)
+    row = run.history[-1]
+    print(f"{os.environ['LOCAL_RANK']} {row['val_accuracy']} {row['val_accuracy_base']} "
+          f"{row['train_loss']}", flush=True)
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    assert said["0"] == said["1"]
+    run = read_run(tmp_path / "run")
+    held_out = evaluate(run.folder, part="val", device="cpu")
+    assert held_out.top1 == pytest.approx(run.val_accuracy)
+
+
+# --- weights to start from ------------------------------------------------------------------------
+
+
+def test_a_trained_plain_network_starts_its_adaptive_form(tmp_path):
+    plain = timm.create_model("resnet20_cifar").eval()
+    nn.init.normal_(plain.layer1[0].bn1.running_mean)
+    for place in (save(plain, tmp_path / "net"), tmp_path / "net.th"):
+        if place.suffix:
+            torch.save({"state_dict": {f"module.{k}": v for k, v in plain.state_dict().items()}}, place)
+        model = adaptive().eval()
+        load_weights(model, place)
+        x = images(2)
+        with torch.no_grad():
+            assert torch.equal(model(x), plain(x))
+        pairs = [m for m in model.modules() if isinstance(m, SwitchableNorm)]
+        assert all(same(m.full.state_dict(), m.base.state_dict()) for m in pairs)
+        norm = model.layer1[0].block.bn1
+        assert norm.base.weight.data_ptr() != norm.full.weight.data_ptr()
+    other = adaptive().eval()
+    load_weights(other, save(model, tmp_path / "adn"))  # and a network of its own kind
+    assert same(other.state_dict(), model.state_dict())
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    wider = save(timm.create_model("resnet20_cifar", num_classes=7), tmp_path / "seven")
+    for model in (adaptive(), timm.create_model("resnet20_cifar")):
+        with pytest.raises(ValueError, match="do not fit ResNet"):
+            load_weights(model, wider)
+    with pytest.raises(FileNotFoundError, match="no folder and no file of weights"):
+        load_weights(adaptive(), tmp_path / "none.pt")
+    (tmp_path / "torn.safetensors").write_bytes(b"12")
+    with pytest.raises(ValueError, match=r"torn\.safetensors is no file of weights"):
+        load_weights(adaptive(), tmp_path / "torn.safetensors")
+    named = save(timm.create_model("resnet20_cifar"), tmp_path / "named", classes=tuple("abcdefghij"))
+    with pytest.raises(ValueError, match=r"for the classes a, b, c, d, \.\.\. \(10\); the data's are 0, 1"):
+        load_weights(adaptive(), named, classes=tuple("0123456789"))
+    load_weights(adaptive(), named, classes=tuple("abcdefghij"))
+
+
+def test_another_normalisation_is_told(tmp_path, caplog):
+    place = save(timm.create_model("resnet20_cifar"), tmp_path / "net", mean=(0.5,) * 3, std=(0.2,) * 3)
+    load_weights(adaptive(), place, mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert not caplog.records
+    load_weights(adaptive(), place, mean=(0.5, 0.5, 0.4), std=(0.2,) * 3)
+    assert "another mean" in caplog.text
+    assert "another std" not in caplog.text
+
+
+def test_fit_starts_from_weights_and_goes_on_without_them(tiny, tmp_path):
+    recipe = replace(TINY, weights=tiny.folder, lr=1e-9, warmup=0.0, augmentation="none")
+    with pytest.raises(KeyError, match="killed"):
+        fit(recipe, tmp_path / "run", progress=False, callbacks=[StopAfter(1)])
+    elsewhere = tiny.folder.rename(tiny.folder.with_name("moved"))
+    try:
+        run = fit(recipe, tmp_path / "run", resume=True, progress=False)
+    finally:
+        elsewhere.rename(tiny.folder)
+    for name, p in run.model.named_parameters():
+        assert torch.allclose(p, tiny.model.get_parameter(name), atol=1e-6), name
+    fresh = fit(replace(recipe, weights=None, epochs=1), tmp_path / "fresh", progress=False)
+    assert fresh.history[0]["train_cross_entropy"] > run.history[0]["train_cross_entropy"]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        fit(replace(recipe, weights="nowhere"), tmp_path / "none", progress=False)
+    assert not (tmp_path / "none").exists()
