@@ -61,8 +61,9 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-bench: setup ## latency, MACs and the MoD tax on this machine's CPU
+bench: setup ## latency, MACs, the MoD tax and training steps on this machine's CPU
 	$(BIN)/python -m pliant bench
+	$(BIN)/python -m pliant bench --steps
 
 # For a machine with a GPU and a torch of its own: no .venv, nothing is installed. Every
 # step runs whatever became of the one before; the exit status tells if one failed.

@@ -333,9 +333,18 @@ def bench(
     results: Annotated[Path, typer.Option(help="folder for rows, tables and figures")] = Path("results"),
     quick: Annotated[bool, typer.Option(help="one network, batch 1, to see that it works")] = False,
     resume: Annotated[bool, typer.Option(help="keep what this commit measured here before")] = False,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="training steps of adaptive networks instead")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="of PyTorch, for --steps")] = None,
 ) -> None:
     """Measure the speed tables: plain and Mixture-of-Depths networks in each engine."""
     from pliant.bench import run_bench
+    from pliant.measuring.steps import run_step_bench
+
+    if steps:
+        run_step_bench(device, results, quick, threads=threads)
+        return
 
     run_bench(device=device, results=results, quick=quick, resume=resume)
 
