@@ -114,7 +114,7 @@ def grad_cam(
             raise ValueError(f"{type(model).__name__} gives no scores [B, classes], but {_told(scores)}")
         if int(classes.max()) >= scores.shape[1]:
             raise ValueError(
-                f"targets must be below the {scores.shape[1]} classes, not {int(classes.max())}"
+                f"target {int(classes.max())} is none of the {scores.shape[1]} classes, counted from 0"
             )
         maps = {path: y for path, (y, skipped) in seen.items() if path in wanted and not skipped}
         _check_ran(wanted, maps, [path for path, (_, skipped) in seen.items() if skipped])

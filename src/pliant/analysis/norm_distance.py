@@ -139,7 +139,7 @@ def norm_distances(
         full, base, images = _measured(model, norms, batches, flags)
         return NormDistances(full, base, stages, images)
     for path, pair in norms.items():
-        if getattr(pair.full, "running_mean", None) is None:
+        if any(getattr(norm, "running_mean", None) is None for norm in (pair.full, pair.base)):
             raise ValueError(
                 f"{path} is a {type(pair.full).__name__} without a running mean; give images to average "
                 f"over: norm_distances(model, batches)"
