@@ -9,10 +9,10 @@ from __future__ import annotations
 from pliant import models
 from pliant._version import __version__
 from pliant.checkpoint import load, save
-from pliant.depth import depths, get_depth, set_depth, subnet
+from pliant.depth import compile_depths, depths, get_depth, set_depth, subnet
 from pliant.measuring.latency import measure
 from pliant.measuring.rows import Measurement
-from pliant.methods.adaptive_depth import AdaptiveDepth
+from pliant.methods.adaptive_depth import AdaptiveDepth, Subnet
 from pliant.methods.condconv import CondConv
 from pliant.methods.mixture_of_depths import MixtureOfDepths
 from pliant.surgery import Method, Plan, convert, plan
@@ -24,7 +24,9 @@ __all__ = [
     "Method",
     "MixtureOfDepths",
     "Plan",
+    "Subnet",
     "__version__",
+    "compile_depths",
     "convert",
     "depths",
     "get_depth",

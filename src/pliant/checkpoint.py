@@ -9,6 +9,7 @@ networks and methods that are registered already, with plain values, and nothing
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import hashlib
 import json
@@ -362,7 +363,7 @@ def _check_outputs(model: nn.Module, again: nn.Module, size: tuple[int, int, int
         raise ValueError("nothing says which images this network takes; pass input_size=(C, H, W)")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if like.device.type != "cpu":  # on a GPU even the same network may differ from itself
-        model = copy.deepcopy(model).cpu()
+        model = contextvars.Context().run(copy.deepcopy, model).cpu()
     modes = [(m, m.training) for m in model.modules()]
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
@@ -371,7 +372,8 @@ def _check_outputs(model: nn.Module, again: nn.Module, size: tuple[int, int, int
             outputs = []
             for network in (model.eval(), again):
                 torch.manual_seed(0)  # a method may draw
-                outputs.append(network(x))
+                # In an empty context: at the depth that is saved, not one that holds here only.
+                outputs.append(contextvars.Context().run(network, x))
         torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0, equal_nan=True)
     except AssertionError as error:
         raise ValueError(f"rebuilt, the network computes something else; {_ADVICE} ({error})") from error

@@ -51,6 +51,12 @@ class Depth(nn.Module):
                 return held.skip
         return self.skip
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Depth:
+        """A copy runs as the original does here: what holds in this context is its default."""
+        copied = memo[id(self)] = type(self)(self.current())
+        copied.training = self.training
+        return copied
+
     def get_extra_state(self) -> list[bool]:
         """The default, for checkpoints."""
         return list(self.skip)

@@ -26,7 +26,7 @@ from pliant.surgery import Method, PassedOver, Site, Survey
 from pliant.switch import Depth, Skip, check_skip, find_depth
 from pliant.threaded import Bound, between, thread, threaded
 
-DEPTH = "depth"  # the name under which a stage's flag is threaded
+DEPTH = "depth"  # the name under which flags are threaded, by number; None: two depths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,28 +278,30 @@ class AdaptiveBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for `x`, or `x` itself where the block is skipped."""
-        skip = self._skips(x)
+        flags = self._read(x)
+        skip = flags[self.flag]
         if self.skippable and skip:
             return x
         if skip and self._norms:
             y = Bound(self.block, self._norms, self._between, _run_base)(x)
         else:
             y = self.block(x)
-        result: Tensor = thread(y, DEPTH, (self.flag, skip))
+        result: Tensor = thread(y, DEPTH, flags)
         return result
 
-    def _skips(self, x: Tensor) -> bool:
-        flag, skip = threaded(x, DEPTH) or (None, None)
-        mine = flag == self.flag
-        if mine and not self.first and skip is not None:
-            return bool(skip)
+    def _read(self, x: Tensor) -> dict[int, bool | None]:
+        """All flags by number, those that `x` carries or those that hold here; its own is no None."""
+        known: dict[int, bool | None] = threaded(x, DEPTH) or {}
+        skip = known.get(self.flag)
+        if skip is not None and not self.first:
+            return known
         if _recomputing():  # gradient checkpointing runs this block again
-            if not mine or skip is None:
-                raise RuntimeError(_LOST if not mine else _TWO)
-            return bool(skip)
-        now = self._depth[0].current()[self.flag]
+            if skip is None:
+                raise RuntimeError(_TWO if self.flag in known else _LOST)
+            return known
+        now: dict[int, bool | None] = dict(enumerate(self._depth[0].current()))
         if torch.is_grad_enabled():
-            thread(x, DEPTH, (self.flag, None if mine and skip is not now else now))
+            thread(x, DEPTH, {n: s if known.get(n, s) is s else None for n, s in now.items()})
         return now
 
     def _replicate_for_data_parallel(self) -> AdaptiveBlock:
