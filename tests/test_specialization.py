@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -20,7 +21,7 @@ from pliant.checkpoint import save
 from pliant.depth import set_depth, subnet
 from pliant.methods.adaptive_depth import SwitchableNorm
 from pliant.recipes import get_recipe, list_recipes
-from pliant.train import Recipe, evaluate, fit, override, read_run
+from pliant.train import Recipe, evaluate, evaluate_depths, fit, override, read_run
 from pliant.train.objectives import CrossEntropy, Joint, Specialization, divergence, make_objective
 from pliant.train.passes import BothPasses, Feature, channel_dim, run_both, stage_outputs
 from pliant.train.weights import load_weights
@@ -312,6 +313,19 @@ def test_all_parameters_get_gradients(objective, make):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("make", [adaptive, tiny_vit], ids=["resnet", "vit"])
+def test_gradient_checkpointing_changes_nothing(make):
+    """Blocks run again in the backward, after both depths were left."""
+    plain, x, y = make().train(), images(pixels=32), torch.tensor([0, 1, 2, 3])
+    frugal = copy.deepcopy(plain)
+    frugal.set_grad_checkpointing()
+    objective = Specialization()
+    for model in (plain, frugal):
+        torch.stack(list(objective(objective.run(model, x), y).values())).sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), frugal.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
 def test_one_depth_alone_leaves_norms_without_gradient():
     """So that a search for unused parameters would be needed; and what a warning is for."""
     model = adaptive().train()
@@ -588,6 +602,17 @@ if __name__ == "__main__":
     run = read_run(tmp_path / "run")
     held_out = evaluate(run.folder, part="val", device="cpu")
     assert held_out.top1 == pytest.approx(run.val_accuracy)
+
+
+@pytest.mark.slow
+def test_digits_are_learnt_at_both_depths(tmp_path):
+    """And the six that were never trained follow, as the paper says of its fourteen."""
+    recipe = override(get_recipe("digits.resnet20_adn"), ["accelerator=cpu"])
+    run = fit(recipe, tmp_path / "run", progress=False)
+    scores = evaluate_depths(run.folder, device="cpu")
+    assert scores[0].top1 == pytest.approx(100 * run.test_accuracy)
+    assert [s.top1 > 95 for s in scores if s.role] == [True, True]
+    assert min(s.top1 for s in scores) > 85
 
 
 # --- weights to start from ------------------------------------------------------------------------

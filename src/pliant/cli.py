@@ -183,6 +183,8 @@ def train(
         typer.secho(f"pliant: {stop}" if str(stop) else "pliant: interrupted", fg="red", err=True)
         raise typer.Exit(130) from stop
     typer.echo(f"best epoch {run.best_epoch + 1}: validation {100 * run.val_accuracy:.2f} %")
+    if (base := run.history[run.best_epoch].get("val_accuracy_base")) is not None:
+        typer.echo(f"its base network: validation {100 * base:.2f} %; evaluate --depths scores all depths")
     if run.test_accuracy is not None:
         typer.echo(f"test {100 * run.test_accuracy:.2f} %")
     if run.unreadable:

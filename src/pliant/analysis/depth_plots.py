@@ -46,7 +46,7 @@ def plot_depths(
         raise ValueError("no scores to draw; evaluate_depths gives them")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    rows = sorted(scores, key=lambda r: r.macs)
+    rows = sorted(scores, key=lambda r: (r.macs, r.top1))
     for filled, label in ((True, "trained: super and base"), (False, "not trained themselves")):
         own = [r for r in rows if bool(r.role) == filled]
         if own:
@@ -59,12 +59,14 @@ def plot_depths(
                 label=label,
                 zorder=3,
             )
-    for n, row in enumerate(rows):
-        _name(axes, row.depth, row.macs, row.top1, above=n % 2 == 0)
+    for macs in dict.fromkeys(r.macs for r in rows):
+        # Many depths cost the same: their names stand on either side in turn.
+        for n, row in enumerate(r for r in rows if r.macs == macs):
+            _name(axes, row.depth, macs, row.top1, right=n % 2 == 0)
     for n, (name, (macs, top1)) in enumerate((individual or {}).items()):
         label = "trained by themselves" if n == 0 else "_"
         axes.plot(macs / 1e6, top1, "s", color=INDIVIDUAL, label=label, zorder=3)
-        _name(axes, name, macs, top1, above=False)
+        _name(axes, name, macs, top1, right=False)
     axes.margins(x=0.1, y=0.15)
     axes.set(
         xlabel="multiply-accumulates of an image, M", ylabel="top-1 accuracy, %", title=rows[0].network
@@ -74,13 +76,13 @@ def plot_depths(
     return write_figure(figure, path)
 
 
-def _name(axes: Axes, name: str, macs: int, top1: float, above: bool) -> None:
+def _name(axes: Axes, name: str, macs: int, top1: float, right: bool) -> None:
     axes.annotate(
         name,
         (macs / 1e6, top1),
-        (0, 6 if above else -6),
+        (6 if right else -6, 0),
         textcoords="offset points",
-        ha="center",
-        va="bottom" if above else "top",
+        ha="left" if right else "right",
+        va="center",
         fontsize=7,
     )
