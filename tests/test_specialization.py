@@ -252,7 +252,7 @@ def test_a_stage_is_what_the_next_one_gets():
     both = run_both(model, x)
     assert both.stages[0].h is got[0]
     assert both.base_stages[0].h is got[1]
-    assert all(float(f.h.min()) >= 0 for f in (*both.stages.values(), *both.base_stages.values()))
+    assert all(f.h.min().item() >= 0 for f in (*both.stages.values(), *both.base_stages.values()))
 
 
 def test_collecting_leaves_nothing_behind():
