@@ -175,7 +175,7 @@ class _Mean:
     def add(self, norm: nn.Module, x: Tensor) -> None:
         last = isinstance(norm, nn.LayerNorm) and not isinstance(norm, _LAYER_NORMS_2D)
         x = x.movedim(-1 if last else 1, -1).flatten(0, -2)
-        self.sum = self.sum + x.sum(0, dtype=torch.float64).cpu()
+        self.sum = self.sum + x.sum(0, dtype=torch.float64)
         self.count += len(x)
 
 
@@ -209,7 +209,7 @@ def _measured(
         why = f"{images} images reached no {empty[0]}" if images else "there are no images to average over"
         raise ValueError(why)
     full, base = (
-        {path: torch.as_tensor(mean.sum) / mean.count for path, mean in means[side].items()}
+        {path: torch.as_tensor(mean.sum / mean.count).cpu() for path, mean in means[side].items()}
         for side in sides
     )
     return full, base, images
