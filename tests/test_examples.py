@@ -65,6 +65,15 @@ def test_upcycle_a_trained_network(run_example, tmp_path):
     assert (tmp_path / "resnet20-experts" / "model.safetensors").is_file()
 
 
+def test_serve_with_a_deadline(run_example, tmp_path):
+    printed = run_example("serve_with_a_deadline.py")
+    share = {int(n): int(p) for n, p in re.findall(r"(\d+) images a burst: (\d+) %", printed)}
+    assert list(share) == [4, 8, 11]
+    assert 30 <= share[11] <= share[8] < share[4] <= 100, "more images, less depth"
+    assert re.search(r"deadline of [\d.]+ ms kept by \d+ of 60 bursts", printed)
+    assert (tmp_path / "serve_with_a_deadline.png").stat().st_size > 10_000
+
+
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     names = [f.name for f in EXAMPLES.glob("*.py")]

@@ -15,11 +15,13 @@ from pliant.measuring.rows import Measurement
 from pliant.methods.adaptive_depth import AdaptiveDepth, Subnet
 from pliant.methods.condconv import CondConv
 from pliant.methods.mixture_of_depths import MixtureOfDepths
+from pliant.profiling import DepthProfile, profile_depths, skip_of
 from pliant.surgery import Method, Plan, convert, plan
 
 __all__ = [
     "AdaptiveDepth",
     "CondConv",
+    "DepthProfile",
     "Measurement",
     "Method",
     "MixtureOfDepths",
@@ -34,7 +36,9 @@ __all__ = [
     "measure",
     "models",
     "plan",
+    "profile_depths",
     "save",
     "set_depth",
+    "skip_of",
     "subnet",
 ]

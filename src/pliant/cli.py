@@ -154,6 +154,29 @@ def measure(
 
 
 @app.command()
+def depths(
+    model: Annotated[
+        str, typer.Argument(help="adaptive network of timm, or a folder that `save` or `train` wrote")
+    ],
+    profile: Annotated[bool, typer.Option("--profile", help="time each depth too")] = False,
+    batch: Annotated[int, typer.Option(help="of --profile: images a forward", min=1)] = 1,
+    device: Device = "cpu",
+    engine: Annotated[str, typer.Option(help="of --profile: eager or compiled")] = "eager",
+    threads: Threads = None,
+    rounds: Annotated[int, typer.Option(help="of --profile: how often each depth is timed")] = 9,
+    rows: Annotated[Path | None, typer.Option(help="of --profile: CSV file that gets the rows")] = None,
+    plot: Annotated[Path | None, typer.Option(help="of --profile: figure of MACs against latency")] = None,
+) -> None:
+    """List the depths of an adaptive network: parameters, MACs and, with --profile, latency."""
+    from pliant.profiling import depth_report
+
+    if not profile and (rows or plot):
+        raise ValueError("--rows and --plot are of times: add --profile")
+    how: Any = {"batch": batch, "device": device, "engine": engine, "threads": threads, "rounds": rounds}
+    _print(depth_report(_network(model), how if profile else None, rows, plot))
+
+
+@app.command()
 def recipes() -> None:
     """List the training recipes."""
     from pliant.recipes import get_recipe, list_recipes
