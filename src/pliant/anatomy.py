@@ -254,7 +254,7 @@ def is_residual(block: nn.Module) -> bool:
     if isinstance(inner, regnet.Bottleneck):
         return inner.downsample is not None and isinstance(inner.downsample, nn.Identity)
     added = getattr(inner, "has_skip", True)
-    channels, out_channels, stride = shape_of(inner)
+    channels, out_channels, stride = shape_of(block)
     return bool(added) and channels == out_channels and stride == 1
 
 

@@ -298,6 +298,12 @@ def _check_methods(methods: tuple[object, ...]) -> None:
 
 def _apply(model: nn.Module, method: Method) -> Survey:
     """Carry out one method on `model` itself; all of its sites, or none."""
+    for earlier in conversions(model):
+        if earlier.sites and method.name in earlier.method.wraps:
+            raise ValueError(
+                f"{method.name} goes inside the blocks of {earlier.method.name}, which was applied before "
+                f"it; apply {method.name} first, then {earlier.method.name}"
+            )
     survey = method.survey(model)
     if not survey.sites:
         reasons = "".join(f"\n  {p.path}: {p.reason}" for p in survey.passed_over)

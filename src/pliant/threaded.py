@@ -89,37 +89,41 @@ class Bound:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | Bound,
         leaves: frozenset[str],
         between: frozenset[str],
         call: Call,
         prefix: str = "",
     ) -> None:
-        self._module = module
-        self._leaves = leaves
-        self._between = between
-        self._call = call
-        self._prefix = prefix
+        # Names that no module has: those of the module are looked up through the view.
+        self._bound = module
+        self._bound_leaves = leaves
+        self._bound_between = between
+        self._bound_call = call
+        self._bound_prefix = prefix
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        path = self._prefix + name
-        if path in self._leaves:
-            return partial(self._call, path, value)
-        if path in self._between:
-            return Bound(value, self._leaves, self._between, self._call, f"{path}.")
-        if isinstance(value, MethodType) and value.__self__ is self._module:
+        value = getattr(self._bound, name)
+        path = self._bound_prefix + name
+        if path in self._bound_leaves:
+            return partial(self._bound_call, path, value)
+        if path in self._bound_between:
+            return Bound(value, self._bound_leaves, self._bound_between, self._bound_call, f"{path}.")
+        if isinstance(value, MethodType) and value.__self__ is self._bound:
             return MethodType(value.__func__, self)  # what it calls is bound too
         return value
 
     def __iter__(self) -> Iterator[Any]:
         """The children, as `nn.Sequential` runs them."""
-        for name, _ in self._module.named_children():
+        for name, _ in self._bound.named_children():
             yield self.__getattr__(name)
 
     def __call__(self, *args: Any) -> Any:
         """The module's forward, through this view."""
-        return type(self._module).forward(self, *args)
+        module = self._bound
+        while isinstance(module, Bound):  # a view of a view: of two methods in one block
+            module = module._bound
+        return type(module).forward(self, *args)
 
 
 def between(leaves: Iterable[str]) -> frozenset[str]:
