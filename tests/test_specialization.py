@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from typer.testing import CliRunner
 
 import pliant
 from pliant.checkpoint import save
+from pliant.cli import app
 from pliant.depth import set_depth, subnet
 from pliant.methods.adaptive_depth import SwitchableNorm
 from pliant.recipes import get_recipe, list_recipes
@@ -565,6 +567,16 @@ def test_networks_that_cannot_be_specialised_are_refused_before_training(tmp_pat
     with pytest.raises(ValueError, match=r"first set it to the whole network: .*\(False, False, False\)"):
         fit(TINY, tmp_path / "d", model=model, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_tells_both_accuracies(tmp_path):
+    changes = ["epochs=1", "pixels=8", "batch=256", "warmup=0", "accelerator=cpu"]
+    command = ["train", "digits.resnet20_adn", *changes, "--no-progress", "--folder", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    row = read_run(tmp_path / "run").history[0]
+    assert f"best epoch 1: validation {100 * row['val_accuracy']:.2f} %" in done.output
+    assert f"base network: validation {100 * row['val_accuracy_base']:.2f} %" in done.output
 
 
 def test_training_one_depth_of_an_adaptive_network_is_told(tmp_path, caplog):
