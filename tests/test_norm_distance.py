@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from pliant import AdaptiveDepth, MixtureOfDepths, convert, get_depth, set_depth
+from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, convert, get_depth, set_depth
 from pliant.analysis.norm_distance import NormDistances, norm_distances, plot_norm_distances
 
 NORMS = [f"layer{s}.{b}.bn{n}" for s in (1, 2, 3) for b in (0, 1) for n in (1, 2)]  # resnet20's
@@ -119,8 +119,8 @@ def test_layer_norms_of_convnext_are_measured_over_positions(conv_mlp):
     torch.testing.assert_close(found.base["stages.0.blocks.0.norm"], y.double().mean((0, 2, 3)))
 
 
-def test_norms_of_composed_networks_are_found():
-    inner = MixtureOfDepths(c=4, reduction=2, blocks="all")
+@pytest.mark.parametrize("inner", [MixtureOfDepths(c=4, reduction=2, blocks="all"), CondConv(experts=2)])
+def test_norms_of_composed_networks_are_found(inner):
     model = convert(timm.create_model("resnet20_cifar"), inner, AdaptiveDepth())
     assert norm_distances(model).distances().count_nonzero() == 0
     measured = norm_distances(model, [images()])
