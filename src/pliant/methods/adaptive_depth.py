@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pliant import anatomy
 from pliant.anatomy import Block, BlockInfo, RemovedBlock
+from pliant.methods.conditional import Router, SharedRouting
 from pliant.surgery import Method, PassedOver, Site, Survey
 from pliant.switch import Depth, Skip, check_skip, find_depth
 from pliant.threaded import Bound, between, thread, threaded
@@ -101,6 +102,7 @@ class AdaptiveDepth(Method):
                     detail["norms"] = len(anatomy.norms(block.module))
                 sites.append(Site(block.path, detail))
             flag += 1
+        _check_routings(model, sites)
         note = f"{flag} flags: {2**flag} depths; train it so that all work (the base network is new)"
         return Survey(tuple(sites), tuple(passed_over), (note,) if sites else ())
 
@@ -325,6 +327,26 @@ def _run_base(_path: str, norm: nn.Module, x: Tensor) -> Tensor:
 def _recomputing() -> bool:
     """Whether this forward is part of a backward: of gradient checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _check_routings(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse to skip a block of CondConv that computes the routing of others, which are not."""
+    flags = {site.path: site.detail["flag"] for site in sites if site.detail["part"] == "skippable"}
+
+    def skipped_by(path: str) -> int | None:
+        return next((flag for block, flag in flags.items() if f"{path}.".startswith(f"{block}.")), None)
+
+    source = ""
+    for path, module in model.named_modules():
+        if isinstance(module, SharedRouting) or (isinstance(module, Router) and module.previous):
+            if skipped_by(source) not in (None, skipped_by(path)):
+                raise ValueError(
+                    f"{source.removesuffix('.router')} cannot be skipped: its routing is that of "
+                    f"{path.removesuffix('.router')} too; name other blocks in skippable, or take CondConv "
+                    f"with routing='block'"
+                )
+        elif isinstance(module, Router):
+            source = path
 
 
 _LOST = (
