@@ -282,16 +282,24 @@ def compare(
 
 
 @reproduce_app.command()
-def counts(markdown: Annotated[bool, typer.Option(help="print Markdown")] = False) -> None:
+def counts(
+    method: Annotated[str | None, typer.Option(help="mod or condconv; by default both papers")] = None,
+    table: Annotated[list[str] | None, typer.Option(help="only this one; repeat for several")] = None,
+    markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
+) -> None:
     """Parameters and MACs of every published row that pliant builds, beside ours."""
+    from pliant.published import PAPERS, render, reproduce_counts
     from pliant.published import markdown as as_markdown
-    from pliant.published import render, reproduce_counts
 
-    report = reproduce_counts()
-    if markdown:
-        typer.echo(as_markdown(report))
-    else:
-        _print(render(report))
+    if table and method is None:
+        raise ValueError(f"--table needs --method, the paper's: {' or '.join(PAPERS)}")
+    for name in PAPERS if method is None else [method]:
+        report = reproduce_counts(name, table)
+        if markdown:
+            typer.echo(as_markdown(report))
+        else:
+            _print(render(report))
+            typer.echo("\n".join(f"- {note}" for note in report.notes) + "\n")
 
 
 @app.command()
