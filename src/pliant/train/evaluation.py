@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from pliant.train.batches import make_batches
+from pliant.train.batches import Batches, make_batches
 from pliant.train.data import Part, load_part, normalisation
+from pliant.train.images import ImageSet
 from pliant.train.recipe import Recipe
 from pliant.train.run import BEST, RECIPE
 
@@ -92,6 +93,48 @@ def evaluate(
             has classes that the checkpoint does not name (it may have fewer).
         FileNotFoundError: no data, or no checkpoint.
     """
+    given = prepare(
+        model, data, path, part=part, batch=batch, device=device, workers=workers, pixels=pixels
+    )
+    result = score(given.network, given.batches, given.classes, device=given.device)
+    paths = tuple(sorted(given.batches.unreadable))
+    return replace(result, unreadable=len(paths), unreadable_paths=paths)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network, and the images that it is to be run on, as it wants them.
+
+    Attributes:
+        network: as it was given or saved.
+        images: the set, not normalised.
+        batches: of `images`, in order, normalised and of the network's size.
+        classes: names, in the order of the labels.
+        device: where `batches` are best used; `network` is not moved there.
+    """
+
+    network: nn.Module
+    images: ImageSet
+    batches: Batches
+    classes: tuple[str, ...]
+    device: torch.device
+
+
+def prepare(
+    model: nn.Module | str | os.PathLike[str],
+    data: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    part: Part = "test",
+    batch: int = 256,
+    device: str = "auto",
+    workers: int = 2,
+    pixels: int | None = None,
+) -> Prepared:
+    """Bring a network, or a saved one, and the images of a data set together.
+
+    Arguments and errors are those of `evaluate`.
+    """
     network, settings = (model, _settings(model)) if isinstance(model, nn.Module) else _saved(Path(model))
     channels, side = settings.size[0], pixels or settings.size[-1]
     place = None if path is None else os.fspath(path)
@@ -119,9 +162,7 @@ def evaluate(
     mean, std = normalisation(recipe)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     loader = make_batches(images, recipe, settings.mean or mean, settings.std or std, device=where)
-    result = score(network, loader, classes, device=where)
-    paths = tuple(sorted(loader.unreadable))
-    return replace(result, unreadable=len(paths), unreadable_paths=paths)
+    return Prepared(network, images, loader, classes, where)
 
 
 @torch.no_grad()
