@@ -261,6 +261,11 @@ class CondConv2d(_Conditional):
             _pair(stride), (0, 0) if padding == "same" else _pair(padding), _pair(dilation), groups
         )
 
+    @property
+    def stride(self) -> tuple[int, int]:
+        """As of `nn.Conv2d`: the blocks of timm are read by their convolutions' strides."""
+        return self.geometry.stride
+
     def forward(self, x: Tensor, routing: Tensor | None = None) -> Tensor:
         """Convolve `x` [B, C, H, W] to [B, O, H', W'], by `routing` or the router's.
 

@@ -23,7 +23,7 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant.measuring.macs import count_macs, count_parameters
+from pliant.measuring.macs import count_macs, count_parameters, run_once
 from pliant.methods.condconv import CondConvBlock
 from pliant.methods.conditional import CondConv2d, CondLinear, Router
 from pliant.published.report import CountRow, Paper
@@ -34,7 +34,7 @@ Mixing = Literal["product", "sum"]
 _PROFILER = (
     "TensorFlow's profiler, halved: convolutions, classifier, routers; means (the routers' too) and "
     "residual additions 1/2 per element, a 3x3 max pool 9/2; normalising the image 3 x 224 x 224; 1001 "
-    "classes; mixing E experts of P values "
+    "classes; mixing, for E experts of P values: "
 )
 CONVENTIONS: dict[str, str] = {
     "TF profiler": _PROFILER + "E P",
@@ -134,7 +134,7 @@ def tf_profiler_macs(
 
     handles = [module.register_forward_hook(see) for module in model.modules()]
     try:
-        count_macs(model, input_size)  # runs one image through, in evaluation
+        run_once(model, input_size)
     finally:
         for handle in handles:
             handle.remove()

@@ -178,7 +178,7 @@ def render(report: CountReport) -> Table:
     title = f"{report.paper.title}: counts published and ours (parameters in millions)"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for n, name in enumerate(_COLUMNS):
-        table.add_column(name, justify="right" if n in _NUMBERS else "left", no_wrap=n == 1)
+        table.add_column(name, justify="right" if n in _NUMBERS else "left", no_wrap=n != 1)
     for row in _by_table(report):
         table.add_row(*_cells(row), style=None if row.verdict == "match" else "yellow")
     return table
