@@ -161,18 +161,19 @@ def choose_form(
     geometry: Geometry = Geometry(),  # noqa: B008
 ) -> Literal["fused", "experts"]:
     """The form that `faster_form` says, or ``"fused"`` where a size is not known yet."""
-    size = geometry.output_size(x.shape[2], x.shape[3], (weight.shape[3], weight.shape[4]))
-    if not all(map(_known, size)):
+    height, width = geometry.output_size(x.shape[2], x.shape[3], (weight.shape[3], weight.shape[4]))
+    if not _known(height * width):
         return "fused"
     return faster_form(
-        size[0] * size[1],
+        height * width,
         tuple(weight.shape),
         training=torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
+        device=x.device.type,
     )
 
 
 def faster_form(
-    positions: int, shape: tuple[int, ...], training: bool = False
+    positions: int, shape: tuple[int, ...], training: bool = False, device: str = "cpu"
 ) -> Literal["fused", "experts"]:
     """The rule behind ``form="auto"``.
 
@@ -180,6 +181,7 @@ def faster_form(
         positions: H' W'.
         shape: of the weight, [E, O, C/g, h, w].
         training: gradients will be asked for.
+        device: ``cpu`` or ``cuda``.
     """
     _, _, channels, height, width = shape
     return "experts" if positions == 1 and channels * height * width > 1 else "fused"
@@ -189,7 +191,7 @@ def _fused(x: Tensor, weight: Tensor, routing: Tensor, geometry: Geometry) -> Te
     step = _examples_at_once(x, weight, routing)
     if step is None:
         return _each(x, mix(weight, routing).to(x.dtype), geometry)
-    buffer = weight.new_empty(step, weight[0].numel())
+    buffer = weight.new_empty(step, math.prod(weight.shape[1:]))
     shares, parts = routing.to(weight.dtype), []
     for some, share in zip(torch.split(x, step), torch.split(shares, step), strict=True):
         mixed = torch.mm(share, weight.flatten(1), out=buffer[: len(some)])
@@ -201,7 +203,7 @@ def _examples_at_once(x: Tensor, weight: Tensor, routing: Tensor) -> int | None:
     """How many examples' kernels are mixed at a time; None: those of all."""
     if torch.is_grad_enabled() or routing.dim() == 3 or not _on_cpu(x) or not _known(x.shape[0]):
         return None  # for gradients, all are kept anyhow
-    step = max(1, AT_ONCE // weight[0].numel())
+    step = max(1, AT_ONCE // math.prod(weight.shape[1:]))
     return step if step < x.shape[0] else None
 
 
@@ -283,7 +285,9 @@ def _shares(routing: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _known(size: int) -> bool:
     """Whether `size` is a number, rather than a symbol that a graph must keep open."""
-    return not _exporting() and has_static_value(size)
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting() and has_static_value(size)
+    return torch._C._get_tracing_state() is None
 
 
 def _is(size: int, number: int) -> bool:
