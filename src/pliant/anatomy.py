@@ -239,20 +239,28 @@ def stem_and_head(model: nn.Module) -> tuple[list[Convolution], list[Convolution
         >>> [c.path for c in stem], [c.path for c in head]
         (['conv_stem'], ['conv_head'])
     """
+    count = sum(len(stage.blocks) for stage in stages(model))
+    around = outside_blocks(model)
+    return [c for n, c in around if n == 0], [c for n, c in around if n == count]
+
+
+def outside_blocks(model: nn.Module) -> list[tuple[int, Convolution]]:
+    """Each convolution that lies in no block, with the number of blocks before it.
+
+    Example:
+        >>> import timm
+        >>> [(n, c.path) for n, c in outside_blocks(timm.create_model("convnext_atto"))][:2]
+        [(0, 'stem.0'), (2, 'stages.1.downsample.1')]
+    """
     blocks = [block.path for stage in stages(model) for block in stage.blocks]
-    stem: list[Convolution] = []
-    head: list[Convolution] = []
+    found: list[tuple[int, Convolution]] = []
     seen = 0
     for path, module in model.named_modules():
         if path in blocks:
             seen += 1
         elif isinstance(module, nn.Conv2d) and not any(path.startswith(f"{b}.") for b in blocks):
-            found = Convolution(path, module, _kind(module))
-            if seen == 0:
-                stem.append(found)
-            elif seen == len(blocks):
-                head.append(found)
-    return stem, head
+            found.append((seen, Convolution(path, module, _kind(module))))
+    return found
 
 
 def take_dropout(model: nn.Module, classifier: str) -> float:
@@ -262,10 +270,11 @@ def take_dropout(model: nn.Module, classifier: str) -> float:
     drops by a function with the network's ``drop_rate``, or by a module beside the classifier.
     """
     owner = model.get_submodule(classifier.rpartition(".")[0])
-    drop = getattr(owner, "drop", None)
-    if isinstance(drop, nn.Dropout):
-        rate, drop.p = drop.p, 0.0
-        return rate
+    for name in ("drop", "head_drop"):
+        drop = getattr(owner, name, None)
+        if isinstance(drop, nn.Dropout):
+            rate, drop.p = drop.p, 0.0
+            return rate
     rate = float(getattr(owner, "drop_rate", 0.0))
     if rate:
         vars(owner)["drop_rate"] = 0.0

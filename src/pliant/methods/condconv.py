@@ -149,7 +149,8 @@ class CondConv(Method):
         stem, head = anatomy.stem_and_head(model) if found else ([], [])
         blocks = [block for stage in found for block in stage.blocks]
         last = 1 + len(blocks) + len(head) + 1
-        begin = _lowest_resolutions(blocks) if self.begin is None else self.begin
+        between = [(n, conv) for n, conv in anatomy.outside_blocks(model) if 0 < n < len(blocks)]
+        begin = _lowest_resolutions(blocks, between) if self.begin is None else self.begin
         if begin > last:
             raise ValueError(
                 f"begin={begin}, but the classifier of {type(model).__name__} is unit {last}, the last"
@@ -157,8 +158,8 @@ class CondConv(Method):
         sites: list[Site] = []
         passed_over: list[PassedOver] = []
 
-        def unit(number: int, path: str, kind: str, layers: list[Convolution]) -> None:
-            why = self._why_not(number, begin, layers)
+        def unit(number: int, path: str, kind: str, layers: list[Convolution], odd: str = "") -> None:
+            why = self._why_not(number, begin, layers, odd)
             if why:
                 passed_over.append(PassedOver(path, why))
             elif kind == "block" and self.routing == "layer":
@@ -168,10 +169,13 @@ class CondConv(Method):
                 sites.append(Site(path, self._detail(kind) | _count(kind, self._wanted(layers))))
 
         for conv in stem:
-            unit(1, conv.path, "convolution", [conv] if len(stem) == 1 else [])
+            odd = "" if len(stem) == 1 else f"one of {len(stem)} convolutions of the stem"
+            unit(1, conv.path, "convolution", [conv], odd)
         for number, block in enumerate(blocks, 2):
-            own = isinstance(block.module, Block)
-            unit(number, block.path, "block", [] if own else convolutions(block.module))
+            made = isinstance(block.module, Block)
+            odd = f"already another method's {type(block.module).__name__}" if made else ""
+            unit(number, block.path, "block", convolutions(block.module), odd)
+        passed_over += [PassedOver(conv.path, "between the blocks, in no unit") for _, conv in between]
         for number, conv in enumerate(head, 2 + len(blocks)):
             unit(number, conv.path, "convolution", [conv])
         if self.features and begin < last and not sites:
@@ -183,19 +187,19 @@ class CondConv(Method):
             passed_over.append(PassedOver(path, "classifier=False"))
         return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (self._note(),))
 
-    def _why_not(self, number: int, begin: int, layers: list[Convolution]) -> str:
+    def _why_not(self, number: int, begin: int, layers: list[Convolution], odd: str) -> str:
         """Why a unit stays as it is; empty if it does not."""
         if not self.features:
             return "features=False"
         if number < begin:
             return f"unit {number}; begin={begin}"
-        if not layers:
-            return "not one convolution, or already another method's"
+        if odd:
+            return odd
         if not self._wanted(layers):
-            odd = next((c for c in layers if self._kind(c) and not _mixable(c.module)), None)
-            if odd is not None:
-                return f"{odd.path} is a {type(odd.module).__name__} that cannot be mixed"
-            return f"no {self.layers} convolution"
+            other = next((c for c in layers if self._kind(c) and not _mixable(c.module)), None)
+            if other is not None:
+                return f"{other.path} is a {type(other.module).__name__} that cannot be mixed"
+            return "no convolution" if self.layers == "all" else f"no {self.layers} convolution"
         return ""
 
     def _kind(self, layer: Convolution) -> bool:
@@ -363,10 +367,15 @@ class CondConvBlock(Block):
         return layer(x, routing)
 
 
-def _lowest_resolutions(blocks: list[BlockInfo]) -> int:
+def _lowest_resolutions(blocks: list[BlockInfo], between: list[tuple[int, Convolution]]) -> int:
     """Number of the first unit of the two lowest resolutions."""
-    strided = [n for n, block in enumerate(blocks, 2) if block.stride > 1]
-    return 2 if len(strided) < 2 else strided[-2]
+    before = {n for n, conv in between if _stride(conv.module) > 1}
+    strided = [n for n, block in enumerate(blocks) if block.stride > 1 or n in before]
+    return 2 if len(strided) < 2 else 2 + strided[-2]
+
+
+def _stride(layer: nn.Module) -> int:
+    return max(layer.stride) if isinstance(layer, nn.Conv2d) else 1
 
 
 def _mixable(layer: nn.Module) -> bool:
