@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 import timm
@@ -257,6 +258,12 @@ def test_tables_show_published_beside_ours(report):
     console.print(render(report))
     lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
     assert "5 mobilenetv1_025 0.47 0.47 41.2 M 41.2 M 41.0 M match" in lines
+
+
+def test_the_page_holds_the_table_that_is_counted(report):
+    page = (Path(__file__).parents[1] / "docs" / "condconv.md").read_text()
+    stated = page.partition("<!-- counts:begin -->\n")[2].partition("<!-- counts:end -->")[0]
+    assert stated == markdown(report)
 
 
 def test_what_differs_would_be_seen(report):
