@@ -6,7 +6,7 @@ rows are ``results/condconv-forms-DEVICE.csv``; `pliant.methods.mixing.faster_fo
 fitted to them, and a test holds it to them.
 
 Shapes: x [B, C, n, n], weight [E, C, C/g, k, k], routing [B, E]; strides of 1, the
-output as large as the input.
+output as large as the input. A 1x1 kernel at one position is a linear layer.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pliant._files import atomic_path
 from pliant.measuring.provenance import provenance
-from pliant.methods.mixing import Form, Geometry, conditional_conv2d, faster_form
+from pliant.methods.mixing import Form, Geometry, conditional_conv2d, conditional_linear, faster_form
 
 KINDS = ("1x1", "3x3", "depthwise")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 EXPERTS = (2, 4, 8, 16, 32)
 # Spatial sizes, and channels that networks have there.
-WIDTHS = {1: (256, 1024), 4: (128, 512), 7: (128, 512), 14: (64, 256), 28: (32, 128), 56: (16, 64)}
+WIDTHS = {1: (256, 1024), 4: (128, 512), 7: (128, 512), 14: (64, 256), 28: (32,), 56: (16,)}
 # Shapes beyond these take too long, or too much memory, to be measured in minutes.
 MOST_WORK = {"cpu": 1e9, "cuda": 200e9}
 MOST_VALUES = {"cpu": 2**24, "cuda": 2**28}
@@ -68,7 +70,7 @@ class Case:
     @property
     def work(self) -> int:
         """Multiply-accumulates of the experts form, those of slow kinds more than once."""
-        slowness = (3 if self.training else 1) * (20 if self.kind == "depthwise" else 1)
+        slowness = (3 if self.training else 1) * (60 if self.kind == "depthwise" else 1)
         return self.values * self.experts * self.size**2 * slowness
 
 
@@ -149,8 +151,9 @@ def cases(device: str = "cpu") -> list[Case]:
         >>> Case("3x3", 7, 512, 2, 1, True) in cases()
         True
     """
-    product = itertools.product(KINDS, WIDTHS, (0, 1), EXPERTS, BATCHES, (False, True))
-    every = [Case(k, size, WIDTHS[size][i], e, b, t) for k, size, i, e, b, t in product]
+    widths = [(size, channels) for size, several in WIDTHS.items() for channels in several]
+    product = itertools.product(KINDS, widths, EXPERTS, BATCHES, (False, True))
+    every = [Case(k, size, channels, e, b, t) for k, (size, channels), e, b, t in product]
     # At one position, what a 3x3 kernel sees is padding but for its centre.
     every = [c for c in every if c.kind == "1x1" or c.size > 1]
     small = [c for c in every if c.work <= MOST_WORK[device] and c.values <= MOST_VALUES[device]]
@@ -163,7 +166,7 @@ def measure_forms(
     *,
     device: str = "cpu",
     threads: int = 1,
-    rounds: int = 4,
+    rounds: int = 5,
     min_run_time: float = 0.005,
     max_run_time: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -248,14 +251,21 @@ def _call(case: Case, form: Form, device: str) -> Callable[[], None]:
     depthwise = case.kind == "depthwise"
     padding = (side // 2, side // 2)
     geometry = Geometry(padding=padding, groups=case.channels if depthwise else 1)
+    if case.size == 1:
+        x, weight = x.flatten(1), weight.flatten(2)
     inputs = (x, weight, routing)
+
+    def forward() -> Tensor:
+        if case.size == 1:
+            return conditional_linear(*inputs, None, form)
+        return conditional_conv2d(*inputs, None, geometry, form)
 
     def infer() -> None:
         with torch.inference_mode():
-            conditional_conv2d(*inputs, None, geometry, form)
+            forward()
 
     def train() -> None:
-        y = conditional_conv2d(*inputs, None, geometry, form)
+        y = forward()
         torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     if not case.training:
@@ -285,7 +295,12 @@ def read_forms(path: str | Path) -> list[FormTimes]:
     Raises:
         ValueError: the file has other columns.
     """
-    kinds = {"int": int, "float": float, "str": str, "bool": lambda text: text == "True"}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "str": str,
+        "bool": lambda text: text == "True",
+    }
     types = {f.name: kinds[str(f.type)] for f in fields(FormTimes)}
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -302,7 +317,7 @@ def run_forms(
 ) -> list[FormTimes]:
     """Time both forms over all shapes; write ``condconv-forms-DEVICE.csv`` in `results`.
 
-    On a CPU with 1 thread, and a sixth of the shapes with 2. At most ten minutes.
+    On a CPU with 1 thread, and some of the shapes with 2. At most ten minutes.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -319,10 +334,10 @@ def run_forms(
         raise ValueError("device 'cuda' is not available: PyTorch sees no GPU; give cpu")
     shapes = cases(device)
     chosen = shapes[:20] if quick else shapes
-    rows = measure_forms(chosen, device=device, max_run_time=480, progress=progress)
+    rows = measure_forms(chosen, device=device, max_run_time=540, progress=progress)
     if device == "cpu":
         some = chosen[::6]
-        rows += measure_forms(some, device=device, threads=2, max_run_time=100, progress=progress)
+        rows += measure_forms(some, device=device, threads=2, max_run_time=60, progress=progress)
     write_forms(Path(results) / f"condconv-forms-{device}{'-quick' if quick else ''}.csv", rows)
     return rows
 
