@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pliant.published.rows import PublishedRow
 
@@ -178,7 +178,8 @@ def render(report: CountReport) -> Table:
     title = f"{report.paper.title}: counts published and ours (parameters in millions)"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for n, name in enumerate(_COLUMNS):
-        table.add_column(name, justify="right" if n in _NUMBERS else "left", no_wrap=n != 1)
+        side: Literal["left", "right"] = "right" if n in _NUMBERS else "left"
+        table.add_column(name, justify=side, no_wrap=n != 1, overflow="fold")
     for row in _by_table(report):
         table.add_row(*_cells(row), style=None if row.verdict == "match" else "yellow")
     return table
