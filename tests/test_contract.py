@@ -8,10 +8,8 @@ costly ones for the smallest network of each method and family, and for all of t
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import pickle
-from pathlib import Path
 
 import pytest
 import timm
@@ -357,42 +355,6 @@ def test_option_a_shortcut_is_that_of_he():
 # --- trained networks of others -------------------------------------------------------------------
 
 
-def trained(shared: Path, name: str, file: str) -> nn.Module:
-    path = shared / "data" / "checkpoints" / file
-    if not path.exists():
-        pytest.skip(f"{path.name} is not in ../shared/data/checkpoints")
-    state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
-    state = {k.removeprefix("module.").replace("linear.", "fc."): v for k, v in state.items()}
-    model = timm.create_model(name)
-    model.load_state_dict(state)  # strict: every name and shape is theirs
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def cifar10():
-    shared = Path(__file__).resolve().parents[2] / "shared" / "data"
-    packed = shared / "cifar10-test_batch.zip"
-    if not packed.exists():
-        pytest.skip("the CIFAR-10 test set is not in ../shared/data")
-    spec = importlib.util.spec_from_file_location("unpack", shared / "unpack.py")
-    unpack = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(unpack)
-    pixels, labels = unpack.read_cifar(str(packed))
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ((torch.from_numpy(pixels.copy()) / 255 - mean) / std).permute(0, 3, 1, 2), torch.from_numpy(
-        labels
-    )
-
-
-def correct(model, data, n) -> int:
-    images, labels = data[0][:n], data[1][:n]
-    with torch.inference_mode():
-        return sum(
-            int((model(x).argmax(1) == y).sum())
-            for x, y in zip(images.split(250), labels.split(250), strict=True)
-        )
-
-
 @pytest.mark.parametrize(
     ("name", "file", "right"),
     [
@@ -400,8 +362,8 @@ def correct(model, data, n) -> int:
         pytest.param("resnet56_cifar", "resnet56-4bfd9763.th", 926, marks=pytest.mark.slow),
     ],
 )
-def test_trained_networks_load_and_score_on_1000_images(shared, cifar10, name, file, right):
-    assert correct(trained(shared, name, file), cifar10, 1000) == right
+def test_trained_networks_load_and_score_on_1000_images(trained, cifar10, correct, name, file, right):
+    assert correct(trained(name, file), cifar10, 1000) == right
 
 
 @pytest.mark.slow
@@ -409,8 +371,8 @@ def test_trained_networks_load_and_score_on_1000_images(shared, cifar10, name, f
     ("name", "file", "right"),
     [("resnet20_cifar", "resnet20-12fca82f.th", 9173), ("resnet56_cifar", "resnet56-4bfd9763.th", 9339)],
 )
-def test_trained_networks_score_what_their_readme_says(shared, cifar10, name, file, right):
-    assert correct(trained(shared, name, file), cifar10, 10_000) == right
+def test_trained_networks_score_what_their_readme_says(trained, cifar10, correct, name, file, right):
+    assert correct(trained(name, file), cifar10, 10_000) == right
 
 
 # --- costly promises, with weights ------------------------------------------------------------------

@@ -220,14 +220,20 @@ def _kind(conv: nn.Conv2d) -> Literal["depthwise", "pointwise", "spatial"]:
 
 
 def classifier(model: nn.Module) -> str | None:
-    """Path of the linear layer that gives the classes; None without one."""
-    get = getattr(model, "get_classifier", None)
-    found = get() if callable(get) else None
-    if not isinstance(found, nn.Linear):
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        last = list(model.modules())[-1]
-        found = last if get is None and linear and last is linear[-1] else None
-    return next((path for path, m in model.named_modules() if m is found), None) if found else None
+    """Path of the linear layer that gives the classes; None without one.
+
+    timm's networks name it, also inside a container; of others it is the last module.
+
+    Example:
+        >>> import timm
+        >>> classifier(nn.Sequential(nn.Identity(), timm.create_model("regnetx_002")))
+        '1.head.fc'
+    """
+    getters = (getattr(module, "get_classifier", None) for module in model.modules())
+    asked = [get() for get in getters if callable(get)]
+    found: object = asked[0] if asked else list(model.modules())[-1]
+    paths = (path for path, module in model.named_modules() if module is found)
+    return next(paths, None) if isinstance(found, nn.Linear) else None
 
 
 def stem_and_head(model: nn.Module) -> tuple[list[Convolution], list[Convolution]]:

@@ -164,9 +164,10 @@ class CondConv(Method):
                 passed_over.append(PassedOver(path, why))
             elif kind == "block" and self.routing == "layer":
                 inner = [f"{path}.{layer.path}" for layer in self._wanted(layers)]
-                sites.extend(Site(p, self._detail("convolution")) for p in inner)
+                sites.extend(Site(p, self._detail(number, "convolution")) for p in inner)
             else:
-                sites.append(Site(path, self._detail(kind) | _count(kind, self._wanted(layers))))
+                detail = self._detail(number, kind) | _count(kind, self._wanted(layers))
+                sites.append(Site(path, detail))
 
         for conv in stem:
             odd = "" if len(stem) == 1 else f"one of {len(stem)} convolutions of the stem"
@@ -182,7 +183,7 @@ class CondConv(Method):
             return Survey((), tuple(passed_over))
         path = anatomy.classifier(model)
         if self.classifier and path is not None:
-            sites.append(Site(path, self._detail("classifier")))
+            sites.append(Site(path, self._detail(last, "classifier")))
         elif path is not None:
             passed_over.append(PassedOver(path, "classifier=False"))
         return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (self._note(),))
@@ -208,22 +209,21 @@ class CondConv(Method):
     def _wanted(self, layers: list[Convolution]) -> list[Convolution]:
         return [c for c in layers if self._kind(c) and _mixable(c.module)]
 
-    def _detail(self, kind: str) -> dict[str, Any]:
-        return {"kind": kind, "experts": self.experts}
+    def _detail(self, number: int, kind: str) -> dict[str, Any]:
+        return {"unit": number, "kind": kind, "experts": self.experts}
 
     def _with_sources(self, sites: list[Site]) -> list[Site]:
-        """Say of each site where its routing comes from."""
+        """Say of each site where its routing comes from, and whether the next one gets it."""
+        sources = ["own"] * len(sites)
+        for n in range(1, len(sites)):
+            if self.routing == "hierarchical":
+                sources[n] = "own, with the one before"
+            elif self.routing == "single" or (self.routing == "shared" and n % 2):
+                sources[n] = "the one before"
         result = []
-        for n, site in enumerate(sites):
-            source = "own"
-            if self.routing == "hierarchical" and n > 0:
-                source = "own, with the one before"
-            elif (self.routing == "single" and n > 0) or (self.routing == "shared" and n % 2):
-                source = "the one before"
-            detail = {**site.detail, "routing": source}
-            if self.routing in THREADED and n + 1 < len(sites):
-                detail["passes_on"] = True
-            result.append(Site(site.path, detail))
+        for site, source, following in zip(sites, sources, [*sources[1:], "own"], strict=True):
+            passes_on = {} if following == "own" else {"passes_on": True}
+            result.append(Site(site.path, {**site.detail, "routing": source, **passes_on}))
         return result
 
     def _note(self) -> str:
@@ -305,6 +305,7 @@ class CondConv(Method):
                 options[name] = getattr(layer, name)
             options["padding"] = "same" if isinstance(layer, Conv2dSame) else layer.padding
             new = CondConv2d(channels, out, **options)
+        new.to(layer.weight.dtype)
         with torch.no_grad():
             new.weight.copy_(self._start(layer.weight.flatten(1), scale))
             if new.bias is not None and layer.bias is not None:
