@@ -35,8 +35,8 @@ EXPERTS = (2, 4, 8, 16, 32)
 # Spatial sizes, and channels that networks have there.
 WIDTHS = {1: (256, 1024), 4: (128, 512), 7: (128, 512), 14: (64, 256), 28: (32,), 56: (16,)}
 # Shapes beyond these take too long, or too much memory, to be measured in minutes.
-MOST_WORK = {"cpu": 1e9, "cuda": 200e9}
-MOST_VALUES = {"cpu": 2**24, "cuda": 2**28}
+MOST_WORK = {"cpu": 4e8, "cuda": 200e9}
+MOST_VALUES = {"cpu": 2**23, "cuda": 2**28}
 
 
 @dataclass(frozen=True)
