@@ -324,11 +324,20 @@ def bench(
     results: Annotated[Path, typer.Option(help="folder for rows, tables and figures")] = Path("results"),
     quick: Annotated[bool, typer.Option(help="one network, batch 1, to see that it works")] = False,
     resume: Annotated[bool, typer.Option(help="keep what this commit measured here before")] = False,
+    suite: Annotated[
+        str, typer.Option(help="mod or condconv networks, or the forms of a mixed convolution")
+    ] = "mod",
 ) -> None:
-    """Measure the speed tables: plain and Mixture-of-Depths networks in each engine."""
+    """Measure the speed tables: plain and converted networks in each engine."""
     from pliant.bench import run_bench
+    from pliant.measuring.forms import run_forms
 
-    run_bench(device=device, results=results, quick=quick, resume=resume)
+    if suite == "forms":
+        with _progress("timing") as step:
+            rows = run_forms(device, results, quick, step)
+        typer.echo(f"{len(rows)} rows written to {results}")
+    else:
+        run_bench(device=device, results=results, quick=quick, name=suite, resume=resume)
 
 
 def _print(table: Table) -> None:
