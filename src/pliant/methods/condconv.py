@@ -221,9 +221,9 @@ class CondConv(Method):
             elif self.routing == "single" or (self.routing == "shared" and n % 2):
                 sources[n] = "the one before"
         result = []
-        for site, source, following in zip(sites, sources, [*sources[1:], "own"], strict=True):
-            passes_on = {} if following == "own" else {"passes_on": True}
-            result.append(Site(site.path, {**site.detail, "routing": source, **passes_on}))
+        for n, site in enumerate(sites):
+            passes_on = {} if sources[n + 1 : n + 2] in ([], ["own"]) else {"passes_on": True}
+            result.append(Site(site.path, {**site.detail, "routing": sources[n], **passes_on}))
         return result
 
     def _note(self) -> str:
