@@ -130,13 +130,13 @@ def test_summary_averages_seeds():
 
 
 def test_condconv_is_compared_with_its_plain_network():
-    recipes = controls_by_name("cifar10.mobilenetv1_w025", ["epochs=3"], "condconv")
+    recipes = controls_by_name("cifar10.mobilenetv1_w025", ["epochs=4"], "condconv")
     assert {label: (r.model, r.model_args) for label, r in recipes.items()} == {
         PLAIN: ("mobilenetv1_w025_cifar", {}),
         "CondConv, 4 experts": ("cc_mobilenetv1_025_cifar", {"experts": 4}),
         "CondConv, 8 experts": ("cc_mobilenetv1_025_cifar", {"experts": 8}),
     }
-    assert {r.epochs for r in recipes.values()} == {3}
+    assert {r.epochs for r in recipes.values()} == {4}
     ablations = controls_by_name("cifar10.mobilenetv1_w025", (), "condconv-ablations")
     assert list(ablations) == [PLAIN, "CondConv", *ABLATIONS]
     assert ablations["softmax"].model_args == {"activation": "softmax"}
