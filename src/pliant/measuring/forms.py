@@ -131,7 +131,7 @@ class FormTimes:
     @property
     def slowdown(self) -> float:
         """Time of the form that `faster_form` says, over that of the faster one."""
-        said = faster_form(self.size**2, self.case.weight, self.training, self.device)
+        said = faster_form(self.size**2, self.case.weight, self.training)
         return max(1.0, self.ratio if said == "experts" else 1 / self.ratio)
 
 
@@ -148,7 +148,7 @@ def cases(device: str = "cpu") -> list[Case]:
     A run that is stopped early has thus seen something of everything.
 
     Example:
-        >>> Case("3x3", 7, 512, 2, 1, True) in cases()
+        >>> Case("3x3", 7, 128, 2, 1, True) in cases()
         True
     """
     widths = [(size, channels) for size, several in WIDTHS.items() for channels in several]
@@ -317,13 +317,17 @@ def run_forms(
 ) -> list[FormTimes]:
     """Time both forms over all shapes; write ``condconv-forms-DEVICE.csv`` in `results`.
 
-    On a CPU with 1 thread, and some of the shapes with 2. At most ten minutes.
+    On a CPU with 1 thread, and some of the shapes with 2. At most ten minutes; of cases that
+    are not reached in that time, the rows that the file has stay, each with its own origin.
 
     Args:
         device: ``cpu`` or ``cuda``.
         results: folder of the file; made if missing.
         quick: a rehearsal of seconds; its file is ``condconv-forms-DEVICE-quick.csv``.
         progress: as for `measure_forms`.
+
+    Returns:
+        The rows of this run.
 
     Raises:
         ValueError: another device, or one that is missing.
@@ -338,7 +342,10 @@ def run_forms(
     if device == "cpu":
         some = chosen[::6]
         rows += measure_forms(some, device=device, threads=2, max_run_time=60, progress=progress)
-    write_forms(Path(results) / f"condconv-forms-{device}{'-quick' if quick else ''}.csv", rows)
+    path = Path(results) / f"condconv-forms-{device}{'-quick' if quick else ''}.csv"
+    timed = {(row.case, row.threads) for row in rows}
+    before = read_forms(path) if path.exists() else []
+    write_forms(path, [*rows, *(row for row in before if (row.case, row.threads) not in timed)])
     return rows
 
 

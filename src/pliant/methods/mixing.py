@@ -32,6 +32,10 @@ LARGE = 2**18
 # the mixing.
 AT_ONCE = 2**21
 
+# Positions of a convolution that cost what mixing and loading its kernel for one example
+# does: in inference, and in training (`faster_form`).
+MIXING_WORTH = {"1x1": (16, 32), "larger": (32, 64)}
+
 
 class Geometry(NamedTuple):
     """What a convolution does beside its weights."""
@@ -160,31 +164,51 @@ def choose_form(
     weight: Tensor,
     geometry: Geometry = Geometry(),  # noqa: B008
 ) -> Literal["fused", "experts"]:
-    """The form that `faster_form` says, or ``"fused"`` where a size is not known yet."""
+    """What `faster_form` says of a convolution; ``"fused"`` where its size is not known yet.
+
+    Args:
+        x: [B, C, H, W].
+        weight: [E, O, C/g, h, w].
+        geometry: stride, padding, dilation, groups.
+
+    Example:
+        >>> choose_form(torch.empty(1, 512, 7, 7), torch.empty(8, 512, 512, 1, 1))
+        'fused'
+    """
     height, width = geometry.output_size(x.shape[2], x.shape[3], (weight.shape[3], weight.shape[4]))
     if not _known(height * width):
         return "fused"
-    return faster_form(
-        height * width,
-        tuple(weight.shape),
-        training=torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
-        device=x.device.type,
-    )
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return faster_form(height * width, tuple(weight.shape), training)
 
 
 def faster_form(
-    positions: int, shape: tuple[int, ...], training: bool = False, device: str = "cpu"
+    positions: int, shape: tuple[int, ...], training: bool = False
 ) -> Literal["fused", "experts"]:
-    """The rule behind ``form="auto"``.
+    """The rule behind ``form="auto"``: is mixing an example's kernel worth its cost?
+
+    A fused kernel is mixed, then used at ``positions``; the experts form spares the mixing
+    and convolves E - 1 times more. It is the faster one up to so many further positions
+    as cost what mixing and loading a kernel does: `MIXING_WORTH`, from the measurements
+    in ``results/condconv-forms-cpu.csv`` (`pliant.measuring.forms`). The batch makes
+    no difference that shows there, and does not enter. With one channel in a group, the
+    experts' outputs go through slow convolutions: fused. GPUs have not been measured; the
+    same is assumed of them.
 
     Args:
         positions: H' W'.
         shape: of the weight, [E, O, C/g, h, w].
         training: gradients will be asked for.
-        device: ``cpu`` or ``cuda``.
+
+    Example:
+        >>> faster_form(49, (8, 512, 512, 1, 1)), faster_form(1, (8, 1000, 512, 1, 1))
+        ('fused', 'experts')
     """
-    _, _, channels, height, width = shape
-    return "experts" if positions == 1 and channels * height * width > 1 else "fused"
+    experts, _, inputs, height, width = shape
+    if experts > 1 and inputs == 1:
+        return "fused"
+    worth = MIXING_WORTH["1x1" if height == width == 1 else "larger"][training]
+    return "experts" if (experts - 1) * positions <= worth else "fused"
 
 
 def _fused(x: Tensor, weight: Tensor, routing: Tensor, geometry: Geometry) -> Tensor:
