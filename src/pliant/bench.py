@@ -198,6 +198,7 @@ def run_bench(
     finished = {_key(row) for row in rows}
     with _progress(console) as progress:
         runs = [(one, setting) for one in chosen for setting in one.settings]
+        runs.sort(key=lambda run: run[1].engine != "eager")  # what is quick to prepare comes first
         overall = progress.add_task("benchmark", total=len(runs))
         for one, setting in runs:
             key = setting.engine, setting.batch, setting.dtype, setting.channels_last, one.against
