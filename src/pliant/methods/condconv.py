@@ -57,7 +57,9 @@ class CondConv(Method):
             None: the first block of the two lowest resolutions, where the paper begins in
             both MobileNets (7 of 15 in MobileNetV1).
         features: replace convolutions. Off: the classifier alone (Table 8).
-        classifier: replace the classifier too (Table 8).
+        classifier: replace the classifier too (Table 8); dropout on its input goes with it.
+            timm's ``reset_classifier`` then gives a plain layer, to be saved with
+            ``arguments={"classifier": False}``.
         layers: ``"all"`` convolutions of a block, or its ``"pointwise"`` or ``"depthwise"``
             ones alone (Table 5). Those of squeeze-and-excitation are never replaced.
         routing: who computes routings (Table 6). ``"block"``: each block, for all of its
