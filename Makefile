@@ -63,7 +63,7 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 
 bench: setup ## latency, MACs, the MoD tax and training steps on this machine's CPU
 	$(BIN)/python -m pliant bench
-	$(BIN)/python -m pliant bench --steps
+	$(BIN)/python -m pliant bench --suite steps
 
 # For a machine with a GPU and a torch of its own: no .venv, nothing is installed. Every
 # step runs whatever became of the one before; the exit status tells if one failed.

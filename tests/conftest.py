@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from torch import Tensor, nn
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -31,3 +35,52 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder ../shared (papers and data sets) is not beside the repository")
     return SHARED
+
+
+@pytest.fixture
+def trained(shared: Path) -> Callable[[str, str], nn.Module]:
+    """Networks that others trained on CIFAR-10: a function of name and file."""
+
+    def load(name: str, file: str) -> nn.Module:
+        path = shared / "data" / "checkpoints" / file
+        if not path.exists():
+            pytest.skip(f"{path.name} is not in ../shared/data/checkpoints")
+        state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
+        state = {k.removeprefix("module.").replace("linear.", "fc."): v for k, v in state.items()}
+        model = timm.create_model(name)
+        model.load_state_dict(state)  # strict: every name and shape is theirs
+        return model.eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> tuple[Tensor, Tensor]:
+    """The test images, normalised as those networks want them, and their labels."""
+    packed = SHARED / "data" / "cifar10-test_batch.zip"
+    if not packed.exists():
+        pytest.skip("the CIFAR-10 test set is not in ../shared/data")
+    spec = importlib.util.spec_from_file_location("unpack", SHARED / "data" / "unpack.py")
+    assert spec is not None
+    assert spec.loader is not None
+    unpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unpack)
+    pixels, labels = unpack.read_cifar(str(packed))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    images = ((torch.from_numpy(pixels.copy()) / 255 - mean) / std).permute(0, 3, 1, 2)
+    return images, torch.from_numpy(labels)
+
+
+@pytest.fixture
+def correct() -> Callable[[nn.Module, tuple[Tensor, Tensor], int], int]:
+    """How many of the first n images a network gets right: a function."""
+
+    def count(model: nn.Module, data: tuple[Tensor, Tensor], n: int) -> int:
+        images, labels = data[0][:n], data[1][:n]
+        with torch.inference_mode():
+            return sum(
+                int((model(x).argmax(1) == y).sum())
+                for x, y in zip(images.split(250), labels.split(250), strict=True)
+            )
+
+    return count

@@ -8,7 +8,19 @@ import torch
 from torch import nn
 
 from pliant import MixtureOfDepths, convert
-from pliant.anatomy import Block, RemovedBlock, block_families, input_size, stages
+from pliant.anatomy import (
+    Block,
+    RemovedBlock,
+    block_families,
+    classifier,
+    convolutions,
+    input_size,
+    outside_blocks,
+    shape_of,
+    stages,
+    stem_and_head,
+    take_dropout,
+)
 
 
 def meta(name, **kwargs):
@@ -165,3 +177,141 @@ def test_input_size(name, kwargs, size):
 def test_input_size_unknown():
     assert input_size(nn.Conv2d(3, 8, 3)) is None
     assert input_size(nn.Linear(3, 8)) is None
+
+
+# --- convolutions, stem and head, classifier ---------------------------------------------------
+
+DW, PW, SP = "depthwise", "pointwise", "spatial"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", [("conv1", SP), ("conv2", SP), ("downsample.0", PW)]),
+        ("resnext50_32x4d", [("conv1", PW), ("conv2", SP), ("conv3", PW), ("downsample.0", PW)]),
+        ("seresnet50", [("conv1", PW), ("conv2", SP), ("conv3", PW), ("downsample.0", PW)]),
+        ("resnet20_cifar", [("conv1", SP), ("conv2", SP)]),
+        (
+            "regnetx_002",
+            [("conv1.conv", PW), ("conv2.conv", SP), ("conv3.conv", PW), ("downsample.conv", PW)],
+        ),
+        (
+            "regnety_002",
+            [("conv1.conv", PW), ("conv2.conv", SP), ("conv3.conv", PW), ("downsample.conv", PW)],
+        ),
+        ("efficientnet_b0", [("conv_pw", PW), ("conv_dw", DW), ("conv_pwl", PW)]),
+        ("tf_efficientnet_b0", [("conv_pw", PW), ("conv_dw", DW), ("conv_pwl", PW)]),
+        ("mobilenetv1_100", [("conv_dw", DW), ("conv_pw", PW)]),
+        ("mobilenetv2_100", [("conv_pw", PW), ("conv_dw", DW), ("conv_pwl", PW)]),
+        ("mobilenetv3_small_050", [("conv", PW)]),
+        ("convnext_atto", [("conv_dw", DW), ("mlp.fc1", PW), ("mlp.fc2", PW)]),
+        ("vit_tiny_patch16_224", []),
+    ],
+)
+def test_convolutions_of_the_last_stages_first_block(name, expected):
+    block = stages(meta(name))[-1].blocks[0]
+    found = convolutions(block.module)
+    assert [(c.path, c.kind) for c in found] == expected
+    assert all(block.module.get_submodule(c.path) is c.module for c in found)
+    assert shape_of(block.module) == (block.in_channels, block.out_channels, block.stride)
+
+
+def test_convolutions_of_an_edge_residual_and_both_forms_of_convnext():
+    edge = stages(meta("efficientnetv2_rw_t"))[1].blocks[0].module
+    assert [(c.path, c.kind) for c in convolutions(edge)] == [("conv_exp", SP), ("conv_pwl", PW)]
+    types = []
+    for name in ("convnext_atto", "convnext_tiny"):  # 1x1 convolutions, and linear layers
+        block = stages(meta(name))[0].blocks[0].module
+        types.append([type(c.module) for c in convolutions(block)])
+    assert types == [[nn.Conv2d] * 3, [nn.Conv2d, nn.Linear, nn.Linear]]
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "head", "last"),
+    [
+        ("resnet18", ["conv1"], [], "fc"),
+        ("resnet20_cifar", ["conv1"], [], "fc"),
+        ("regnetx_002", ["stem.conv"], [], "head.fc"),
+        ("regnety_002", ["stem.conv"], [], "head.fc"),
+        ("efficientnet_b0", ["conv_stem"], ["conv_head"], "classifier"),
+        ("tf_efficientnet_b0", ["conv_stem"], ["conv_head"], "classifier"),
+        ("mobilenetv1_100", ["conv_stem"], [], "classifier"),
+        ("mobilenetv2_100", ["conv_stem"], ["conv_head"], "classifier"),
+        ("mobilenetv3_small_050", ["conv_stem"], ["conv_head"], "classifier"),
+        ("convnext_atto", ["stem.0"], [], "head.fc"),
+        ("convnext_atto_ols", ["stem.0", "stem.1"], [], "head.fc"),
+        ("vit_tiny_patch16_224", ["patch_embed.proj"], [], "head"),
+        ("resnet50d", ["conv1.0", "conv1.3", "conv1.6"], [], "fc"),
+    ],
+)
+def test_stem_head_and_classifier(name, stem, head, last):
+    model = meta(name)
+    assert tuple([c.path for c in part] for part in stem_and_head(model)) == (stem, head)
+    assert classifier(model) == last
+
+
+def test_convolutions_between_the_blocks():
+    assert [(n, c.path) for n, c in outside_blocks(meta("convnext_atto"))] == [
+        (0, "stem.0"),
+        (2, "stages.1.downsample.1"),
+        (4, "stages.2.downsample.1"),
+        (10, "stages.3.downsample.1"),
+    ]
+    assert [(n, c.path) for n, c in outside_blocks(meta("mobilenetv2_100"))] == [
+        (0, "conv_stem"),
+        (17, "conv_head"),
+    ]
+
+
+def test_networks_without_classifier():
+    assert classifier(meta("resnet18", num_classes=0)) is None
+    assert classifier(meta("resnet18", features_only=True)) is None
+    assert classifier(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())) is None
+    assert classifier(nn.Sequential(nn.Linear(3, 8), nn.ReLU())) is None, "it is not the last module"
+    assert classifier(nn.Sequential(nn.ReLU(), nn.Linear(3, 8))) == "1"
+
+
+def test_shape_of_a_block_of_no_known_family():
+    with pytest.raises(ValueError, match=r"Linear is no known block; known: .*resnet\.Bottleneck"):
+        shape_of(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet18", {}),  # by a function
+        ("mobilenetv2_100", {}),
+        ("mobilenetv3_small_050", {}),
+        ("regnetx_002", {}),  # by a module beside the classifier
+        ("convnext_atto", {}),
+        ("vit_tiny_patch16_224", {"img_size": 32}),
+    ],
+)
+def test_take_dropout(name, kwargs):
+    model = timm.create_model(name, drop_rate=0.4, **kwargs).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    if hasattr(model, "drop_rate"):
+        model.training = True
+    path = classifier(model)
+    x = torch.randn(1, 3, 32, 32)
+    seen = []
+    model.get_submodule(path).register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    with torch.no_grad():
+        model(x), model(x)
+        assert not torch.equal(seen[0], seen[1]), "it drops before, or this test says nothing"
+        assert take_dropout(model, path) == 0.4
+        model(x), model(x)
+    assert torch.equal(seen[2], seen[3])
+    assert take_dropout(model, path) == 0.0
+
+
+def test_a_block_says_its_shape():
+    class Halving(Block):
+        pass
+
+    assert shape_of(Halving(8, 16, 2)) == (8, 16, 2)
+    assert repr(Halving(8, 16, 2)) == "Halving(channels=8, out_channels=16, stride=2)"
+    assert shape_of(Halving(8)) == (8, 8, 1)
+    assert repr(Halving(8)) == "Halving(channels=8)"

@@ -122,23 +122,56 @@ def test_a_suite_in_which_nothing_can_be_timed_says_so(
 
 
 def test_suites_name_networks_and_settings_that_exist() -> None:
-    for suite in SUITES.values():
+    for suite in (suite for suites in SUITES.values() for some in suites.values() for suite in some):
         assert all(timm.is_model(name) for name in (*suite.models, suite.against))
         assert len(set(suite.settings)) == len(suite.settings)
+    for (suite,) in SUITES["mod"].values():
         assert suite.models == ("resnet50_mod", "resnet75_mod", "resnet86_mod")
         assert (suite.against, suite.lower_resolution) == ("resnet50", 176)
-    assert {(s.engine, s.batch, s.dtype) for s in SUITES["cpu"].settings} == {
+    assert {(s.engine, s.batch, s.dtype) for s in SUITES["mod"]["cpu"][0].settings} == {
         (e, b, "float32") for e in ("eager", "compiled") for b in (1, 16)
     }
-    assert {(s.engine, s.batch, s.dtype) for s in SUITES["cuda"].settings} == {
+    assert {(s.engine, s.batch, s.dtype) for s in SUITES["mod"]["cuda"][0].settings} == {
         (e, b, d) for e in ("eager", "compiled") for b in (1, 16, 128) for d in ("float32", "bfloat16")
     }
+    for device in ("cpu", "cuda"):
+        suites = SUITES["condconv"][device]
+        assert [(s.models, s.options, s.against) for s in suites] == [
+            (("cc_mobilenetv1_050",), {"experts": 8}, "mobilenetv1_w050"),
+            (("cc_mobilenetv1_025",), {"experts": 8}, "mobilenetv1_w025"),
+            (("cc_resnet50",), {"experts": 2}, "resnet50"),
+            (("cc_mobilenetv2_100",), {"experts": 8}, "mobilenetv2_100"),
+        ]
+        assert all({1, 32} <= {s.batch for s in suite.settings} for suite in suites)
 
 
 def test_no_suite_for_a_device_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no benchmark for device 'tpu'; there is one for cpu, cuda"):
         run_bench("tpu", tmp_path)
+    with pytest.raises(ValueError, match="no benchmark 'adn'; there are mod, condconv"):
+        run_bench("cpu", tmp_path, name="adn")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_suite_of_converted_networks_names_their_options(tmp_path: Path, console: Console) -> None:
+    tiny = Suite(
+        models=("cc_resnet20_cifar",),
+        against="resnet20_cifar",
+        lower_resolution=None,
+        settings=(Setting(engine="eager", batch=1),),
+        options={"experts": 2},
+        rounds=1,
+        min_run_time=0.0,
+    )
+    rows = run_bench(results=tmp_path, suite=tiny, console=console, name="condconv")
+    assert [row.label for row in rows] == ["resnet20_cifar", "cc_resnet20_cifar experts=2"]
+    assert rows[1].parameters > rows[0].parameters
+    assert rows[1].time_ratio is not None
+    assert read_rows(tmp_path / "condconv-latency-cpu.csv") == rows
+    # The same settings against another network are another run.
+    more = replace(tiny, models=("cc_resnet56_cifar",), against="resnet56_cifar")
+    again = run_bench(results=tmp_path, suite=more, console=console, name="condconv", resume=True)
+    assert [row.against for row in again] == ["resnet20_cifar"] * 2 + ["resnet56_cifar"] * 2
 
 
 @pytest.mark.gpu

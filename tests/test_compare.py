@@ -20,6 +20,7 @@ from pliant.compare import (
     terminal_summary,
     write_scores,
 )
+from pliant.recipes.ablations import ABLATIONS
 from pliant.train.recipe import Recipe, override
 
 TINY = Recipe(
@@ -126,3 +127,18 @@ def test_summary_averages_seeds():
     assert rows[1][:2] == ("b", "70.0")
     assert terminal_summary([SCORE]).row_count == 1
     assert summary([replace(SCORE, test_accuracy=None)])[0][1] == "-"
+
+
+def test_condconv_is_compared_with_its_plain_network():
+    recipes = controls_by_name("cifar10.mobilenetv1_w025", ["epochs=4"], "condconv")
+    assert {label: (r.model, r.model_args) for label, r in recipes.items()} == {
+        PLAIN: ("mobilenetv1_w025_cifar", {}),
+        "CondConv, 4 experts": ("cc_mobilenetv1_025_cifar", {"experts": 4}),
+        "CondConv, 8 experts": ("cc_mobilenetv1_025_cifar", {"experts": 8}),
+    }
+    assert {r.epochs for r in recipes.values()} == {4}
+    ablations = controls_by_name("cifar10.mobilenetv1_w025", (), "condconv-ablations")
+    assert list(ablations) == [PLAIN, "CondConv", *ABLATIONS]
+    assert ablations["softmax"].model_args == {"activation": "softmax"}
+    with pytest.raises(ValueError, match="no comparison for 'adn'; there is one for mod, condconv"):
+        controls_by_name("cifar10.resnet20", (), "adn")

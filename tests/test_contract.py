@@ -8,10 +8,8 @@ costly ones for the smallest network of each method and family, and for all of t
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import pickle
-from pathlib import Path
 
 import pytest
 import timm
@@ -19,6 +17,8 @@ import torch
 from torch import nn
 
 from pliant.anatomy import stages
+from pliant.methods.condconv import CondConvBlock
+from pliant.methods.conditional import CondConv2d, CondLinear
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.models import list_networks
 from pliant.models._build import register
@@ -28,6 +28,8 @@ from pliant.surgery import conversions
 NETWORKS = list_networks()
 CIFAR = [name for name in NETWORKS if "_cifar" in name]
 IMAGENET = [name for name in NETWORKS if "_cifar" not in name]
+MOBILE = [name for name in NETWORKS if "mobilenet" in name]
+CONDITIONAL = [name for name in NETWORKS if name.startswith("cc_")]
 NARROW = {"channels": (8, 16, 24, 32)}
 
 # One for each method and family of blocks, and what makes it small. A selector's hidden
@@ -39,13 +41,17 @@ SMALLEST = {
     "resnet18_cifar_mod": {**NARROW, "c": 2, "reduction": 2},
     "resnet50_cifar_mod": {**NARROW, "c": 2, "reduction": 2},
     "resnet18_mod": {},
+    "mobilenetv1_w025_cifar": {},
+    "cc_mobilenetv1_025_cifar": {"experts": 2, "begin": 13},
+    "cc_resnet20_cifar": {"experts": 2},
 }
 WIDER = {"reduction": 2}
+FEW = {"experts": 2}
 CIFAR_MOD = [name for name in CIFAR if name.endswith("_mod")]
 COSTLY = [
     pytest.param(
         name,
-        SMALLEST.get(name, WIDER if name in CIFAR_MOD else {}),
+        SMALLEST.get(name, WIDER if name in CIFAR_MOD else FEW if name in CONDITIONAL else {}),
         marks=() if name in SMALLEST else pytest.mark.slow,
         id=name,
     )
@@ -76,7 +82,11 @@ def real(name, kwargs) -> tuple[nn.Module, torch.Tensor]:
 def test_the_networks_that_are_promised():
     promised = {f"resnet{n}_mod" for n in (18, 26, 34, 42, 50, 75, 86, 101, 152)}
     for n in (18, 34, 50, 20, 56):
-        promised |= {f"resnet{n}_cifar", f"resnet{n}_cifar_mod"}
+        promised |= {f"resnet{n}_cifar", f"resnet{n}_cifar_mod", f"cc_resnet{n}_cifar"}
+    for width in ("025", "050", "075", "100"):
+        promised |= {f"mobilenetv1_w{width}", f"mobilenetv1_w{width}_cifar"}
+        promised |= {f"cc_mobilenetv1_{width}", f"cc_mobilenetv1_{width}_cifar"}
+    promised |= {"cc_mobilenetv2_050", "cc_mobilenetv2_100", "cc_resnet50"}
     assert set(NETWORKS) == promised
     assert sorted(NETWORKS) == NETWORKS
 
@@ -147,7 +157,9 @@ def test_features(name):
     x = images(name, channels=5)
     features = model(x)
     channels, reduction = model.feature_info.channels(), model.feature_info.reduction()
-    assert len(features) == len(channels) == len(stages(meta(name))) + 1
+    # timm's EfficientNet gives one for each resolution, its ResNet the stem's and one a stage.
+    levels = 5 if name in MOBILE else len(stages(meta(name))) + 1
+    assert len(features) == len(channels) == levels
     for f, c, r in zip(features, channels, reduction, strict=True):
         assert f.shape == (2, c, x.shape[2] // r, x.shape[3] // r)
     assert reduction[0] == (1 if name in CIFAR else 2)
@@ -171,11 +183,13 @@ def test_output_stride(name, stride):
     assert features(images(name, size=128))[-1].shape[2] == 128 // stride
 
 
-@pytest.mark.parametrize("stride", [2, 4, 8])
-@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [(name, stride) for name in CIFAR for stride in (2, 4, 8, 16) if stride < 16 or name in MOBILE],
+)
 def test_output_stride_behind_a_3x3_stem(name, stride):
     features = meta(name, features_only=True, output_stride=stride).eval()
-    last = min(stride, 2 ** (len(features.feature_info) - 2))
+    last = min(stride, 4) if "resnet20" in name or "resnet56" in name else stride
     assert features.feature_info.reduction()[-1] == last
     assert features(images(name))[-1].shape[2] == 32 // last
 
@@ -183,6 +197,10 @@ def test_output_stride_behind_a_3x3_stem(name, stride):
 def test_other_output_strides_are_refused_behind_a_3x3_stem():
     with pytest.raises(ValueError, match="output_stride must be 2, 4 or 8 behind a 3x3 stem, not 16"):
         timm.create_model("resnet18_cifar", output_stride=16)
+    with pytest.raises(ValueError, match="output_stride must be one of 2, 4, 8, 16; not 32"):
+        timm.create_model("mobilenetv1_w025_cifar", output_stride=32)
+    with pytest.raises(ValueError, match="output_stride must be one of 2, 4, 8, 16, 32; not 3"):
+        timm.create_model("mobilenetv1_w025", output_stride=3)
 
 
 @pytest.mark.parametrize("name", CIFAR)
@@ -215,9 +233,45 @@ def test_mod_networks_are_their_plain_ones_with_blocks_replaced(name):
     assert list(conversions(bare)[0].sites) == odd
 
 
+FROM = {  # the first unit that is conditional: the stem is 1 and the classifier the last
+    "cc_mobilenetv1": 7,
+    "cc_mobilenetv2": 8,
+    "cc_resnet18_cifar": 6,
+    "cc_resnet20_cifar": 5,
+    "cc_resnet34_cifar": 9,
+    "cc_resnet50_cifar": 9,
+    "cc_resnet56_cifar": 11,
+    "cc_resnet50": 15,
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_conditional_networks_are_their_plain_ones_with_the_last_units_replaced(name):
+    begin = next(number for start, number in FROM.items() if name.startswith(start))
+    model = meta(name, experts=3)
+    (done,) = conversions(model)
+    assert done.named
+    assert done.method.upcycle is False
+    blocks = [b.path for stage in stages(model) for b in stage.blocks]
+    for number, path in enumerate(blocks, 2):
+        inside = [m for m in model.get_submodule(path).modules() if isinstance(m, CondConv2d)]
+        assert bool(inside) == (number >= begin), path
+        assert all(m.weight.shape[0] == 3 for m in inside)
+        assert isinstance(model.get_submodule(path), CondConvBlock) == (number >= begin), path
+    assert isinstance(model.get_classifier(), CondLinear)
+    assert not any(isinstance(m, CondConv2d) and m.bias is not None for m in model.modules())
+    assert isinstance(getattr(model, "conv_head", None), CondConv2d) == ("mobilenetv2" in name)
+    last = meta(name, begin=len(blocks) + 2 + ("mobilenetv2" in name))
+    assert [isinstance(m, (CondConv2d, CondLinear)) for m in last.modules()].count(True) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
+        ("cc_mobilenetv1_025", [1, 2, 2, 6, 2]),
+        ("mobilenetv1_w075_cifar", [1, 2, 2, 6, 2]),
+        ("cc_mobilenetv2_050", [1, 2, 3, 4, 3, 3, 1]),
+        ("cc_resnet50", [3, 4, 6, 3]),
         ("resnet18_mod", [2, 2, 2, 2]),
         ("resnet26_mod", [2, 2, 3, 4]),
         ("resnet34_mod", [3, 4, 6, 3]),
@@ -245,6 +299,11 @@ def test_every_option_of_the_method_is_a_keyword():
         meta("resnet50_mod", order="random")
     with pytest.raises(TypeError):
         meta("resnet50_mod", not_an_option=1)
+    (done,) = conversions(meta("cc_mobilenetv1_025", experts=4, begin=15, routing="shared", drop_rate=0.2))
+    assert done.sites == ("classifier",)
+    assert (done.method.experts, done.method.routing) == (4, "shared")
+    with pytest.raises(ValueError, match="experts must be a whole number from 1 to 64, not 65"):
+        meta("cc_resnet20_cifar", experts=65)
 
 
 def test_other_keywords_of_timm_reach_the_network():
@@ -259,11 +318,12 @@ def test_other_keywords_of_timm_reach_the_network():
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_stem(name):
     model = meta(name)
-    assert (model.conv1.kernel_size, model.conv1.stride, model.conv1.bias) == ((3, 3), (1, 1), None)
-    assert isinstance(model.maxpool, nn.Identity)
-    assert model.forward_features(images(name)).shape[2] == (
-        8 if "resnet20" in name or "resnet56" in name else 4
-    )
+    stem = model.conv_stem if name in MOBILE else model.conv1
+    assert (stem.kernel_size, stem.stride, stem.bias) == ((3, 3), (1, 1), None)
+    if name not in MOBILE:
+        assert isinstance(model.maxpool, nn.Identity)
+    last = 8 if "resnet20" in name or "resnet56" in name else 2 if name in MOBILE else 4
+    assert model.forward_features(images(name)).shape[2] == last
 
 
 @pytest.mark.parametrize(
@@ -294,42 +354,6 @@ def test_option_a_shortcut_is_that_of_he():
 # --- trained networks of others -------------------------------------------------------------------
 
 
-def trained(shared: Path, name: str, file: str) -> nn.Module:
-    path = shared / "data" / "checkpoints" / file
-    if not path.exists():
-        pytest.skip(f"{path.name} is not in ../shared/data/checkpoints")
-    state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
-    state = {k.removeprefix("module.").replace("linear.", "fc."): v for k, v in state.items()}
-    model = timm.create_model(name)
-    model.load_state_dict(state)  # strict: every name and shape is theirs
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def cifar10():
-    shared = Path(__file__).resolve().parents[2] / "shared" / "data"
-    packed = shared / "cifar10-test_batch.zip"
-    if not packed.exists():
-        pytest.skip("the CIFAR-10 test set is not in ../shared/data")
-    spec = importlib.util.spec_from_file_location("unpack", shared / "unpack.py")
-    unpack = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(unpack)
-    pixels, labels = unpack.read_cifar(str(packed))
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ((torch.from_numpy(pixels.copy()) / 255 - mean) / std).permute(0, 3, 1, 2), torch.from_numpy(
-        labels
-    )
-
-
-def correct(model, data, n) -> int:
-    images, labels = data[0][:n], data[1][:n]
-    with torch.inference_mode():
-        return sum(
-            int((model(x).argmax(1) == y).sum())
-            for x, y in zip(images.split(250), labels.split(250), strict=True)
-        )
-
-
 @pytest.mark.parametrize(
     ("name", "file", "right"),
     [
@@ -337,8 +361,8 @@ def correct(model, data, n) -> int:
         pytest.param("resnet56_cifar", "resnet56-4bfd9763.th", 926, marks=pytest.mark.slow),
     ],
 )
-def test_trained_networks_load_and_score_on_1000_images(shared, cifar10, name, file, right):
-    assert correct(trained(shared, name, file), cifar10, 1000) == right
+def test_trained_networks_load_and_score_on_1000_images(trained, cifar10, correct, name, file, right):
+    assert correct(trained(name, file), cifar10, 1000) == right
 
 
 @pytest.mark.slow
@@ -346,8 +370,8 @@ def test_trained_networks_load_and_score_on_1000_images(shared, cifar10, name, f
     ("name", "file", "right"),
     [("resnet20_cifar", "resnet20-12fca82f.th", 9173), ("resnet56_cifar", "resnet56-4bfd9763.th", 9339)],
 )
-def test_trained_networks_score_what_their_readme_says(shared, cifar10, name, file, right):
-    assert correct(trained(shared, name, file), cifar10, 10_000) == right
+def test_trained_networks_score_what_their_readme_says(trained, cifar10, correct, name, file, right):
+    assert correct(trained(name, file), cifar10, 10_000) == right
 
 
 # --- costly promises, with weights ------------------------------------------------------------------

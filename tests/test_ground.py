@@ -361,6 +361,28 @@ def test_the_readme_table_of_networks_is_what_is_counted():
     assert stated == networks_table()
 
 
+def condconv_table() -> str:
+    """The table of CondConv networks on their page, counted."""
+    lines = [
+        "| network | parameters, M | MACs, G | plain network | parameters, M | MACs, G |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in [name for name in list_networks() if name.startswith("cc_")]:
+        size = (3, 32, 32) if "_cifar" in name else (3, 224, 224)
+        plain = name.removeprefix("cc_").replace("mobilenetv1_", "mobilenetv1_w")
+        with torch.device("meta"):
+            cells = [f"`{name}`", *counts(timm.create_model(name), size)]
+            cells += [f"`{plain}`", *counts(timm.create_model(plain), size)]
+        lines.append(" | ".join(["", *cells, ""]).strip())
+    return "\n".join(lines)
+
+
+def test_the_table_of_condconv_networks_is_what_is_counted():
+    page = (ROOT / "docs" / "condconv.md").read_text()
+    stated = page.partition("<!-- networks:begin -->\n")[2].partition("\n<!-- networks:end -->")[0]
+    assert stated == condconv_table()
+
+
 @pytest.mark.slow
 def test_the_table_of_published_counts_is_what_is_counted():
     from pliant.published import markdown, reproduce_counts

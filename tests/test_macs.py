@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from pliant.measuring.macs import count_macs, count_parameters
+from pliant import convert
+from pliant.measuring.macs import count_macs, count_parameters, run_once
+from pliant.methods.condconv import CondConv
+from pliant.methods.conditional import CondConv2d, CondLinear, Router
 from pliant.methods.mixture_of_depths import MoDBlock
 
 
-def by_fvcore(model: nn.Module, size) -> int:
-    """fvcore's own handles for convolutions and products; everything else counts nothing."""
+def by_fvcore(model: nn.Module, size, broadcast: bool = False) -> int:
+    """fvcore's own handles for convolutions and products; everything else counts nothing.
+
+    With `broadcast`, a product counts all its outputs; fvcore's handle looks at the size of
+    the left factor alone, and counts a product that is broadcast over the right one once.
+    """
     fvcore = pytest.importorskip("fvcore.nn")
     counter = fvcore.FlopCountAnalysis(model.eval(), torch.zeros(1, *size))
+    if broadcast:
+        counter.set_op_handle("aten::matmul", whole_product)
     counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         by_operator = counter.by_operator()
     return sum(by_operator[name] for name in ("conv", "linear", "matmul", "addmm", "bmm", "einsum"))
+
+
+def whole_product(inputs, outputs):
+    """Multiply-accumulates of a traced product: one row and column for each output value."""
+    return math.prod(outputs[0].type().sizes()) * inputs[0].type().sizes()[-1]
 
 
 @pytest.mark.parametrize(
@@ -114,3 +130,137 @@ def test_parameters_are_counted_once():
     assert count_parameters(nn.Sequential(shared, nn.ReLU(), shared)) == 8
     frozen = nn.Linear(3, 2).requires_grad_(False)
     assert count_parameters(nn.Sequential(frozen, nn.BatchNorm1d(2))) == 12
+
+
+def by_layer(model: nn.Module, size, form: str) -> int:
+    """The sum over the layers of what the method says that each costs.
+
+    Fused: one convolution and E P to mix its kernel of P values. Experts: E convolutions
+    and E for each value of the output. Routers, and the layers that stayed, beside.
+    """
+    total = 0
+
+    def see(layer, args, y):
+        nonlocal total
+        if isinstance(layer, (CondConv2d, CondLinear)):
+            experts, _, taps = layer.weight.shape
+            convolution = taps * y.numel()
+            fused = convolution + layer.weight.numel()
+            total += fused if form == "fused" else experts * (convolution + y.numel())
+            total += layer.bias.numel() if layer.bias is not None and layer.bias.dim() == 2 else 0
+        elif isinstance(layer, Router):
+            total += sum(fc.weight.numel() for fc in (layer.fc1, layer.fc2) if fc is not None)
+        elif isinstance(layer, (nn.Conv2d, nn.Linear)):
+            total += layer.weight[0].numel() * y.numel()
+
+    handles = [module.register_forward_hook(see) for module in model.modules()]
+    run_once(model, size)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+VARIANTS = [
+    {},
+    {"routing": "layer"},
+    {"routing": "single"},
+    {"routing": "shared"},
+    {"routing": "hierarchical"},
+    {"hidden": 1 / 8},
+    {"hidden": 8},
+    {"activation": "softmax"},
+    {"per_channel": True},
+    {"per_channel": True, "routing": "layer"},
+    {"active": 2},
+    {"layers": "pointwise"},
+    {"layers": "depthwise"},
+    {"features": False},
+    {"classifier": False},
+    {"begin": 1},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_condconv_agrees_with_fvcore_and_by_layer(options):
+    size = (3, 32, 32)
+    for form in ("fused", "experts"):
+        model = timm.create_model("cc_mobilenetv1_025_cifar", experts=3, form=form, **options)
+        ours = count_macs(model, size)
+        assert ours == by_layer(model, size, form), form
+        assert ours == by_fvcore(model, size, broadcast=form == "experts"), form
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenetv2_050",
+        "mobilenetv3_small_050",
+        "resnet18_cifar",
+        "resnet20_cifar",
+        "regnetx_002",
+        "convnext_atto",
+    ],
+)
+def test_converted_families_agree_with_fvcore_and_by_layer(name):
+    size = (3, 32, 32)
+    for form in ("fused", "experts"):
+        model = convert(timm.create_model(name, num_classes=7), CondConv(experts=2, form=form))
+        ours = count_macs(model, size)
+        assert ours == by_layer(model, size, form), form
+        assert ours == by_fvcore(model, size, broadcast=form == "experts"), form
+
+
+def test_what_fvcore_leaves_out_of_the_experts_form():
+    """Mixing a depthwise layer's outputs: counted for one of its groups only."""
+    size = (3, 32, 32)
+    model = timm.create_model("cc_mobilenetv1_025_cifar", experts=3, form="experts")
+    depthwise = [(64, 4 * 4)] + 5 * [(128, 4 * 4)] + [(128, 2 * 2), (256, 2 * 2)]  # groups, positions
+    left_out = sum(3 * (groups - 1) * positions for groups, positions in depthwise)
+    assert count_macs(model, size) - by_fvcore(model, size) == left_out == 38_088
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bias", [None, "shared", "experts"])
+def test_a_conditional_convolution_by_hand(per_channel, bias):
+    outputs, convolution = 32 * 5 * 5, 32 * 4 * 9 * 25
+    router = 16 * 4 * (32 if per_channel else 1)
+    mixed_bias = 4 * 32 if bias == "experts" else 0
+    options = {"stride": 2, "padding": 1, "groups": 4, "bias": bias, "experts": 4}
+    counted = {}
+    for form in ("fused", "experts"):
+        route = Router(16, 4, outputs=32 if per_channel else None)
+        layer = CondConv2d(16, 32, 3, **options, router=route, form=form)
+        counted[form] = count_macs(layer, (16, 9, 9)) - router - mixed_bias
+    assert counted["fused"] == convolution + 4 * (32 * 4 * 9)
+    assert counted["experts"] == 4 * convolution + 4 * outputs
+
+
+def test_a_conditional_linear_layer_by_hand():
+    matrix = 24 * 10
+    for form, macs in (("fused", matrix + 4 * matrix), ("experts", 4 * matrix + 4 * 10)):
+        layer = CondLinear(24, 10, "shared", experts=4, router=Router(24, 4), form=form)
+        network = nn.Sequential(nn.Flatten(), layer)
+        assert count_macs(network, (6, 2, 2)) == macs + 24 * 4
+
+
+@pytest.mark.parametrize("form", ["fused", "experts"])
+@pytest.mark.parametrize("options", [{}, {"per_channel": True}], ids=str)
+def test_each_example_mixes_its_own_kernels(form, options):
+    """So the cost is one image's times the batch: no kernel is mixed once for all."""
+    model = timm.create_model("cc_mobilenetv1_025_cifar", experts=3, form=form, **options).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.randn(5, 3, 32, 32))
+    assert counter.get_total_flops() == 5 * 2 * count_macs(model, (3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["cc_mobilenetv1_025", "cc_mobilenetv2_050"])
+def test_auto_costs_what_its_forms_cost_also_on_meta(name):
+    """At 224 pixels convolutions are fused, and the classifier's one vector meets all experts."""
+    size, counted = (3, 224, 224), {}
+    for form in ("auto", "fused"):
+        with torch.device("meta"):
+            model = timm.create_model(name, experts=4, form=form)
+        counted[form] = count_macs(model, size)
+    matrix, outputs = model.classifier.weight[0].numel(), 4 * 1000
+    assert counted["auto"] == counted["fused"] - matrix + outputs
+    assert count_macs(timm.create_model(name, experts=4), size) == counted["auto"]

@@ -1,4 +1,4 @@
-"""Counts against the paper's tables, and the table that shows them."""
+"""Counts of Mixture-of-Depths against its paper's tables, and the table that shows them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from decimal import Decimal
 import pytest
 from rich.console import Console
 
-from pliant import published
 from pliant.published import (
     INSTALL_COUNTS,
     markdown,
+    mod,
     ptflops_macs,
     published_rows,
     render,
@@ -38,7 +38,7 @@ INTEGERS = {
 @pytest.fixture(scope="module")
 def report():
     pytest.importorskip("ptflops")
-    return reproduce_counts(["1", "7", "8", "11"])
+    return reproduce_counts("mod", ["1", "7", "8", "11"])
 
 
 def _key(row):
@@ -93,7 +93,7 @@ def test_each_row_uses_its_convention(report):
 
 
 def test_what_is_left_out_is_said_with_a_reason():
-    left = reproduce_counts(["2", "9"]).left_out
+    left = reproduce_counts("mod", ["2", "9"]).left_out
     assert {p.model: why for p, why in left if p.table == "2"} == {
         "mobilenetv2": "pliant does not have it yet",
         "mobilenetv2_mod_l": "pliant does not have it yet",
@@ -118,8 +118,8 @@ def test_tables_show_published_beside_ours(report):
 
 
 def test_without_ptflops_the_rest_is_still_there(monkeypatch):
-    monkeypatch.setattr(published, "has_ptflops", lambda: False)
-    report = reproduce_counts(["8"])
+    monkeypatch.setattr(mod, "has_ptflops", lambda: False)
+    report = reproduce_counts("mod", ["8"])
     row = report.rows[-1]
     assert (row.parameters, row.macs) == (18_105_949, 2_561_987_008)
     assert (row.convention_macs, row.macs_agree, row.verdict) == (None, None, "parameters match")
@@ -138,9 +138,9 @@ def test_ptflops_missing_is_named(monkeypatch):
 
 
 def test_progress_sees_each_row(monkeypatch):
-    monkeypatch.setattr(published, "has_ptflops", lambda: False)
+    monkeypatch.setattr(mod, "has_ptflops", lambda: False)
     seen = []
-    report = reproduce_counts(["8"], progress=seen.append)
+    report = reproduce_counts("mod", ["8"], progress=seen.append)
     assert tuple(seen) == report.rows
 
 
@@ -158,4 +158,4 @@ def test_unknown_method_and_table():
     ):
         published_rows("mdo")
     with pytest.raises(ValueError, match=r"mod.csv holds no table '12'; it holds 1, 2, 3, 4, 7, 8, 9, 11"):
-        reproduce_counts(["12"])
+        reproduce_counts("mod", ["12"])

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 from pliant.models import list_networks
 from pliant.recipes import get_recipe, list_recipes
+from pliant.recipes.ablations import ABLATIONS
 from pliant.train.recipe import Recipe, differences, override
 
 BASE = {"name": "x", "model": "resnet20_cifar"}
@@ -172,3 +174,45 @@ def test_recipes_are_listed_without_lightning():
     code += "assert not {'lightning', 'sklearn', 'torchmetrics'} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("digits.")
+
+
+def test_condconvs_recipe_is_one_for_network_and_base_line():
+    paper = get_recipe("imagenet.cc_mobilenetv1_050.paper")
+    plain = get_recipe("imagenet.mobilenetv1_w050.condconv")
+    assert differences(plain, paper, leaving_out=["name", "model"]) == []
+    assert (plain.ema, plain.nesterov, plain.augmentation, plain.mixup) == (None, True, "flip_crop", 0.0)
+    assert "ours" in plain.note
+    large = get_recipe("imagenet.cc_resnet50.condconv-regularized")
+    assert (large.mixup, large.augmentation, large.model_args) == (0.2, "original", {"drop_rate": 0.2})
+    assert "its rate is not given" in large.note
+
+
+# Table, and parameters in millions that it prints, of the paper's ablations with 32 experts.
+ABLATED = {
+    "pointwise": "14.3", "depthwise": "8.8", "single": "14.6", "partially-shared": "14.6",
+    "hidden-small": "14.6", "hidden-medium": "14.8", "hidden-large": "16.8", "hierarchical": "14.6",
+    "softmax": "14.6", "begin-1": "14.9", "begin-3": "14.9", "begin-5": "14.8", "begin-13": "11.6",
+    "features-only": "6.65", "classifier-only": "8.42", "hard-2": "14.6",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_are_recipes_of_the_papers_networks(name):
+    recipe = get_recipe(f"imagenet.cc_mobilenetv1_025.ablation-{name}")
+    base = get_recipe("imagenet.cc_mobilenetv1_025.paper")
+    assert differences(base, recipe, leaving_out=["name", "model_args"]) == []
+    assert recipe.model_args["experts"] == 32
+    with torch.device("meta"):
+        model = timm.create_model(recipe.model, num_classes=1001, **recipe.model_args)
+    if name in ABLATED:
+        digits = len(ABLATED[name].partition(".")[2])
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.{digits}f}" == ABLATED[name]
+    assert get_recipe(f"cifar10.cc_mobilenetv1_025.ablation-{name}").model == "cc_mobilenetv1_025_cifar"
+
+
+def test_ablations_are_of_one_family():
+    with pytest.raises(
+        ValueError, match=r"of cc_mobilenetv1_\* networks, not of 'resnet20'"
+    ):
+        get_recipe("cifar10.resnet20.ablation-single")
+    assert not any("ablation" in name for name in list_recipes() if "cc_mobilenetv1_" not in name)

@@ -89,7 +89,7 @@ def test_the_bench_writes_rows_and_a_table(rows, tmp_path, monkeypatch):
         assert len(list(csv.DictReader(file))) == len(found) == 4 * len(calls)
     assert steps_markdown(found) in (tmp_path / "steps-cpu.md").read_text()
     calls.clear()
-    command = ["bench", "--steps", "--quick", "--threads", "1", "--results", str(tmp_path)]
+    command = ["bench", "--suite", "steps", "--quick", "--threads", "1", "--results", str(tmp_path)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert [(c[0], c[1]["rounds"], c[1]["threads"]) for c in calls] == [("resnet20_cifar_adn", 3, 1)]

@@ -17,15 +17,8 @@ from pliant import MixtureOfDepths, convert, plan
 from pliant.anatomy import Block, stages
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.methods.mixture_of_depths import MoDBlock
-from pliant.surgery import (
-    Method,
-    PassedOver,
-    Site,
-    Survey,
-    Threaded,
-    ThreadedRun,
-    conversions,
-)
+from pliant.surgery import Method, PassedOver, Site, Survey, conversions
+from pliant.threaded import thread, threaded
 
 SELECTIONS = ("learned", "random", "fixed", "first", "none")
 NARROW = {"channels": (16, 32, 64, 128)}
@@ -63,22 +56,26 @@ def assert_untouched(model, before):
 # --- toy methods: a run of blocks with a threaded value, and one that takes blocks -----------
 
 
-class Counted(Threaded, Block):
-    """A block that passes on what the first block of its run saw."""
+class Counted(Block):
+    """A block that passes on what the first of them saw."""
 
     def __init__(self, block: nn.Module, channels: int) -> None:
         super().__init__(channels)
         self.block = block
 
-    def thread(self, x, value):
-        if value is None:  # the first: the mean of this forward's input
-            value = x.mean()
-        return self.block(x) + value, value
+    def forward(self, x):
+        value = threaded(x, "mean")
+        value = x.mean() if value is None else value
+        return thread(self.block(x) + value, "mean", value)
+
+
+class Run(nn.Sequential):
+    """What a stage becomes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareTheMean(Method):
-    """Thread a value of the forward through each stage; the sites are runs of blocks."""
+    """Thread a value along all blocks; the sites are runs of blocks."""
 
     wraps: ClassVar[tuple[str, ...]] = ("MixtureOfDepths",)
     stages: tuple[int, ...] | None = None
@@ -99,9 +96,9 @@ class ShareTheMean(Method):
         )
 
     def replace(self, module: nn.Module, site: Site) -> nn.Module:
-        run = ThreadedRun.of(module)
+        run = Run()
         for name, block in module.named_children():
-            setattr(run, name, Counted(block, 0))
+            run.add_module(name, Counted(block, 0))
         return run
 
 
@@ -247,7 +244,7 @@ def test_conversions_are_recorded():
 
 def test_a_method_that_wraps_may_come_second():
     model = convert(small(), MixtureOfDepths(c=4), ShareTheMean())
-    assert isinstance(model.layer1, ThreadedRun)
+    assert isinstance(model.layer1, Run)
     assert isinstance(model.layer1[1].block, MoDBlock)
     assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
     assert [c.method.name for c in conversions(model)] == ["MixtureOfDepths", "ShareTheMean"]
@@ -275,7 +272,7 @@ def test_a_method_that_does_not_wrap_is_refused():
         convert(small(), MixtureOfDepths(c=4), Selfish())
     # Other stages are no overlap.
     model = convert(small(), MixtureOfDepths(c=4, stages=(0,)), Selfish(stages=(3,)))
-    assert isinstance(model.layer4, ThreadedRun)
+    assert isinstance(model.layer4, Run)
 
 
 def test_what_a_backbone_went_through_counts():
@@ -284,7 +281,7 @@ def test_what_a_backbone_went_through_counts():
         ValueError, match=r"Selfish at backbone\.layer1 overlaps MixtureOfDepths at backbone\.layer1\.1"
     ):
         convert(net, Selfish())
-    assert isinstance(convert(net, ShareTheMean())["backbone"].layer1, ThreadedRun)
+    assert isinstance(convert(net, ShareTheMean())["backbone"].layer1, Run)
 
 
 def test_what_features_only_took_over_counts():
@@ -306,43 +303,23 @@ def test_wrapping_twice_is_refused():
 # --- threading ------------------------------------------------------------------------------------
 
 
-def test_a_run_threads_its_value_and_stores_nothing():
-    torch.manual_seed(0)
+def test_a_threaded_value_reaches_all_blocks_and_is_stored_nowhere():
     plain = nn.Sequential(*(timm.models.resnet.BasicBlock(8, 8) for _ in range(3))).eval()
     run = convert(nn.ModuleDict({"stage": plain}), ShareTheMean())["stage"]
     x = torch.randn(2, 8, 4, 4)
     attributes = {name: sorted(vars(m)) for name, m in run.named_modules()}
     with torch.no_grad():
-        out, value = run.thread(x, None)
+        out = run(x)
         expected = x
         for block in plain:
             expected = block(expected) + x.mean()
         torch.testing.assert_close(out, expected)
-        assert torch.equal(run(x), out)
-        assert torch.equal(value, x.mean())
-        # A value from an earlier run is used in place of an own one.
-        other, passed = run.thread(x, torch.tensor(2.0))
-        assert passed == 2
-        assert not torch.allclose(other, out)
+        assert torch.equal(threaded(out, "mean"), x.mean())
+        # A value that comes with the input is used in place of an own one.
+        other = run(thread(x.clone(), "mean", torch.tensor(2.0)))
+    assert threaded(other, "mean") == 2
+    assert not torch.allclose(other, out)
     assert {name: sorted(vars(m)) for name, m in run.named_modules()} == attributes
-
-
-def test_plain_blocks_and_nested_runs_in_a_run():
-    inner = ThreadedRun(Counted(nn.Identity(), 0))
-    run = ThreadedRun(nn.ReLU(), Counted(nn.Identity(), 0), inner)
-    x = torch.tensor([[-1.0, 3.0]])
-    assert run(x).tolist() == [[0 + 1.5 + 1.5, 3 + 1.5 + 1.5]]
-
-
-def test_state_dict_keys_of_a_run():
-    stage = nn.Sequential()
-    stage.add_module("a", nn.Linear(2, 2))
-    stage.add_module("7", nn.BatchNorm1d(2))
-    run = ThreadedRun.of(stage)
-    assert list(run.state_dict()) == list(stage.state_dict())
-    assert run.a is stage.a
-    x = torch.randn(4, 2)
-    assert torch.equal(run(x), stage(x))
 
 
 def test_state_dict_keys_of_a_converted_network():
@@ -519,7 +496,7 @@ def test_plan_of_two_methods_counts_both():
         ("MixtureOfDepths", "layer2.1", "BasicBlock", "MoDBlock"),
         ("MixtureOfDepths", "layer3.1", "BasicBlock", "MoDBlock"),
         ("MixtureOfDepths", "layer4.1", "BasicBlock", "MoDBlock"),
-        ("ShareTheMean", "layer2", "Sequential", "ThreadedRun"),
+        ("ShareTheMean", "layer2", "Sequential", "Run"),
     ]
     assert ("ShareTheMean", PassedOver("layer1", "not asked for")) in made.passed_over
 

@@ -259,14 +259,20 @@ def is_residual(block: nn.Module) -> bool:
 
 
 def classifier(model: nn.Module) -> str | None:
-    """Path of the linear layer that gives the classes; None without one."""
-    get = getattr(model, "get_classifier", None)
-    found = get() if callable(get) else None
-    if not isinstance(found, nn.Linear):
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        last = list(model.modules())[-1]
-        found = last if get is None and linear and last is linear[-1] else None
-    return next((path for path, m in model.named_modules() if m is found), None) if found else None
+    """Path of the linear layer that gives the classes; None without one.
+
+    timm's networks name it, also inside a container; of others it is the last module.
+
+    Example:
+        >>> import timm
+        >>> classifier(nn.Sequential(nn.Identity(), timm.create_model("regnetx_002")))
+        '1.head.fc'
+    """
+    getters = (getattr(module, "get_classifier", None) for module in model.modules())
+    asked = [get() for get in getters if callable(get)]
+    found: object = asked[0] if asked else list(model.modules())[-1]
+    paths = (path for path, module in model.named_modules() if module is found)
+    return next(paths, None) if isinstance(found, nn.Linear) else None
 
 
 def stem_and_head(model: nn.Module) -> tuple[list[Convolution], list[Convolution]]:
@@ -278,20 +284,28 @@ def stem_and_head(model: nn.Module) -> tuple[list[Convolution], list[Convolution
         >>> [c.path for c in stem], [c.path for c in head]
         (['conv_stem'], ['conv_head'])
     """
+    count = sum(len(stage.blocks) for stage in stages(model))
+    around = outside_blocks(model)
+    return [c for n, c in around if n == 0], [c for n, c in around if n == count]
+
+
+def outside_blocks(model: nn.Module) -> list[tuple[int, Convolution]]:
+    """Each convolution that lies in no block, with the number of blocks before it.
+
+    Example:
+        >>> import timm
+        >>> [(n, c.path) for n, c in outside_blocks(timm.create_model("convnext_atto"))][:2]
+        [(0, 'stem.0'), (2, 'stages.1.downsample.1')]
+    """
     blocks = [block.path for stage in stages(model) for block in stage.blocks]
-    stem: list[Convolution] = []
-    head: list[Convolution] = []
+    found: list[tuple[int, Convolution]] = []
     seen = 0
     for path, module in model.named_modules():
         if path in blocks:
             seen += 1
         elif isinstance(module, nn.Conv2d) and not any(path.startswith(f"{b}.") for b in blocks):
-            found = Convolution(path, module, _kind(module))
-            if seen == 0:
-                stem.append(found)
-            elif seen == len(blocks):
-                head.append(found)
-    return stem, head
+            found.append((seen, Convolution(path, module, _kind(module))))
+    return found
 
 
 def take_dropout(model: nn.Module, classifier: str) -> float:
@@ -301,10 +315,11 @@ def take_dropout(model: nn.Module, classifier: str) -> float:
     drops by a function with the network's ``drop_rate``, or by a module beside the classifier.
     """
     owner = model.get_submodule(classifier.rpartition(".")[0])
-    drop = getattr(owner, "drop", None)
-    if isinstance(drop, nn.Dropout):
-        rate, drop.p = drop.p, 0.0
-        return rate
+    for name in ("drop", "head_drop"):
+        drop = getattr(owner, name, None)
+        if isinstance(drop, nn.Dropout):
+            rate, drop.p = drop.p, 0.0
+            return rate
     rate = float(getattr(owner, "drop_rate", 0.0))
     if rate:
         vars(owner)["drop_rate"] = 0.0

@@ -324,16 +324,24 @@ def compare(
 
 
 @reproduce_app.command()
-def counts(markdown: Annotated[bool, typer.Option(help="print Markdown")] = False) -> None:
+def counts(
+    method: Annotated[str | None, typer.Option(help="mod or condconv; by default both papers")] = None,
+    table: Annotated[list[str] | None, typer.Option(help="only this one; repeat for several")] = None,
+    markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
+) -> None:
     """Parameters and MACs of every published row that pliant builds, beside ours."""
+    from pliant.published import PAPERS, render, reproduce_counts
     from pliant.published import markdown as as_markdown
-    from pliant.published import render, reproduce_counts
 
-    report = reproduce_counts()
-    if markdown:
-        typer.echo(as_markdown(report))
-    else:
-        _print(render(report))
+    if table and method is None:
+        raise ValueError(f"--table needs --method, the paper's: {' or '.join(PAPERS)}")
+    for name in PAPERS if method is None else [method]:
+        report = reproduce_counts(name, table)
+        if markdown:
+            typer.echo(as_markdown(report))
+        else:
+            _print(render(report))
+            typer.echo("\n".join(f"- {note}" for note in report.notes) + "\n")
 
 
 @app.command()
@@ -358,20 +366,24 @@ def bench(
     results: Annotated[Path, typer.Option(help="folder for rows, tables and figures")] = Path("results"),
     quick: Annotated[bool, typer.Option(help="one network, batch 1, to see that it works")] = False,
     resume: Annotated[bool, typer.Option(help="keep what this commit measured here before")] = False,
-    steps: Annotated[
-        bool, typer.Option("--steps", help="training steps of adaptive networks instead")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(help="of PyTorch, for --steps")] = None,
+    suite: Annotated[
+        str, typer.Option(help="mod or condconv networks, forms of a mixed convolution, or training steps")
+    ] = "mod",
+    threads: Annotated[int | None, typer.Option(help="of PyTorch, for steps")] = None,
 ) -> None:
-    """Measure the speed tables: plain and Mixture-of-Depths networks in each engine."""
+    """Measure the speed tables: plain and converted networks in each engine."""
     from pliant.bench import run_bench
+    from pliant.measuring.forms import run_forms
     from pliant.measuring.steps import run_step_bench
 
-    if steps:
+    if suite == "steps":
         run_step_bench(device, results, quick, threads=threads)
-        return
-
-    run_bench(device=device, results=results, quick=quick, resume=resume)
+    elif suite == "forms":
+        with _progress("timing") as step:
+            rows = run_forms(device, results, quick, step)
+        typer.echo(f"{len(rows)} rows written to {results}")
+    else:
+        run_bench(device=device, results=results, quick=quick, name=suite, resume=resume)
 
 
 def _print(table: Table) -> None:

@@ -323,7 +323,10 @@ def _apply(model: nn.Module, method: Method) -> Survey:
         old = model.get_submodule(site.path)
         if channels_last:
             module = module.to(memory_format=torch.channels_last)
+        modes = [(kept, kept.training) for kept in old.modules()]
         setattr(model.get_submodule(parent), name, module.train(old.training))
+        for kept, training in modes:  # a frozen norm in a block that trains, say
+            kept.training = training
     method.finish(model, survey.sites)
     record_conversion(model, method, [site.path for site in survey.sites])
     return survey

@@ -69,8 +69,8 @@ class Bound:
     """A view of a module in whose forward some of its submodules are called otherwise.
 
     Everything but these is the module's own. The view is made for one forward and thrown
-    away after it. Hooks of the modules that lie between `module` and its bound layers
-    do not run; those of all others do.
+    away after it. Hooks of `module` and of the modules on the way to its bound layers do
+    not run; those of all others do.
 
     Args:
         module: whose forward runs.

@@ -7,7 +7,7 @@ from 0, as in the tensors.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,12 @@ def plot_mean_routing(
     most = max(weights.experts(layer) for layer in layers)
     # The dots of an expert stand side by side on its bar.
     shifts = np.linspace(-0.28, 0.28, len(labels)) if len(labels) > 1 else np.zeros(1)
-    figure = _figure(_width(most), 0.8 + 1.7 * len(layers))
-    panels = figure.subplots(len(layers), 1, sharey=True, squeeze=False)[:, 0]
+    width = _width(most, len(labels))
+    names = [_short(weights.classes[label], 24) for label in labels]
+    # Inches of a marker and a name, about.
+    columns = int(width / (0.45 + 0.08 * max(10, *map(len, names)))) or 1
+    figure = _figure(width, 0.8 + 1.7 * len(layers) + 0.2 * ((len(names) + 1) // columns))
+    panels = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
     for axes, layer in zip(panels, layers, strict=True):
         numbers = np.arange(weights.experts(layer))
         axes.bar(numbers, weights.overall(layer).numpy(), width=0.86, color=GREY, label="all images")
@@ -75,15 +79,17 @@ def plot_mean_routing(
                 marker=MARKERS[n // len(COLOURS) % len(MARKERS)],
                 markersize=4.5,
                 color=COLOURS[n % len(COLOURS)],
-                label=_short(weights.classes[label], 24),
+                label=names[n],
+                clip_on=False,
+                zorder=3,
             )
         axes.set_title(_title(weights, layer), fontsize=10, loc="left")
         _of_experts(axes, weights.experts(layer))
+    _same_height(panels)
     panels[-1].set_xlabel("expert")
     figure.supylabel("mean routing weight", fontsize=10)
-    handles, names = panels[0].get_legend_handles_labels()
-    columns = max(1, min(len(names), int(figure.get_figwidth() / 2)))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    handles, texts = panels[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
     return write_figure(figure, path)
 
 
@@ -116,7 +122,7 @@ def plot_routing_spread(
     layer = weights.layers[-1] if layer is None else layer
     mean, std, counts = weights.mean(layer), weights.std(layer), weights.counts()
     figure = _figure(_width(weights.experts(layer)), 0.8 + 1.7 * len(labels))
-    panels = figure.subplots(len(labels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(labels), 1, sharex=True, squeeze=False)[:, 0]
     for n, (axes, label) in enumerate(zip(panels, labels, strict=True)):
         axes.bar(
             range(mean.shape[1]),
@@ -130,8 +136,9 @@ def plot_routing_spread(
         images = f"{counts[label]:,} image{'s' * (int(counts[label]) > 1)}"
         axes.set_title(f"{_short(weights.classes[label], 60)} ({images})", fontsize=10, loc="left")
         _of_experts(axes, mean.shape[1])
+    _same_height(panels)
     panels[-1].set_xlabel(f"expert of {_title(weights, layer)}")
-    figure.supylabel("routing weight, mean ± one standard deviation", fontsize=10)
+    figure.supylabel("routing weight, mean ± s.d.", fontsize=10)
     return write_figure(figure, path)
 
 
@@ -172,7 +179,8 @@ def plot_top_classes(
         raise ValueError(f"nothing to draw: experts = {experts}, n = {n}")
     rows = [weights.top_classes(layer, expert, n) for expert in experts]
     across = max(len(row) for row in rows)
-    figure = _figure(max(4.2, 0.7 + 1.15 * across), 0.5 + 1.75 * len(rows))
+    lines = max(len(_lines(found)) for row in rows for found in row)
+    figure = _figure(max(4.2, 0.7 + 1.15 * across), 0.5 + (1.2 + 0.12 * lines) * len(rows))
     panels = figure.subplots(len(rows), across, squeeze=False)
     for line, row, expert in zip(panels, rows, experts, strict=True):
         for axes, found in zip(line, row, strict=True):
@@ -232,20 +240,26 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _width(experts: int) -> float:
-    """Inches that so many bars want."""
-    return max(6.4, 1.5 + 0.2 * experts)
+def _width(experts: int, dots: int = 1) -> float:
+    """Inches that so many bars want, with so many dots side by side on each."""
+    return min(30.0, max(6.4, 1.5 + max(0.2, 0.06 * dots) * experts))
 
 
 def _of_experts(axes: Axes, experts: int) -> None:
-    """An axis with a number for each expert, as far as they have room, and one that starts at 0."""
+    """An axis with a number for each expert, as far as they have room."""
     step = 1 if experts <= 32 else 4
     axes.set_xticks(range(0, experts, step))
     axes.set_xlim(-0.7, experts - 0.3)
-    axes.set_ylim(bottom=0)
     axes.tick_params(labelsize=8)
     plain(axes)
     axes.grid(visible=False, axis="x")
+
+
+def _same_height(panels: Iterable[Axes]) -> None:
+    """Let weights be compared between panels: all reach from 0 to where the highest does."""
+    top = max(axes.get_ylim()[1] for axes in panels)
+    for axes in panels:
+        axes.set_ylim(0, top)
 
 
 def _title(weights: RoutingWeights, layer: str) -> str:
@@ -282,11 +296,15 @@ def _show(axes: Axes, picture: Any, found: ClassWeight) -> None:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
         raise ValueError(f"an image must be of [H, W] or [H, W, 3], not {array.shape}")
     axes.imshow(array, cmap="gray", vmin=0, vmax=255 if array.dtype == np.uint8 else 1)
-    name = textwrap.wrap(_short(found.name, 30), 15)
-    axes.set_title("\n".join([*name, f"{found.mean:.2f}"]), fontsize=7)
+    axes.set_title("\n".join(_lines(found)), fontsize=7)
+    axes.set_anchor("N")  # names stand in a line, whatever shape the images have
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
+
+
+def _lines(found: ClassWeight) -> list[str]:
+    return [*textwrap.wrap(_short(found.name, 30), 15), f"{found.mean:.2f}"]
 
 
 def _short(name: str, length: int) -> str:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -108,7 +108,7 @@ def variants(
     """A network, and what is timed beside it for its sake."""
     first = Entrant(name, AS_IS)
     entrants = [first]
-    attempt(first, lambda e: setattr(e, "network", _fresh(model) if isinstance(model, str) else model))
+    attempt(first, lambda e: setattr(e, "network", fresh(model) if isinstance(model, str) else model))
     network = first.network
     if network is None:
         return entrants
@@ -122,13 +122,15 @@ def variants(
     return entrants
 
 
-def _fresh(name: str) -> nn.Module:
+def fresh(name: str, **options: Any) -> nn.Module:
     """A network with random weights, none of its norms' scales zero.
+
+    The options are keywords of ``timm.create_model``.
 
     timm starts the last norm of each residual branch at zero, so that whole branches
     give zeros: data as no trained network has them, and cheap for a GPU to move.
     """
-    network: nn.Module = timm.create_model(name)
+    network: nn.Module = timm.create_model(name, **options)
     for key, p in network.named_parameters():
         if p.dim() == 1 and key.endswith("weight") and not p.any():
             nn.init.constant_(p, 0.2)  # small, that deep networks do not overflow

@@ -37,14 +37,28 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), (3, 10, 10))
         21600
     """
+    with FlopCounterMode(display=False) as counter:
+        run_once(model, input_size)
+    return int(counter.get_total_flops()) // 2
+
+
+def run_once(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Run one image of zeros through, in evaluation; the modules' modes come back.
+
+    Args:
+        model: any network, on whatever device it is.
+        input_size: channels, height, width.
+
+    Example:
+        >>> run_once(nn.Conv2d(3, 8, 3), (3, 10, 10))
+    """
     like = next(model.parameters(), torch.empty(0))
     x = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
             model(x)
     finally:
         for module in training:
             module.training = True
-    return int(counter.get_total_flops()) // 2

@@ -246,7 +246,7 @@ def run_step_bench(
 
 
 _PREFACE = """\
-Written by `python -m pliant bench --steps`, from the CSV file beside it. What a step of an adaptive
+Written by `python -m pliant bench --suite steps`, from the CSV file beside it. What a step of an adaptive
 network (both depths) takes, over a plain step of the whole network and one of the base network together;
 all are timed in turn in each round, and the ratio is taken within a round. In brackets: interquartile
 range over rounds."""

@@ -57,7 +57,9 @@ class CondConv(Method):
             None: the first block of the two lowest resolutions, where the paper begins in
             both MobileNets (7 of 15 in MobileNetV1).
         features: replace convolutions. Off: the classifier alone (Table 8).
-        classifier: replace the classifier too (Table 8).
+        classifier: replace the classifier too (Table 8); dropout on its input goes with it.
+            timm's ``reset_classifier`` then gives a plain layer, to be saved with
+            ``arguments={"classifier": False}``.
         layers: ``"all"`` convolutions of a block, or its ``"pointwise"`` or ``"depthwise"``
             ones alone (Table 5). Those of squeeze-and-excitation are never replaced.
         routing: who computes routings (Table 6). ``"block"``: each block, for all of its
@@ -149,7 +151,8 @@ class CondConv(Method):
         stem, head = anatomy.stem_and_head(model) if found else ([], [])
         blocks = [block for stage in found for block in stage.blocks]
         last = 1 + len(blocks) + len(head) + 1
-        begin = _lowest_resolutions(blocks) if self.begin is None else self.begin
+        between = [(n, conv) for n, conv in anatomy.outside_blocks(model) if 0 < n < len(blocks)]
+        begin = _lowest_resolutions(blocks, between) if self.begin is None else self.begin
         if begin > last:
             raise ValueError(
                 f"begin={begin}, but the classifier of {type(model).__name__} is unit {last}, the last"
@@ -157,45 +160,49 @@ class CondConv(Method):
         sites: list[Site] = []
         passed_over: list[PassedOver] = []
 
-        def unit(number: int, path: str, kind: str, layers: list[Convolution]) -> None:
-            why = self._why_not(number, begin, layers)
+        def unit(number: int, path: str, kind: str, layers: list[Convolution], odd: str = "") -> None:
+            why = self._why_not(number, begin, layers, odd)
             if why:
                 passed_over.append(PassedOver(path, why))
             elif kind == "block" and self.routing == "layer":
                 inner = [f"{path}.{layer.path}" for layer in self._wanted(layers)]
-                sites.extend(Site(p, self._detail("convolution")) for p in inner)
+                sites.extend(Site(p, self._detail(number, "convolution")) for p in inner)
             else:
-                sites.append(Site(path, self._detail(kind) | _count(kind, self._wanted(layers))))
+                detail = self._detail(number, kind) | _count(kind, self._wanted(layers))
+                sites.append(Site(path, detail))
 
         for conv in stem:
-            unit(1, conv.path, "convolution", [conv] if len(stem) == 1 else [])
+            odd = "" if len(stem) == 1 else f"one of {len(stem)} convolutions of the stem"
+            unit(1, conv.path, "convolution", [conv], odd)
         for number, block in enumerate(blocks, 2):
-            own = isinstance(block.module, Block)
-            unit(number, block.path, "block", [] if own else convolutions(block.module))
+            made = isinstance(block.module, Block)
+            odd = f"already another method's {type(block.module).__name__}" if made else ""
+            unit(number, block.path, "block", convolutions(block.module), odd)
+        passed_over += [PassedOver(conv.path, "between the blocks, in no unit") for _, conv in between]
         for number, conv in enumerate(head, 2 + len(blocks)):
             unit(number, conv.path, "convolution", [conv])
         if self.features and begin < last and not sites:
             return Survey((), tuple(passed_over))
         path = anatomy.classifier(model)
         if self.classifier and path is not None:
-            sites.append(Site(path, self._detail("classifier")))
+            sites.append(Site(path, self._detail(last, "classifier")))
         elif path is not None:
             passed_over.append(PassedOver(path, "classifier=False"))
         return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (self._note(),))
 
-    def _why_not(self, number: int, begin: int, layers: list[Convolution]) -> str:
+    def _why_not(self, number: int, begin: int, layers: list[Convolution], odd: str) -> str:
         """Why a unit stays as it is; empty if it does not."""
         if not self.features:
             return "features=False"
         if number < begin:
             return f"unit {number}; begin={begin}"
-        if not layers:
-            return "not one convolution, or already another method's"
+        if odd:
+            return odd
         if not self._wanted(layers):
-            odd = next((c for c in layers if self._kind(c) and not _mixable(c.module)), None)
-            if odd is not None:
-                return f"{odd.path} is a {type(odd.module).__name__} that cannot be mixed"
-            return f"no {self.layers} convolution"
+            other = next((c for c in layers if self._kind(c) and not _mixable(c.module)), None)
+            if other is not None:
+                return f"{other.path} is a {type(other.module).__name__} that cannot be mixed"
+            return "no convolution" if self.layers == "all" else f"no {self.layers} convolution"
         return ""
 
     def _kind(self, layer: Convolution) -> bool:
@@ -204,22 +211,21 @@ class CondConv(Method):
     def _wanted(self, layers: list[Convolution]) -> list[Convolution]:
         return [c for c in layers if self._kind(c) and _mixable(c.module)]
 
-    def _detail(self, kind: str) -> dict[str, Any]:
-        return {"kind": kind, "experts": self.experts}
+    def _detail(self, number: int, kind: str) -> dict[str, Any]:
+        return {"unit": number, "kind": kind, "experts": self.experts}
 
     def _with_sources(self, sites: list[Site]) -> list[Site]:
-        """Say of each site where its routing comes from."""
+        """Say of each site where its routing comes from, and whether the next one gets it."""
+        sources = ["own"] * len(sites)
+        for n in range(1, len(sites)):
+            if self.routing == "hierarchical":
+                sources[n] = "own, with the one before"
+            elif self.routing == "single" or (self.routing == "shared" and n % 2):
+                sources[n] = "the one before"
         result = []
         for n, site in enumerate(sites):
-            source = "own"
-            if self.routing == "hierarchical" and n > 0:
-                source = "own, with the one before"
-            elif (self.routing == "single" and n > 0) or (self.routing == "shared" and n % 2):
-                source = "the one before"
-            detail = {**site.detail, "routing": source}
-            if self.routing in THREADED and n + 1 < len(sites):
-                detail["passes_on"] = True
-            result.append(Site(site.path, detail))
+            passes_on = {} if sources[n + 1 : n + 2] in ([], ["own"]) else {"passes_on": True}
+            result.append(Site(site.path, {**site.detail, "routing": sources[n], **passes_on}))
         return result
 
     def _note(self) -> str:
@@ -301,6 +307,7 @@ class CondConv(Method):
                 options[name] = getattr(layer, name)
             options["padding"] = "same" if isinstance(layer, Conv2dSame) else layer.padding
             new = CondConv2d(channels, out, **options)
+        new.to(layer.weight.dtype)
         with torch.no_grad():
             new.weight.copy_(self._start(layer.weight.flatten(1), scale))
             if new.bias is not None and layer.bias is not None:
@@ -363,10 +370,15 @@ class CondConvBlock(Block):
         return layer(x, routing)
 
 
-def _lowest_resolutions(blocks: list[BlockInfo]) -> int:
+def _lowest_resolutions(blocks: list[BlockInfo], between: list[tuple[int, Convolution]]) -> int:
     """Number of the first unit of the two lowest resolutions."""
-    strided = [n for n, block in enumerate(blocks, 2) if block.stride > 1]
-    return 2 if len(strided) < 2 else strided[-2]
+    before = {n for n, conv in between if _stride(conv.module) > 1}
+    strided = [n for n, block in enumerate(blocks) if block.stride > 1 or n in before]
+    return 2 if len(strided) < 2 else 2 + strided[-2]
+
+
+def _stride(layer: nn.Module) -> int:
+    return max(layer.stride) if isinstance(layer, nn.Conv2d) else 1
 
 
 def _mixable(layer: nn.Module) -> bool:

@@ -252,6 +252,8 @@ class CondConv2d(_Conditional):
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels < 1 or channels % groups:
                 raise ValueError(f"{name} must be a multiple of groups = {groups}, not {channels}")
+        if isinstance(padding, str) and padding != "same":
+            raise ValueError(f"padding must be numbers or 'same', not {padding!r}")
         size = _pair(kernel_size)
         super().__init__((out_channels, in_channels // groups, *size), experts, bias, router, form)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, size

@@ -27,7 +27,7 @@ from pliant.models.mobile import MOBILE, WIDTHS, mobilenet
 _V1_BEGIN = 7
 # The text says the last 6 of MobileNetV2's 17 blocks; its counts are those of the last 11.
 _V2_BEGIN = 8
-# The last stage of ResNet-50 (section 4.1.3), where no router is said to be shared.
+# The last stage of ResNet-50 (section 4.1.3).
 _RESNET50_BEGIN = 15
 
 for _name, _width in WIDTHS.items():
@@ -73,7 +73,6 @@ register(
     partial(ResNet, block=Bottleneck, layers=(3, 4, 6, 3)),
     method=CondConv,
     begin=_RESNET50_BEGIN,
-    routing="layer",
     upcycle=False,
 )
 

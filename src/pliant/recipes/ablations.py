@@ -2,8 +2,8 @@
 
 Each changes one option of the network that the recipe trains: ``begin`` counts
 MobileNetV1's units as Table 7 does. ``imagenet.cc_mobilenetv1_025.ablation-single`` is one
-row of Table 6; ``pliant compare DATA.mobilenetv1_w025 --method condconv-ablations``
-trains them all.
+row of Table 6, with its 32 experts; ``pliant compare DATA.mobilenetv1_w025 --method
+condconv-ablations`` trains them all with the network's own 8.
 """
 
 from __future__ import annotations

@@ -122,7 +122,9 @@ def evaluate_depths(
         >>> [score.depth for score in scores][:3], scores[-1].role
         (['FFF', 'FFT', 'FTF'], 'base')
     """
-    ready = prepare(model, data, path, part, batch, device, workers, pixels)
+    ready = prepare(
+        model, data, path, part=part, batch=batch, device=device, workers=workers, pixels=pixels
+    )
     network, side = ready.network, ready.recipe.pixels
     flags = len(get_depth(network))
     wanted = None if skips is None else [check_skip(list(skip), flags) for skip in skips]
@@ -132,7 +134,7 @@ def evaluate_depths(
     network.to(ready.device).eval()
     try:
         with torch.no_grad():
-            for x, y in ready.loader:
+            for x, y in ready.batches:
                 x, y = x.to(ready.device), y.to(ready.device)
                 for skip, score in scores.items():
                     with set_depth(network, skip):
@@ -156,7 +158,7 @@ def evaluate_depths(
                 top5=None if found.top5 is None else 100 * found.top5,
                 loss=found.loss,
                 images=found.images,
-                unreadable=len(ready.loader.unreadable),
+                unreadable=len(ready.batches.unreadable),
                 data=ready.recipe.data,
                 part=part,
                 pixels=side,

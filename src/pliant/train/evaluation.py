@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pliant.train.batches import Batches, make_batches
 from pliant.train.data import Part, load_part, normalisation
+from pliant.train.images import ImageSet
 from pliant.train.recipe import Recipe
 from pliant.train.run import BEST, RECIPE
 
@@ -92,18 +93,30 @@ def evaluate(
             has classes that the checkpoint does not name (it may have fewer).
         FileNotFoundError: no data, or no checkpoint.
     """
-    ready = prepare(model, data, path, part, batch, device, workers, pixels)
-    result = score(ready.network, ready.loader, ready.classes, device=ready.device)
-    paths = tuple(sorted(ready.loader.unreadable))
+    given = prepare(
+        model, data, path, part=part, batch=batch, device=device, workers=workers, pixels=pixels
+    )
+    result = score(given.network, given.batches, given.classes, device=given.device)
+    paths = tuple(sorted(given.batches.unreadable))
     return replace(result, unreadable=len(paths), unreadable_paths=paths)
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A network, and the images that it is to be scored on."""
+class Prepared:
+    """A network, and the images that it is to be run on, as it wants them.
+
+    Attributes:
+        network: as it was given or saved.
+        images: the set, not normalised.
+        batches: of `images`, in order, normalised and of the network's size.
+        classes: names, in the order of the labels.
+        device: where `batches` are best used; `network` is not moved there.
+        recipe: which says what the images are.
+    """
 
     network: nn.Module
-    loader: Batches
+    images: ImageSet
+    batches: Batches
     classes: tuple[str, ...]
     device: torch.device
     recipe: Recipe
@@ -111,15 +124,19 @@ class Ready:
 
 def prepare(
     model: nn.Module | str | os.PathLike[str],
-    data: str | None,
-    path: str | os.PathLike[str] | None,
-    part: Part,
-    batch: int,
-    device: str,
-    workers: int,
-    pixels: int | None,
-) -> Ready:
-    """Load what `evaluate` needs; its arguments, and what it raises."""
+    data: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    part: Part = "test",
+    batch: int = 256,
+    device: str = "auto",
+    workers: int = 2,
+    pixels: int | None = None,
+) -> Prepared:
+    """Bring a network, or a saved one, and the images of a data set together.
+
+    Arguments and errors are those of `evaluate`.
+    """
     network, settings = (model, _settings(model)) if isinstance(model, nn.Module) else _saved(Path(model))
     channels, side = settings.size[0], pixels or settings.size[-1]
     place = None if path is None else os.fspath(path)
@@ -147,7 +164,7 @@ def prepare(
     mean, std = normalisation(recipe)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     loader = make_batches(images, recipe, settings.mean or mean, settings.std or std, device=where)
-    return Ready(network, loader, classes, where, recipe)
+    return Prepared(network, images, loader, classes, where, recipe)
 
 
 @torch.no_grad()

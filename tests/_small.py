@@ -1,0 +1,67 @@
+"""Small networks of every family that CondConv converts, and its routing variants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+NARROW = {"channels": (8, 16, 24, 32), "num_classes": 5}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mobilenetv1_w025_cifar": {"num_classes": 5},
+    "mobilenetv2_035": {"num_classes": 5},
+    "mobilenetv3_small_050": {"num_classes": 5},
+    "tf_mobilenetv3_small_minimal_100": {"num_classes": 5},  # "same" padding
+    "efficientnet_b0": {"num_classes": 5},
+    "tf_efficientnet_b0": {"num_classes": 5},
+    "resnet20_cifar": {"num_classes": 5},
+    "resnet18_cifar": NARROW,
+    "resnet50_cifar": NARROW,
+    "regnetx_002": {"num_classes": 5},
+    "regnety_002": {"num_classes": 5},
+    "convnext_atto": {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_classes": 5},  # 1x1 convs
+    "convnext_tiny": {"dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_classes": 5},  # linear
+}
+
+# Every variant of Table 6 and sections 3 and 4.3, by what differs from the default.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "block": {},
+    "layer": {"routing": "layer"},
+    "single": {"routing": "single"},
+    "shared": {"routing": "shared"},
+    "hierarchical": {"routing": "hierarchical"},
+    "hidden": {"hidden": 0.125},
+    "softmax": {"activation": "softmax"},
+    "per_channel": {"per_channel": True},
+    "hard": {"activation": "softmax", "active": 2},
+    "pointwise": {"layers": "pointwise"},
+    "depthwise": {"layers": "depthwise"},
+}
+
+
+def small(name: str) -> nn.Module:
+    """An instance whose every layer bears on its output."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **FAMILIES[name])
+    for path, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):  # timm starts the last one of a block at zero
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+        if hasattr(module, "gamma") and "stages" in path:  # ConvNeXt's scale of a block, 1e-6
+            nn.init.constant_(module.gamma, 0.5)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:  # statistics that fit, so that a signal comes through
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images(32))
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+def images(batch: int = 4, size: int = 32) -> torch.Tensor:
+    """Images that are not alike in their means, so that routings are not either."""
+    return torch.randn(batch, 3, size, size) + torch.randn(batch, 3, 1, 1)
