@@ -670,3 +670,19 @@ def test_a_cut_network_is_saved_and_loaded(tmp_path, named, skip):
         set_depth(again, skip)
     # And once more, cut from what was loaded.
     assert load(save(again, tmp_path / "net")).state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", ["resnet18_adn", "vit_tiny_patch16_adn"])
+def test_a_network_of_features_is_cut_out_saved_and_loaded(tmp_path, name):
+    options = {"img_size": 32} if name.startswith("vit") else {}
+    model, x = scramble(timm.create_model(name, features_only=True, **options)).eval(), images()
+    skip = (True, False, True, True)
+    cut = subnet(model, skip)
+    with torch.no_grad():
+        with set_depth(model, skip):
+            expected = model(x)
+        for kind, network in (("whole", model), ("cut", cut)):
+            again = load(save(network, tmp_path / kind, input_size=(3, 32, 32)))
+            for f, g in zip(network(x), again(x), strict=True):
+                assert torch.equal(f, g)
+        assert all(torch.equal(f, g) for f, g in zip(cut(x), expected, strict=True))
