@@ -593,6 +593,37 @@ def test_compiled_ahead_switching_recompiles_nothing(family):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("inside", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_compiled_ahead_it_serves_in_every_mode_of_its_caller(inside):
+    torch._dynamo.reset()
+    model = tiny()
+    skips = [(False, True), (True, True)]
+    compiled = compile_depths(model, images(), skips, backend="aot_eager")
+    with torch.compiler.set_stance("fail_on_recompile"), inside():
+        for x in (images(), images() + 1):
+            for skip in skips:
+                with set_depth(model, skip):
+                    out = compiled(x)
+                torch.testing.assert_close(out, subnet(model, skip)(x), check_stride=False)
+                assert not out.requires_grad
+    torch._dynamo.reset()
+
+
+def test_compiled_for_training_it_follows_the_networks_mode_and_leaves_its_statistics():
+    torch._dynamo.reset()
+    model, x = tiny().train(), images(4)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    compiled = compile_depths(model, x, [(True, True)], backend="aot_eager")
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    with torch.compiler.set_stance("fail_on_recompile"), set_depth(model, (True, True)):
+        compiled(x).sum().backward()
+    assert model.layer2[0].block.bn1.base.weight.grad is not None
+    compiled.eval()
+    with set_depth(model, (True, True)), torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    torch._dynamo.reset()
+
+
 def test_a_depth_that_was_not_compiled_is_refused():
     model, x = tiny(), images()
     compiled = compile_depths(model, x, [(True, True), [False, False]], backend="eager")
@@ -639,3 +670,19 @@ def test_a_cut_network_is_saved_and_loaded(tmp_path, named, skip):
         set_depth(again, skip)
     # And once more, cut from what was loaded.
     assert load(save(again, tmp_path / "net")).state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", ["resnet18_adn", "vit_tiny_patch16_adn"])
+def test_a_network_of_features_is_cut_out_saved_and_loaded(tmp_path, name):
+    options = {"img_size": 32} if name.startswith("vit") else {}
+    model, x = scramble(timm.create_model(name, features_only=True, **options)).eval(), images()
+    skip = (True, False, True, True)
+    cut = subnet(model, skip)
+    with torch.no_grad():
+        with set_depth(model, skip):
+            expected = model(x)
+        for kind, network in (("whole", model), ("cut", cut)):
+            again = load(save(network, tmp_path / kind, input_size=(3, 32, 32)))
+            for f, g in zip(network(x), again(x), strict=True):
+                assert torch.equal(f, g)
+        assert all(torch.equal(f, g) for f, g in zip(cut(x), expected, strict=True))

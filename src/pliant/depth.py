@@ -9,10 +9,10 @@ Shapes: images as the network takes them; nothing here changes a shape.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,17 @@ def set_depth(model: nn.Module, skip: Sequence[bool]) -> Switch:
 
     ``set_depth(model, skip)`` sets the default, for all threads. ``with set_depth(model,
     skip):`` holds in its block only: other threads and tasks do not see it, and the
-    default stays. One forward has one depth for each stage, whatever is switched
-    meanwhile.
+    default stays; tasks that are started in the block keep it. The statement within such a
+    block holds for the rest of it too. One forward has one depth for each stage, whatever
+    is switched meanwhile.
+
+    A thread that is started in a ``with`` begins without it, as with all of Python's
+    context variables (`asyncio.to_thread` takes it along, and so does `nn.DataParallel`).
+
+    What `torch.compile` made of the network switches too, and compiles anew for each depth:
+    `compile_depths` does that ahead. (PyTorch that cannot compile the reading of a context
+    variable, 2.11 say, breaks the graph there, so it refuses ``fullgraph=True``.) What was
+    traced, exported or cut out has the one depth that held then, and refuses to be switched.
 
     Args:
         model: a network converted by `AdaptiveDepth`.
@@ -111,7 +120,8 @@ def depths(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
 def subnet(model: Network, skip: Sequence[bool], *, share: bool = False) -> Network:
     """Cut one depth out: a plain network, without what it does not use.
 
-    Its outputs are those of `model` at that depth, bit by bit.
+    Its outputs are those of `model` at that depth, bit by bit. It can be saved and loaded,
+    exported without the weights of other depths, and converted by further methods.
 
     Args:
         model: a network converted by `AdaptiveDepth`; it stays as it is.
@@ -159,15 +169,20 @@ class CompiledDepths(nn.Module):
         super().__init__()
         self.model = model
         # In a dict they are no submodules: their weights are the model's.
-        self._runners: dict[Skip, Callable[..., Any]] = {}
+        self._runners: dict[Skip, nn.Module] = {}
         flags = len(find_depth(model).skip)
         chosen = product((False, True), repeat=flags) if skips is None else skips
         for skip in chosen:
             cut = subnet(model, list(skip), share=True)
-            self._runners[check_skip(list(skip), flags)] = torch.compile(cut, **compile_options)
+            self._runners[check_skip(list(skip), flags)] = cast(
+                "nn.Module", torch.compile(cut, **compile_options)
+            )
 
     def forward(self, x: Tensor) -> Any:
         """The network's output for `x`, at the depth that holds here and now.
+
+        In evaluation mode without gradients, whatever the caller's mode: compiled code is
+        for one, and would be compiled anew for `torch.inference_mode`, say.
 
         Raises:
             ValueError: that depth is not among the compiled ones.
@@ -175,7 +190,12 @@ class CompiledDepths(nn.Module):
         skip = get_depth(self.model)
         if skip not in self._runners:
             raise ValueError(f"depth {skip} is not compiled; compiled are {list(self._runners)}")
-        return self._runners[skip](x)
+        runner, training = self._runners[skip], self.model.training
+        if runner.training != training:  # it is no submodule
+            runner.train(training)
+        gradients = training and torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            return runner(x.clone() if x.is_inference() else x)
 
 
 def compile_depths(
@@ -186,8 +206,8 @@ def compile_depths(
 ) -> CompiledDepths:
     """Compile every depth ahead, so that switching recompiles nothing.
 
-    Compiled code is for inputs of the example's shape and dtype, in the mode (training or
-    evaluation) that the network has now.
+    Compiled code is for inputs of the example's shape and dtype, in the mode that the network
+    has now: evaluation, where it computes no gradients, or training.
 
     Args:
         model: a network converted by `AdaptiveDepth`.
@@ -209,9 +229,12 @@ def compile_depths(
     import torch._dynamo
 
     compiled = CompiledDepths(model, skips, **compile_options)
+    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
     # Depths share their classes' code, whose cache holds eight entries unless told.
-    with torch._dynamo.config.patch(recompile_limit=max(8, 4 * len(compiled._runners))), torch.no_grad():
+    with torch._dynamo.config.patch(recompile_limit=max(8, 4 * len(compiled._runners))):
         for skip in compiled._runners:
             with set_depth(model, skip):
                 compiled(example)
+    for buffer, before in statistics:
+        buffer.copy_(before)
     return compiled
