@@ -27,7 +27,9 @@ from pliant.surgery import conversions
 
 NETWORKS = list_networks()
 CIFAR = [name for name in NETWORKS if "_cifar" in name]
-IMAGENET = [name for name in NETWORKS if "_cifar" not in name]
+VIT = [name for name in NETWORKS if name.startswith("vit_")]
+CNNS = [name for name in NETWORKS if name not in VIT]
+IMAGENET = [name for name in CNNS if "_cifar" not in name]
 MOBILE = [name for name in NETWORKS if "mobilenet" in name]
 CONDITIONAL = [name for name in NETWORKS if name.startswith("cc_")]
 NARROW = {"channels": (8, 16, 24, 32)}
@@ -44,6 +46,7 @@ SMALLEST = {
     "mobilenetv1_w025_cifar": {},
     "cc_mobilenetv1_025_cifar": {"experts": 2, "begin": 13},
     "cc_resnet20_cifar": {"experts": 2},
+    "resnet20_cifar_adn": {},
 }
 WIDER = {"reduction": 2}
 FEW = {"experts": 2}
@@ -65,14 +68,14 @@ def meta(name, **kwargs) -> nn.Module:
 
 
 def images(name, batch=2, channels=3, size=None):
-    size = size or (32 if name in CIFAR else 64)
+    size = size or (32 if name in CIFAR else 224 if name in VIT else 64)
     return torch.empty(batch, channels, size, size, device="meta")
 
 
 def real(name, kwargs) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs)
-    size = 16 if name in CIFAR else 64
+    size = 16 if name in CIFAR else 224 if name in VIT else 64
     return model, torch.randn(4, 3, size, size)
 
 
@@ -87,6 +90,9 @@ def test_the_networks_that_are_promised():
         promised |= {f"mobilenetv1_w{width}", f"mobilenetv1_w{width}_cifar"}
         promised |= {f"cc_mobilenetv1_{width}", f"cc_mobilenetv1_{width}_cifar"}
     promised |= {"cc_mobilenetv2_050", "cc_mobilenetv2_100", "cc_resnet50"}
+    promised |= {f"resnet{n}_adn" for n in (18, 34, 50, 101)}
+    promised |= {f"resnet{n}_cifar_adn" for n in (20, 50, 56)}
+    promised |= {"mobilenetv2_adn", "vit_base_patch32_adn", "vit_tiny_patch16_adn"}
     assert set(NETWORKS) == promised
     assert sorted(NETWORKS) == NETWORKS
 
@@ -151,7 +157,7 @@ def test_a_network_without_head(name):
     assert meta(name, num_classes=0).eval()(images(name)).dim() == 2
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CNNS)
 def test_features(name):
     model = meta(name, features_only=True, in_chans=5).eval()
     x = images(name, channels=5)
@@ -165,12 +171,21 @@ def test_features(name):
     assert reduction[0] == (1 if name in CIFAR else 2)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CNNS)
 def test_chosen_features(name):
     model = meta(name, features_only=True, out_indices=(1, 3)).eval()
     assert model.feature_info.out_indices == (1, 3) or list(model.feature_info.out_indices) == [1, 3]
     whole = meta(name, features_only=True).eval()(images(name))
     assert [f.shape for f in model(images(name))] == [whole[1].shape, whole[3].shape]
+
+
+@pytest.mark.parametrize("name", VIT)
+def test_features_of_a_transformer_are_those_of_its_groups(name):
+    model = meta(name, features_only=True, in_chans=5).eval()
+    assert list(model.feature_info.out_indices) == [2, 5, 8, 11]
+    (patch,) = set(model.feature_info.reduction())
+    for f, c in zip(model(images(name, channels=5)), model.feature_info.channels(), strict=True):
+        assert f.shape == (2, c, 224 // patch, 224 // patch)
 
 
 @pytest.mark.parametrize("stride", [8, 16])
