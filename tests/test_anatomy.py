@@ -271,6 +271,20 @@ def test_networks_without_classifier():
     assert classifier(nn.Sequential(nn.ReLU(), nn.Linear(3, 8))) == "1"
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto"])
+def test_a_classifier_behind_a_network_without_one(name):
+    inner = meta(name, num_classes=0)
+    linear = nn.Linear(inner.num_features, 5)
+    assert classifier(nn.Sequential(inner, linear)) == "1"
+    assert classifier(nn.Sequential(inner, nn.Dropout(0.2), linear)) == "2"
+    assert classifier(nn.Sequential(inner, nn.Flatten())) is None
+    assert classifier(nn.Sequential(meta(name), linear)).startswith("0."), "the network's own comes first"
+
+
+def test_two_classifiers_are_none():
+    assert classifier(meta("deit_tiny_distilled_patch16_224")) is None
+
+
 def test_shape_of_a_block_of_no_known_family():
     with pytest.raises(ValueError, match=r"Linear is no known block; known: .*resnet\.Bottleneck"):
         shape_of(nn.Linear(2, 2))
@@ -305,6 +319,18 @@ def test_take_dropout(name, kwargs):
         model(x), model(x)
     assert torch.equal(seen[2], seen[3])
     assert take_dropout(model, path) == 0.0
+
+
+def test_take_dropout_in_a_plain_sequence():
+    def build(*layers):
+        return nn.Sequential(nn.Flatten(), *layers)
+
+    model = build(nn.Dropout(0.3), nn.Linear(4, 2))
+    assert (take_dropout(model, "2"), model[1].p) == (0.3, 0.0)
+    model = build(nn.Dropout(0.3), nn.ReLU(), nn.Linear(4, 2))
+    assert (take_dropout(model, "3"), model[1].p) == (0.0, 0.3), "not on its input"
+    model = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.3))
+    assert (take_dropout(model, "0"), model[1].p) == (0.0, 0.3)
 
 
 def test_a_block_says_its_shape():

@@ -345,6 +345,31 @@ def test_layers_that_are_more_than_their_weight_are_passed_over():
     assert "layer3.1" not in reasons(model)
 
 
+def test_a_classifier_that_is_not_found_is_told():
+    model = timm.create_model("mobilenetv1_w025_cifar", num_classes=0)
+    assert reasons(model, **LATE)["(classifier)"] == "no linear classifier found"
+    assert "(classifier)" not in reasons(model, **LATE, classifier=False)
+    assert "(classifier)" not in reasons(mobilenet(), **LATE)
+    with pytest.raises(ValueError, match=r"matches nothing in EfficientNet:(?s:.*)no linear classifier"):
+        convert(model, CondConv(features=False))
+    with pytest.raises(ValueError, match="matches nothing in Sequential: no block of a known family"):
+        convert(nn.Sequential(nn.ReLU()), CondConv())
+
+
+@pytest.mark.parametrize("routing", ["block", "single"])
+@pytest.mark.parametrize("drop", [[], [nn.Dropout(0.5)]])
+def test_a_classifier_behind_a_network_without_one(drop, routing):
+    inner = mobilenet(num_classes=0)
+    plain = nn.Sequential(inner, *drop, nn.Linear(inner.num_features, 5)).eval()
+    new = convert(plain, CondConv(experts=2, routing=routing, begin=14))
+    assert conversions(new)[0].sites == ("0.blocks.4.1", str(1 + len(drop)))
+    assert new[-1].drop == 0.5 * len(drop)
+    assert all(m.p == 0 for m in new.modules() if isinstance(m, nn.Dropout))
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(new(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
 # --- what is kept ----------------------------------------------------------------------------------
 
 

@@ -222,7 +222,8 @@ def _kind(conv: nn.Conv2d) -> Literal["depthwise", "pointwise", "spatial"]:
 def classifier(model: nn.Module) -> str | None:
     """Path of the linear layer that gives the classes; None without one.
 
-    timm's networks name it, also inside a container; of others it is the last module.
+    timm's networks name it, also inside a container; of others it is the last module, as
+    it is behind a network of timm that was made without a classifier.
 
     Example:
         >>> import timm
@@ -231,7 +232,9 @@ def classifier(model: nn.Module) -> str | None:
     """
     getters = (getattr(module, "get_classifier", None) for module in model.modules())
     asked = [get() for get in getters if callable(get)]
-    found: object = asked[0] if asked else list(model.modules())[-1]
+    found: object = asked[0] if asked else None
+    if found is None or isinstance(found, nn.Identity):
+        found = list(model.modules())[-1]
     paths = (path for path, module in model.named_modules() if module is found)
     return next(paths, None) if isinstance(found, nn.Linear) else None
 
@@ -273,11 +276,16 @@ def take_dropout(model: nn.Module, classifier: str) -> float:
     """Turn off the dropout on the classifier's input; returns the rate that it had.
 
     For a classifier that drops by itself, because it also needs the features whole. timm
-    drops by a function with the network's ``drop_rate``, or by a module beside the classifier.
+    drops by a function with the network's ``drop_rate``, or by a module beside the classifier;
+    in a plain sequence it is the module before.
     """
     owner = model.get_submodule(classifier.rpartition(".")[0])
-    for name in ("drop", "head_drop"):
-        drop = getattr(owner, name, None)
+    beside = [getattr(owner, drop, None) for drop in ("drop", "head_drop")]
+    if type(owner) is nn.Sequential:
+        layers = list(owner)
+        place = layers.index(model.get_submodule(classifier))
+        beside += layers[max(place - 1, 0) : place]
+    for drop in beside:
         if isinstance(drop, nn.Dropout):
             rate, drop.p = drop.p, 0.0
             return rate

@@ -188,6 +188,8 @@ class CondConv(Method):
             sites.append(Site(path, self._detail(last, "classifier")))
         elif path is not None:
             passed_over.append(PassedOver(path, "classifier=False"))
+        elif self.classifier and (found or not self.features):
+            passed_over.append(PassedOver("(classifier)", "no linear classifier found"))
         return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (self._note(),))
 
     def _why_not(self, number: int, begin: int, layers: list[Convolution], odd: str) -> str:
