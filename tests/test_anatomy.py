@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from pliant import MixtureOfDepths, convert
+from pliant import CondConv, MixtureOfDepths, convert, plan
 from pliant.anatomy import (
     Block,
     RemovedBlock,
@@ -283,6 +283,18 @@ def test_a_classifier_behind_a_network_without_one(name):
 
 def test_two_classifiers_are_none():
     assert classifier(meta("deit_tiny_distilled_patch16_224")) is None
+
+
+@pytest.mark.parametrize("method", [MixtureOfDepths(), CondConv(experts=2)])
+def test_a_block_that_cannot_be_read_is_named(method):
+    """MixNet has several kernels in what its blocks call one convolution."""
+    model = meta("mixnet_s")
+    message = r"^InvertedResidual blocks\.2\.0 is built .* cannot be read: 'MixedConv2d' .* 'stride'"
+    for call in (stages, lambda model: plan(model, method), lambda model: convert(model, method)):
+        with pytest.raises(ValueError, match=message):
+            call(model)
+    with pytest.raises(ValueError, match=r"^InvertedResidual is built .* cannot be read: .*'stride'"):
+        shape_of(model.blocks[2][0])
 
 
 def test_shape_of_a_block_of_no_known_family():

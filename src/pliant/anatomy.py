@@ -122,10 +122,16 @@ _READERS: dict[type[nn.Module], Callable[..., Shape]] = {
 }
 
 
-def _read(module: nn.Module) -> Shape | None:
+def _read(module: nn.Module, path: str = "") -> Shape | None:
     for cls in type(module).__mro__:
         if cls in _READERS:
-            return _READERS[cls](module)
+            try:
+                return _READERS[cls](module)
+            except (AttributeError, TypeError) as error:  # MixNet's blocks hold several kernels in one
+                name = f"{type(module).__name__} {path}".strip()
+                raise ValueError(
+                    f"{name} is built as no other of its type and cannot be read: {error}"
+                ) from error
     return None
 
 
@@ -133,7 +139,7 @@ def shape_of(block: nn.Module) -> Shape:
     """Channels in, channels out and stride of a block.
 
     Raises:
-        ValueError: a block of no known family.
+        ValueError: a block of no known family, or one that cannot be read.
     """
     shape = _read(block)
     if shape is None:
@@ -145,8 +151,9 @@ def _containers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]
     """Every module below (and with) `module` that is not itself inside a block."""
     yield path, module
     for name, child in module.named_children():
-        if _read(child) is None:
-            yield from _containers(child, f"{path}.{name}" if path else name)
+        below = f"{path}.{name}" if path else name
+        if _read(child, below) is None:
+            yield from _containers(child, below)
 
 
 def stages(model: nn.Module) -> list[Stage]:
@@ -159,6 +166,9 @@ def stages(model: nn.Module) -> list[Stage]:
         One `Stage` for each container that directly holds blocks; empty when the
         network's family is not known here.
 
+    Raises:
+        ValueError: a block of a known type lacks what tells its shape; names it.
+
     Example:
         >>> import timm
         >>> [len(stage.blocks) for stage in stages(timm.create_model("resnet18"))]
@@ -168,9 +178,10 @@ def stages(model: nn.Module) -> list[Stage]:
     for path, container in _containers(model, ""):
         blocks = []
         for name, child in container.named_children():
-            shape = _read(child)
+            below = f"{path}.{name}" if path else name
+            shape = _read(child, below)
             if shape is not None:
-                blocks.append(BlockInfo(f"{path}.{name}" if path else name, child, *shape))
+                blocks.append(BlockInfo(below, child, *shape))
         if blocks:
             found.append(Stage(path, tuple(blocks)))
     return found
