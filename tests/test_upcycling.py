@@ -101,6 +101,30 @@ def test_noise_is_of_the_size_asked_for_and_sums_to_zero():
     assert all(torch.equal(expert, kernel) for expert in copies.weight)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_a_layer_of_equal_weights_starts_apart_too(value):
+    """A classifier that starts at zero has a standard deviation of zero."""
+    plain = small("resnet20_cifar").double()
+    layers = {"fc": 64, "layer3.1.conv1": 64 * 9}
+    for path in layers:
+        nn.init.constant_(plain.get_submodule(path).weight, value)
+    nn.init.normal_(plain.fc.bias)
+    x = images().double()
+    same, fresh = (convert(plain, CondConv(experts=8, upcycle=upcycle)) for upcycle in (True, False))
+    with torch.no_grad():
+        torch.testing.assert_close(same(x), plain(x), rtol=1e-12, atol=1e-12)
+    for path, fan_in in layers.items():
+        start = (3 * fan_in) ** -0.5
+        old = plain.get_submodule(path).weight.flatten(1)
+        experts = conditional(same)[path.replace("conv", "block.conv")].weight
+        torch.testing.assert_close(experts.sum(0) * 0.5, old, rtol=1e-12, atol=1e-12)
+        noise = float((experts - experts.mean(0)).std())
+        assert noise == pytest.approx(0.1 * start / 4 * (7 / 8) ** 0.5, rel=0.06), path
+        experts = conditional(fresh)[path.replace("conv", "block.conv")].weight
+        scale = 2 / 8**0.5 if path == "fc" else 1.0
+        assert float(experts.std()) == pytest.approx(scale * start, rel=0.06), path
+
+
 # --- experts part, or not ------------------------------------------------------------------------
 
 

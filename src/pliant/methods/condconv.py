@@ -320,12 +320,15 @@ class CondConv(Method):
         """Experts [E, ...] from a layer's weight, as `upcycle` says."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         copies = weight.expand(self.experts, *weight.shape)
+        size = weight.std(correction=0)
+        # Of a layer that starts at zero or at one value, PyTorch's start: its copies could never part.
+        size = torch.where(weight.amax() > weight.amin(), size, (3 * weight.shape[1]) ** -0.5)
         if not self.upcycle:
-            return torch.randn_like(copies) * (scale * weight.std(correction=0))
+            return torch.randn_like(copies) * (scale * size)
         if self.activation == "softmax":
             return copies
         copies = copies / (0.5 * self.experts)
-        noise = torch.randn_like(copies) * (self.noise * copies.std(correction=0))
+        noise = torch.randn_like(copies) * (self.noise * size / (0.5 * self.experts))
         return copies + noise - noise.mean(0)
 
 
