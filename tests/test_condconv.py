@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -415,6 +417,28 @@ def test_mode_dtype_and_memory_format_are_kept():
     assert new(x).dtype == torch.bfloat16
     features = new.forward_features(x)
     assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("norms_first", [False, True])
+def test_parts_that_are_kept_keep_their_own_dtype(norms_first):
+    """Norms in full precision in a network of half."""
+    model = mobilenet().bfloat16()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    if norms_first:  # the first parameter of a block does not tell
+        block = model.blocks[4][1]
+        block._modules = dict(sorted(block._modules.items(), key=lambda item: "conv" in item[0]))
+        assert next(block.parameters()).dtype == torch.float32
+    model.blocks[4][0].bn1.running_mean += 1e-4  # not to be had in half
+    new = convert(model, CondConv(experts=2, **LATE))
+    state = new.state_dict()
+    for name, value in model.state_dict().items():
+        name = re.sub(r"(blocks\.4\.\d)", r"\1.block", name)
+        assert state[name].dtype == value.dtype, name
+        if "bn" in name:
+            assert torch.equal(state[name], value), name
+    assert {v.dtype for n, v in state.items() if "router" in n} == {torch.bfloat16}
 
 
 def test_the_device_is_kept():

@@ -240,12 +240,13 @@ class CondConv(Method):
         like = next(module.parameters())
         with torch.device(like.device):
             if site.detail["kind"] == "block":
-                return self._block(module, site).to(like.dtype)
+                return self._block(module, site)
             assert isinstance(module, (nn.Conv2d, nn.Linear))
             router = self._router(*_channels(module), site)
-            # Keeps logits, at sigmoid weights of a half, as large as one layer's.
-            scale = 2 / self.experts**0.5 if site.detail["kind"] == "classifier" else 1.0
-            new = self._layer(module, router, scale)
+            # Keeps logits as large as one layer's: m weights of a half, or of 1/m under softmax.
+            m = self.active or self.experts
+            scale = m**0.5 if self.activation == "softmax" else 2 / m**0.5
+            new = self._layer(module, router, scale if site.detail["kind"] == "classifier" else 1.0)
             new.passes_on = "passes_on" in site.detail
             return new.to(like.dtype)
 
@@ -264,7 +265,7 @@ class CondConv(Method):
         layers = self._wanted(convolutions(block))
         channels, out_channels, stride = anatomy.shape_of(block)
         widths = [_channels(layer.module)[1] for layer in layers]
-        router = self._router(channels, sum(widths), site)
+        router = self._router(channels, sum(widths), site).to(layers[0].module.weight.dtype)
         for layer in layers:
             parent, _, name = layer.path.rpartition(".")
             new = self._layer(layer.module, None).train(block.training)
