@@ -101,6 +101,19 @@ def test_noise_is_of_the_size_asked_for_and_sums_to_zero():
     assert all(torch.equal(expert, kernel) for expert in copies.weight)
 
 
+@pytest.mark.parametrize("active", [None, 2])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_fresh_logits_are_as_large_as_the_plain_networks(activation, active):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.ReLU(), nn.Linear(64, 500, bias=False))
+    options = {"experts": 16, "activation": activation, "active": active}
+    new = convert(plain, CondConv(features=False, upcycle=False, **options))
+    x = 0.2 * torch.randn(64, 64)  # so small that the router says a half, or a share, of each
+    with torch.no_grad():
+        ratio = float(new(x).std() / plain(x).std())
+    assert ratio == pytest.approx(1, rel=0.2)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_a_layer_of_equal_weights_starts_apart_too(value):
     """A classifier that starts at zero has a standard deviation of zero."""
