@@ -195,8 +195,8 @@ def faster_form(positions: int, shape: tuple[int, ...], batch: int = 1) -> Liter
     as cost what mixing and loading a kernel does: `MIXING_WORTH`, times the fourth root
     of the batch for kernels larger than 1x1 (`BATCH_POWER`). The figures are fitted to
     ``results/condconv-forms-cpu.csv`` (`pliant.measuring.forms`), and the same fit inference
-    and training. There a larger batch also favours fused 1x1 convolutions, but hardly
-    any in the range where the rule could change its mind.
+    and training. For 1x1 kernels the rows favour fused the more, the larger the batch (at one
+    position, the experts), but a power of the batch in the rule gains less than 1 % of time.
 
     One position takes the experts, however many: fused, each example has a matrix of its
     own to hold (a million values, for 1000 classes from 1024 channels). In time alone, the
