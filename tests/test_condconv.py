@@ -347,6 +347,40 @@ def test_layers_that_are_more_than_their_weight_are_passed_over():
     assert "layer3.1" not in reasons(model)
 
 
+def test_layers_with_hooks_are_passed_over():
+    model = mobilenet()
+    nn.utils.spectral_norm(model.blocks[4][0].conv_pw)
+    model.blocks[4][1].conv_dw.register_forward_hook(lambda *call: None)
+    model.blocks[4][1].conv_pw.register_forward_pre_hook(lambda *call: None)
+    reason = "has forward hooks (spectral_norm has), which a mixture would lose"
+    assert {path: why for path, why in reasons(model, **LATE).items() if "blocks.4" in path} == {
+        "blocks.4.0.conv_pw": reason,
+        "blocks.4.1": f"conv_dw {reason}",
+    }
+    new = convert(model, CondConv(experts=2, **LATE))
+    assert isinstance(new.blocks[4][0].block.conv_dw, CondConv2d)
+    assert type(new.blocks[4][0].block.conv_pw) is nn.Conv2d
+    with torch.no_grad():
+        torch.testing.assert_close(new(images()), model(images()), rtol=1, atol=1)
+
+
+def test_a_classifier_with_hooks_or_of_another_type_is_passed_over():
+    model = nn.utils.parametrizations.weight_norm(mobilenet().classifier)
+    model = mobilenet()
+    nn.utils.spectral_norm(model.classifier)
+    assert reasons(model, **LATE)["classifier"].startswith("has forward hooks")
+    model = mobilenet()
+    nn.utils.parametrizations.weight_norm(model.classifier)
+    assert reasons(model, **LATE)["classifier"] == "is a ParametrizedLinear that cannot be mixed"
+
+
+def test_hooks_that_hand_a_routing_on_are_no_obstacle():
+    first = CondConv(experts=2, begin=13, routing="shared", classifier=False)
+    model = convert(mobilenet(), first)
+    assert model.classifier._forward_hooks
+    assert sites(model, features=False) == ["classifier"]
+
+
 def test_a_classifier_that_is_not_found_is_told():
     model = timm.create_model("mobilenetv1_w025_cifar", num_classes=0)
     assert reasons(model, **LATE)["(classifier)"] == "no linear classifier found"

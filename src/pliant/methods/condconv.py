@@ -37,7 +37,7 @@ from pliant.methods.conditional import (
 )
 from pliant.methods.mixing import Form
 from pliant.surgery import Method, PassedOver, Site, Survey
-from pliant.threaded import Bound, between, pass_along, thread
+from pliant.threaded import Bound, _hand_on, between, pass_along, thread
 
 Routing = Literal["block", "layer", "single", "shared", "hierarchical"]
 Layers = Literal["all", "pointwise", "depthwise"]
@@ -164,7 +164,11 @@ class CondConv(Method):
             why = self._why_not(number, begin, layers, odd)
             if why:
                 passed_over.append(PassedOver(path, why))
-            elif kind == "block" and self.routing == "layer":
+                return
+            if kind == "block":
+                left = [PassedOver(f"{path}.{c.path}", reason) for c, reason in self._unwanted(layers)]
+                passed_over.extend(left)
+            if kind == "block" and self.routing == "layer":
                 inner = [f"{path}.{layer.path}" for layer in self._wanted(layers)]
                 sites.extend(Site(p, self._detail(number, "convolution")) for p in inner)
             else:
@@ -184,7 +188,10 @@ class CondConv(Method):
         if self.features and begin < last and not sites:
             return Survey((), tuple(passed_over))
         path = anatomy.classifier(model)
-        if self.classifier and path is not None:
+        odd = "" if path is None else _unmixable(model.get_submodule(path))
+        if self.classifier and path is not None and odd:
+            passed_over.append(PassedOver(path, odd))
+        elif self.classifier and path is not None:
             sites.append(Site(path, self._detail(last, "classifier")))
         elif path is not None:
             passed_over.append(PassedOver(path, "classifier=False"))
@@ -201,9 +208,8 @@ class CondConv(Method):
         if odd:
             return odd
         if not self._wanted(layers):
-            other = next((c for c in layers if self._kind(c) and not _mixable(c.module)), None)
-            if other is not None:
-                return f"{other.path} is a {type(other.module).__name__} that cannot be mixed"
+            for layer, reason in self._unwanted(layers):
+                return f"{layer.path} {reason}"
             return "no convolution" if self.layers == "all" else f"no {self.layers} convolution"
         return ""
 
@@ -211,7 +217,12 @@ class CondConv(Method):
         return self.layers in ("all", layer.kind)
 
     def _wanted(self, layers: list[Convolution]) -> list[Convolution]:
-        return [c for c in layers if self._kind(c) and _mixable(c.module)]
+        return [c for c in layers if self._kind(c) and not _unmixable(c.module)]
+
+    def _unwanted(self, layers: list[Convolution]) -> list[tuple[Convolution, str]]:
+        """Layers of the kind asked for that cannot be mixed, with the reason."""
+        reasons = [(c, _unmixable(c.module)) for c in layers if self._kind(c)]
+        return [(c, reason) for c, reason in reasons if reason]
 
     def _detail(self, number: int, kind: str) -> dict[str, Any]:
         return {"unit": number, "kind": kind, "experts": self.experts}
@@ -387,15 +398,17 @@ def _stride(layer: nn.Module) -> int:
     return max(layer.stride) if isinstance(layer, nn.Conv2d) else 1
 
 
-def _mixable(layer: nn.Module) -> bool:
-    """Whether a layer is just its weight and a convolution, with zeros around it."""
-    if isinstance(layer, nn.Conv2d):
-        return (
-            type(layer) in (nn.Conv2d, Conv2dSame)
-            and layer.padding_mode == "zeros"
-            and (not isinstance(layer.padding, str))
-        )
-    return type(layer) is nn.Linear
+def _unmixable(layer: nn.Module) -> str:
+    """Why a layer is more than its weight and a convolution, with zeros around it; or empty."""
+    plain = type(layer) is nn.Linear
+    if type(layer) in (nn.Conv2d, Conv2dSame):
+        plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if not plain:
+        return f"is a {type(layer).__name__} that cannot be mixed"
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    if any(getattr(hook, "func", None) is not _hand_on for hook in hooks):
+        return "has forward hooks (spectral_norm has), which a mixture would lose"
+    return ""
 
 
 def _channels(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
