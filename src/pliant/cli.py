@@ -329,9 +329,16 @@ def bench(
     ] = "mod",
 ) -> None:
     """Measure the speed tables: plain and converted networks in each engine."""
-    from pliant.bench import run_bench
+    from pliant.bench import SUITES, run_bench
     from pliant.measuring.forms import run_forms
 
+    suites = (*SUITES, "forms")
+    if suite not in suites:
+        raise ValueError(f"no benchmark {suite!r}; there are {', '.join(suites)}")
+    if suite == "forms" and resume:
+        raise ValueError(
+            "--resume is for networks; --suite forms keeps the rows that it does not time anew, always"
+        )
     if suite == "forms":
         with _progress("timing") as step:
             rows = run_forms(device, results, quick, step)
