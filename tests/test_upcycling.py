@@ -80,7 +80,9 @@ def test_starting_afresh_is_another_function():
 
 def test_fresh_experts_are_as_large_as_the_layers_that_they_replace():
     plain = small("resnet20_cifar")
+    nn.init.normal_(plain.fc.bias)
     new = convert(plain, CondConv(experts=16, upcycle=False))
+    assert torch.equal(new.fc.bias, plain.fc.bias), "biases are the network's"
     for path, layer in conditional(new).items():
         old = plain.get_submodule(path.replace(".block.", ".")).weight
         scale = 2 / 16**0.5 if path == "fc" else 1.0

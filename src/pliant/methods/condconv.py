@@ -76,7 +76,7 @@ class CondConv(Method):
         upcycle: the converted network computes what the given one does. With softmax the
             experts start as copies of its layers under a random router; with sigmoid as
             scaled copies under a constant one, told apart by `noise`. Off: experts and
-            router start at random, for training from the beginning.
+            router start at random, for training from the beginning; biases are the network's.
         noise: standard deviation of that noise, as a share of the copies'. It sums to
             zero over the experts.
 
@@ -124,7 +124,8 @@ class CondConv(Method):
         for name, value in (("hidden", 1.0 if self.hidden is None else self.hidden), ("noise", self.noise)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0 <= value < float("inf") or (name == "hidden" and value == 0):
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
+                right = "a positive number" if name == "hidden" else "a number of at least 0"
+                raise ValueError(f"{name} must be {right}, not {value!r}")
         self._agree()
 
     def _agree(self) -> None:
@@ -244,7 +245,7 @@ class CondConv(Method):
     def _note(self) -> str:
         if self.upcycle:
             return "starts as the given network: experts are copies of its layers (upcycle=False: afresh)"
-        return "experts and routers start at random, whatever the network's weights were"
+        return "experts and routers start at random; biases and norms are the network's"
 
     def replace(self, module: nn.Module, site: Site) -> nn.Module:
         """Build what stands at one site; see `Method.replace`."""
