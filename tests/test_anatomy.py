@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from pliant import MixtureOfDepths, convert
+from pliant import CondConv, MixtureOfDepths, convert, plan
 from pliant.anatomy import (
     Block,
     RemovedBlock,
@@ -271,6 +271,32 @@ def test_networks_without_classifier():
     assert classifier(nn.Sequential(nn.ReLU(), nn.Linear(3, 8))) == "1"
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto"])
+def test_a_classifier_behind_a_network_without_one(name):
+    inner = meta(name, num_classes=0)
+    linear = nn.Linear(inner.num_features, 5)
+    assert classifier(nn.Sequential(inner, linear)) == "1"
+    assert classifier(nn.Sequential(inner, nn.Dropout(0.2), linear)) == "2"
+    assert classifier(nn.Sequential(inner, nn.Flatten())) is None
+    assert classifier(nn.Sequential(meta(name), linear)).startswith("0."), "the network's own comes first"
+
+
+def test_two_classifiers_are_none():
+    assert classifier(meta("deit_tiny_distilled_patch16_224")) is None
+
+
+@pytest.mark.parametrize("method", [MixtureOfDepths(), CondConv(experts=2)])
+def test_a_block_that_cannot_be_read_is_named(method):
+    """MixNet has several kernels in what its blocks call one convolution."""
+    model = meta("mixnet_s")
+    message = r"^InvertedResidual blocks\.2\.0 is built .* cannot be read: 'MixedConv2d' .* 'stride'"
+    for call in (stages, lambda model: plan(model, method), lambda model: convert(model, method)):
+        with pytest.raises(ValueError, match=message):
+            call(model)
+    with pytest.raises(ValueError, match=r"^InvertedResidual is built .* cannot be read: .*'stride'"):
+        shape_of(model.blocks[2][0])
+
+
 def test_shape_of_a_block_of_no_known_family():
     with pytest.raises(ValueError, match=r"Linear is no known block; known: .*resnet\.Bottleneck"):
         shape_of(nn.Linear(2, 2))
@@ -305,6 +331,18 @@ def test_take_dropout(name, kwargs):
         model(x), model(x)
     assert torch.equal(seen[2], seen[3])
     assert take_dropout(model, path) == 0.0
+
+
+def test_take_dropout_in_a_plain_sequence():
+    def build(*layers):
+        return nn.Sequential(nn.Flatten(), *layers)
+
+    model = build(nn.Dropout(0.3), nn.Linear(4, 2))
+    assert (take_dropout(model, "2"), model[1].p) == (0.3, 0.0)
+    model = build(nn.Dropout(0.3), nn.ReLU(), nn.Linear(4, 2))
+    assert (take_dropout(model, "3"), model[1].p) == (0.0, 0.3), "not on its input"
+    model = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.3))
+    assert (take_dropout(model, "0"), model[1].p) == (0.0, 0.3)
 
 
 def test_a_block_says_its_shape():

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import timm
 from rich.console import Console
+from typer.testing import CliRunner
 
-from pliant import bench
+from pliant import bench, cli
 from pliant.bench import SUITES, Setting, Suite, run_bench
 from pliant.measuring.rows import NO_BLOCKS, Measurement, read_rows
 
@@ -151,6 +152,26 @@ def test_no_suite_for_a_device_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no benchmark 'adn'; there are mod, condconv"):
         run_bench("cpu", tmp_path, name="adn")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_names_all_suites_and_refuses_what_one_does_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(*args: Any, **options: Any) -> None:
+        raise AssertionError("something was timed")
+
+    monkeypatch.setattr("pliant.measuring.forms.run_forms", unwanted)
+    monkeypatch.setattr(bench, "run_bench", unwanted)
+
+    def said(*options: str) -> str:
+        command = ["bench", "--results", str(tmp_path), *options]
+        return str(CliRunner().invoke(cli.app, command).exception)
+
+    assert said("--suite", "form") == "no benchmark 'form'; there are mod, condconv, forms"
+    assert said("--suite", "forms", "--resume").startswith("--resume is for networks")
+    for suite in ("mod", "condconv", "forms"):
+        assert said("--suite", suite) == "something was timed"
+    assert said("--suite", "condconv", "--resume") == "something was timed"
 
 
 def test_a_suite_of_converted_networks_names_their_options(tmp_path: Path, console: Console) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -66,7 +68,7 @@ def test_the_plan_of_a_network():
     method = CondConv(experts=4, begin=13, routing="shared", form="fused")
     assert str(plan(meta("mobilenetv1_w025"), method)) == GOLDEN
     afresh = str(plan(meta("mobilenetv1_w025"), CondConv(experts=4, upcycle=False)))
-    assert afresh.endswith("experts and routers start at random, whatever the network's weights were")
+    assert afresh.endswith("experts and routers start at random; biases and norms are the network's")
 
 
 @pytest.mark.parametrize(
@@ -251,8 +253,9 @@ def test_the_form_reaches_every_layer(form):
         ({"hidden": -1.0}, r"hidden must be a positive number, not -1\.0"),
         ({"hidden": "small"}, "hidden must be a positive number, not 'small'"),
         ({"hidden": float("inf")}, "hidden must be a positive number, not inf"),
-        ({"noise": float("nan")}, "noise must be .*not nan"),
-        ({"noise": -0.1}, r"noise must be .*not -0\.1"),
+        ({"noise": float("nan")}, "noise must be a number of at least 0, not nan"),
+        ({"noise": -1}, "noise must be a number of at least 0, not -1"),
+        ({"noise": True}, "noise must be a number of at least 0, not True"),
         ({"noise": 0}, r"noise=0 leaves equal experts, which could never part; take noise=0\.1"),
         (
             {"features": False, "classifier": False},
@@ -346,6 +349,65 @@ def test_layers_that_are_more_than_their_weight_are_passed_over():
     assert "layer3.1" not in reasons(model)
 
 
+def test_layers_with_hooks_are_passed_over():
+    model = mobilenet()
+    nn.utils.spectral_norm(model.blocks[4][0].conv_pw)
+    model.blocks[4][1].conv_dw.register_forward_hook(lambda *call: None)
+    model.blocks[4][1].conv_pw.register_forward_pre_hook(lambda *call: None)
+    reason = "has forward hooks (spectral_norm has), which a mixture would lose"
+    assert {path: why for path, why in reasons(model, **LATE).items() if "blocks.4" in path} == {
+        "blocks.4.0.conv_pw": reason,
+        "blocks.4.1": f"conv_dw {reason}",
+    }
+    new = convert(model, CondConv(experts=2, **LATE))
+    assert isinstance(new.blocks[4][0].block.conv_dw, CondConv2d)
+    assert type(new.blocks[4][0].block.conv_pw) is nn.Conv2d
+    with torch.no_grad():
+        x = images()
+        torch.testing.assert_close(new(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_classifier_with_hooks_or_of_another_type_is_passed_over():
+    model = mobilenet()
+    nn.utils.spectral_norm(model.classifier)
+    assert reasons(model, **LATE)["classifier"].startswith("has forward hooks")
+    model = mobilenet()
+    nn.utils.parametrizations.weight_norm(model.classifier)
+    assert reasons(model, **LATE)["classifier"] == "is a ParametrizedLinear that cannot be mixed"
+
+
+def test_hooks_that_hand_a_routing_on_are_no_obstacle():
+    first = CondConv(experts=2, begin=13, routing="shared", classifier=False)
+    model = convert(mobilenet(), first)
+    assert model.classifier._forward_hooks
+    assert sites(model, features=False) == ["classifier"]
+
+
+def test_a_classifier_that_is_not_found_is_told():
+    model = timm.create_model("mobilenetv1_w025_cifar", num_classes=0)
+    assert reasons(model, **LATE)["(classifier)"] == "no linear classifier found"
+    assert "(classifier)" not in reasons(model, **LATE, classifier=False)
+    assert "(classifier)" not in reasons(mobilenet(), **LATE)
+    with pytest.raises(ValueError, match=r"matches nothing in EfficientNet:(?s:.*)no linear classifier"):
+        convert(model, CondConv(features=False))
+    with pytest.raises(ValueError, match="matches nothing in Sequential: no block of a known family"):
+        convert(nn.Sequential(nn.ReLU()), CondConv())
+
+
+@pytest.mark.parametrize("routing", ["block", "single"])
+@pytest.mark.parametrize("drop", [[], [nn.Dropout(0.5)]])
+def test_a_classifier_behind_a_network_without_one(drop, routing):
+    inner = mobilenet(num_classes=0)
+    plain = nn.Sequential(inner, *drop, nn.Linear(inner.num_features, 5)).eval()
+    new = convert(plain, CondConv(experts=2, routing=routing, begin=14))
+    assert conversions(new)[0].sites == ("0.blocks.4.1", str(1 + len(drop)))
+    assert new[-1].drop == 0.5 * len(drop)
+    assert all(m.p == 0 for m in new.modules() if isinstance(m, nn.Dropout))
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(new(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
 # --- what is kept ----------------------------------------------------------------------------------
 
 
@@ -391,6 +453,28 @@ def test_mode_dtype_and_memory_format_are_kept():
     assert new(x).dtype == torch.bfloat16
     features = new.forward_features(x)
     assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("norms_first", [False, True])
+def test_parts_that_are_kept_keep_their_own_dtype(norms_first):
+    """Norms in full precision in a network of half."""
+    model = mobilenet().bfloat16()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    if norms_first:  # the first parameter of a block does not tell
+        block = model.blocks[4][1]
+        block._modules = dict(sorted(block._modules.items(), key=lambda item: "conv" in item[0]))
+        assert next(block.parameters()).dtype == torch.float32
+    model.blocks[4][0].bn1.running_mean += 1e-4  # not to be had in half
+    new = convert(model, CondConv(experts=2, **LATE))
+    state = new.state_dict()
+    for name, value in model.state_dict().items():
+        name = re.sub(r"(blocks\.4\.\d)", r"\1.block", name)
+        assert state[name].dtype == value.dtype, name
+        if "bn" in name:
+            assert torch.equal(state[name], value), name
+    assert {v.dtype for n, v in state.items() if "router" in n} == {torch.bfloat16}
 
 
 def test_the_device_is_kept():

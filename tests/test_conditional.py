@@ -268,6 +268,56 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], message: str) -> Non
         CondLinear(8, 16, experts=4, **options)
 
 
+def test_a_router_of_other_channels_is_refused_when_the_layer_is_built() -> None:
+    for options in ({}, {"hidden": 3}, {"previous": True}, {"outputs": 16}):
+        with pytest.raises(ValueError, match="router takes 8 channels, but the layer's in_channels is 16"):
+            CondConv2d(16, 16, 3, experts=4, router=Router(8, 4, **options))
+        with pytest.raises(ValueError, match="router takes 8 channels, but the layer's in_features is 16"):
+            CondLinear(16, 16, experts=4, router=Router(8, 4, **options))
+        CondConv2d(16, 16, 1, groups=4, experts=4, router=Router(16, 4, **options))
+        CondLinear(16, 16, experts=4, router=Router(16, 4, **options))
+    for router in (SharedRouting(), nn.Identity()):  # they say nothing of channels
+        CondLinear(16, 16, experts=4, router=router)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_channels": 0}, "in_channels must be a whole number of at least 1, not 0"),
+        ({"out_channels": -8}, "out_channels must be a whole number of at least 1, not -8"),
+        ({"groups": 0}, "groups must be a whole number of at least 1, not 0"),
+        ({"groups": 2.0}, r"groups must be a whole number of at least 1, not 2\.0"),
+        ({"kernel_size": 0}, "kernel_size must be one or two whole numbers of at least 1, not 0"),
+        ({"kernel_size": (3, 0)}, r"kernel_size must be .* of at least 1, not \(3, 0\)"),
+        ({"kernel_size": (3, 3, 3)}, r"kernel_size must be one or two .*, not \(3, 3, 3\)"),
+        ({"stride": 0}, "stride must be one or two whole numbers of at least 1, not 0"),
+        ({"stride": 1.5}, r"stride must be one or two whole numbers of at least 1, not 1\.5"),
+        ({"dilation": 0}, "dilation must be one or two whole numbers of at least 1, not 0"),
+        ({"padding": -1}, "padding must be one or two whole numbers of at least 0, not -1"),
+        ({"padding": (0, -1)}, r"padding must be .* of at least 0, not \(0, -1\)"),
+    ],
+)
+def test_convolutions_that_there_are_not(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CondConv2d(**{"in_channels": 8, "out_channels": 8, "kernel_size": 3, **options})
+
+
+def test_linear_layers_and_routers_that_there_are_not() -> None:
+    for drop in (1.5, -0.1, float("nan"), None, True):
+        with pytest.raises(ValueError, match=f"drop must be a number from 0 to 1, not {drop}"):
+            CondLinear(8, 8, drop=drop)
+    for wrong in (0, -3, 2.0, True):
+        said = f"must be a whole number of at least 1, not {wrong}"
+        for name in ("channels", "hidden", "outputs"):
+            with pytest.raises(ValueError, match=f"{name} {said}"):
+                Router(**{"channels": 8, "experts": 4, name: wrong})
+        for name in ("in_features", "out_features"):
+            with pytest.raises(ValueError, match=f"{name} {said}"):
+                CondLinear(**{"in_features": 8, "out_features": 8, name: wrong})
+    assert CondLinear(8, 8, drop=1).drop == 1
+    assert Router(8, 4, hidden=1).fc1.out_features == 1
+
+
 def test_channels_that_groups_do_not_divide() -> None:
     with pytest.raises(ValueError, match="in_channels must be a multiple of groups = 3, not 8"):
         CondConv2d(8, 9, 3, groups=3)

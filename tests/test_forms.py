@@ -11,6 +11,8 @@ import torch
 
 from pliant.measuring import forms
 from pliant.measuring.forms import Case, FormTimes, cases, measure_forms, read_forms, run_forms, write_forms
+from pliant.methods import mixing
+from pliant.methods.conditional import CondConv2d, Router
 from pliant.methods.mixing import Geometry, choose_form, faster_form
 
 COMMITTED = Path(__file__).resolve().parents[1] / "results" / "condconv-forms-cpu.csv"
@@ -39,24 +41,43 @@ def test_the_measurements_cover_what_the_rule_is_for(committed: list[FormTimes])
     assert all(r.rounds >= 3 and r.fused_ms > 0 and r.experts_ms > 0 for r in committed)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("kind", ["1x1", "3x3", "depthwise"])
+@pytest.mark.parametrize(
+    ("kind", "training", "bound"),
+    [
+        ("1x1", False, 1.045),
+        ("1x1", True, 1.015),
+        ("3x3", False, 1.045),
+        ("3x3", True, 1.015),
+        ("depthwise", False, 1.01),
+        ("depthwise", True, 1.02),
+    ],
+)
 def test_the_rule_is_nearly_as_fast_as_the_faster_form(
-    committed: list[FormTimes], kind: str, training: bool
+    committed: list[FormTimes], kind: str, training: bool, bound: float
 ) -> None:
     rows = [r for r in committed if r.kind == kind and r.training == training]
-    assert geometric_mean([r.slowdown for r in rows]) < 1.08
+    assert geometric_mean([r.slowdown for r in rows]) < bound
     # A rule of one form alone does worse, or no worse where one form always wins.
     for form in ("fused", "experts"):
         alone = [max(1.0, r.ratio if form == "experts" else 1 / r.ratio) for r in rows]
         assert geometric_mean(alone) >= geometric_mean([r.slowdown for r in rows])
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_batch_enters_where_it_helps(
+    committed: list[FormTimes], monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    rows = [r for r in committed if r.kind == "3x3" and r.training == training]
+    with_it = geometric_mean([r.slowdown for r in rows])
+    monkeypatch.setitem(mixing.BATCH_POWER, "larger", 0.0)
+    assert geometric_mean([r.slowdown for r in rows]) > with_it + 0.02
+
+
 def test_it_is_seldom_far_off(committed: list[FormTimes]) -> None:
     # On a shared machine a round can be off by any factor: only rows whose ratio repeats.
     steady = [r for r in committed if r.ratio_iqr < 0.2 * r.ratio]
     assert len(steady) > len(committed) / 3
-    assert sum(r.slowdown > 1.5 for r in steady) < 0.03 * len(steady)
+    assert sum(r.slowdown > 1.5 for r in steady) < 0.015 * len(steady)
 
 
 def test_the_rule_is_for_a_gpu_what_it_is_for_a_cpu() -> None:
@@ -68,10 +89,52 @@ def test_depthwise_convolutions_are_fused_and_single_vectors_are_not() -> None:
     assert faster_form(1, (8, 64, 1, 3, 3)) == "fused"
     assert faster_form(1, (8, 1000, 512, 1, 1)) == "experts"
     assert faster_form(14 * 14, (8, 256, 256, 1, 1)) == "fused"
-    for training in (False, True):
-        assert faster_form(4 * 4, (2, 64, 64, 3, 3), training) == "experts"
-        assert faster_form(14 * 14, (2, 64, 64, 3, 3), training) == "fused"
+    for batch in (1, 64):
+        assert faster_form(4 * 4, (2, 64, 64, 3, 3), batch) == "experts"
+        assert faster_form(14 * 14, (2, 64, 64, 3, 3), batch) == "fused"
+    assert faster_form(7 * 7, (2, 64, 64, 3, 3), 1) == "fused"
+    assert faster_form(7 * 7, (2, 64, 64, 3, 3), 16) == "experts"
+    assert faster_form(7 * 7, (2, 64, 64, 1, 1), 16) == "fused"  # 1x1: at any batch
     assert faster_form(10**6, (1, 64, 64, 3, 3)) == "experts"  # one expert: its own convolution
+
+
+@pytest.mark.parametrize("experts", [2, 18, 64])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "1x1", "3x3"])
+def test_one_position_never_has_matrices_for_each_example(
+    kind: str, training: bool, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 examples of 1024 channels and 1000 classes: 1 GB of kernels, at any number of experts."""
+
+    def mixed(*args: object) -> None:
+        raise AssertionError("kernels were mixed")
+
+    monkeypatch.setattr(mixing, "mix", mixed)
+    routing, device = torch.empty(256, experts, device="meta"), "meta"
+    with torch.set_grad_enabled(training):
+        x = torch.empty(256, 1024, device=device, requires_grad=training)
+        if kind == "linear":
+            y = mixing.conditional_linear(x, torch.empty(experts, 1000, 1024, device=device), routing)
+        else:
+            side = int(kind[0])
+            weight = torch.empty(experts, 1000, 1024, side, side, device=device)
+            same = Geometry(padding=(side // 2, side // 2))
+            y = mixing.conditional_conv2d(x[:, :, None, None], weight, routing, None, same)
+    assert y.numel() == 256 * 1000
+
+
+def test_an_open_batch_leaves_no_guard() -> None:
+    """What enters the rule is a number; a graph for any batch is of any batch."""
+    layer = CondConv2d(4, 4, 3, padding=1, experts=2, router=Router(4, 2))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 4, 7, 7)
+    torch._dynamo.mark_dynamic(x, 0)  # an error where the batch is guarded
+    torch.testing.assert_close(compiled(x), layer(x))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in (2, 64):  # of forms that differ
+            x = torch.randn(batch, 4, 7, 7)
+            torch.testing.assert_close(compiled(x), layer(x))
+    torch._dynamo.reset()
 
 
 def test_the_form_is_chosen_by_the_output() -> None:

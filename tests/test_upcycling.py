@@ -80,7 +80,9 @@ def test_starting_afresh_is_another_function():
 
 def test_fresh_experts_are_as_large_as_the_layers_that_they_replace():
     plain = small("resnet20_cifar")
+    nn.init.normal_(plain.fc.bias)
     new = convert(plain, CondConv(experts=16, upcycle=False))
+    assert torch.equal(new.fc.bias, plain.fc.bias), "biases are the network's"
     for path, layer in conditional(new).items():
         old = plain.get_submodule(path.replace(".block.", ".")).weight
         scale = 2 / 16**0.5 if path == "fc" else 1.0
@@ -99,6 +101,43 @@ def test_noise_is_of_the_size_asked_for_and_sums_to_zero():
         assert float(spread) == pytest.approx(noise * (7 / 8) ** 0.5, rel=0.05)
     copies = convert(plain, CondConv(experts=3, activation="softmax")).layer3[1].block.conv1
     assert all(torch.equal(expert, kernel) for expert in copies.weight)
+
+
+@pytest.mark.parametrize("active", [None, 2])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_fresh_logits_are_as_large_as_the_plain_networks(activation, active):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.ReLU(), nn.Linear(64, 500, bias=False))
+    options = {"experts": 16, "activation": activation, "active": active}
+    new = convert(plain, CondConv(features=False, upcycle=False, **options))
+    x = 0.2 * torch.randn(64, 64)  # so small that the router says a half, or a share, of each
+    with torch.no_grad():
+        ratio = float(new(x).std() / plain(x).std())
+    assert ratio == pytest.approx(1, rel=0.2)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_a_layer_of_equal_weights_starts_apart_too(value):
+    """A classifier that starts at zero has a standard deviation of zero."""
+    plain = small("resnet20_cifar").double()
+    layers = {"fc": 64, "layer3.1.conv1": 64 * 9}
+    for path in layers:
+        nn.init.constant_(plain.get_submodule(path).weight, value)
+    nn.init.normal_(plain.fc.bias)
+    x = images().double()
+    same, fresh = (convert(plain, CondConv(experts=8, upcycle=upcycle)) for upcycle in (True, False))
+    with torch.no_grad():
+        torch.testing.assert_close(same(x), plain(x), rtol=1e-12, atol=1e-12)
+    for path, fan_in in layers.items():
+        start = (3 * fan_in) ** -0.5
+        old = plain.get_submodule(path).weight.flatten(1)
+        experts = conditional(same)[path.replace("conv", "block.conv")].weight
+        torch.testing.assert_close(experts.sum(0) * 0.5, old, rtol=1e-12, atol=1e-12)
+        noise = float((experts - experts.mean(0)).std())
+        assert noise == pytest.approx(0.1 * start / 4 * (7 / 8) ** 0.5, rel=0.06), path
+        experts = conditional(fresh)[path.replace("conv", "block.conv")].weight
+        scale = 2 / 8**0.5 if path == "fc" else 1.0
+        assert float(experts.std()) == pytest.approx(scale * start, rel=0.06), path
 
 
 # --- experts part, or not ------------------------------------------------------------------------

@@ -122,10 +122,16 @@ _READERS: dict[type[nn.Module], Callable[..., Shape]] = {
 }
 
 
-def _read(module: nn.Module) -> Shape | None:
+def _read(module: nn.Module, path: str = "") -> Shape | None:
     for cls in type(module).__mro__:
         if cls in _READERS:
-            return _READERS[cls](module)
+            try:
+                return _READERS[cls](module)
+            except (AttributeError, TypeError) as error:  # MixNet's blocks hold several kernels in one
+                name = f"{type(module).__name__} {path}".strip()
+                raise ValueError(
+                    f"{name} is built as no other of its type and cannot be read: {error}"
+                ) from error
     return None
 
 
@@ -133,7 +139,7 @@ def shape_of(block: nn.Module) -> Shape:
     """Channels in, channels out and stride of a block.
 
     Raises:
-        ValueError: a block of no known family.
+        ValueError: a block of no known family, or one that cannot be read.
     """
     shape = _read(block)
     if shape is None:
@@ -145,8 +151,9 @@ def _containers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]
     """Every module below (and with) `module` that is not itself inside a block."""
     yield path, module
     for name, child in module.named_children():
-        if _read(child) is None:
-            yield from _containers(child, f"{path}.{name}" if path else name)
+        below = f"{path}.{name}" if path else name
+        if _read(child, below) is None:
+            yield from _containers(child, below)
 
 
 def stages(model: nn.Module) -> list[Stage]:
@@ -159,6 +166,9 @@ def stages(model: nn.Module) -> list[Stage]:
         One `Stage` for each container that directly holds blocks; empty when the
         network's family is not known here.
 
+    Raises:
+        ValueError: a block of a known type lacks what tells its shape; names it.
+
     Example:
         >>> import timm
         >>> [len(stage.blocks) for stage in stages(timm.create_model("resnet18"))]
@@ -168,9 +178,10 @@ def stages(model: nn.Module) -> list[Stage]:
     for path, container in _containers(model, ""):
         blocks = []
         for name, child in container.named_children():
-            shape = _read(child)
+            below = f"{path}.{name}" if path else name
+            shape = _read(child, below)
             if shape is not None:
-                blocks.append(BlockInfo(f"{path}.{name}" if path else name, child, *shape))
+                blocks.append(BlockInfo(below, child, *shape))
         if blocks:
             found.append(Stage(path, tuple(blocks)))
     return found
@@ -261,7 +272,8 @@ def is_residual(block: nn.Module) -> bool:
 def classifier(model: nn.Module) -> str | None:
     """Path of the linear layer that gives the classes; None without one.
 
-    timm's networks name it, also inside a container; of others it is the last module.
+    timm's networks name it, also inside a container; of others it is the last module, as
+    it is behind a network of timm that was made without a classifier.
 
     Example:
         >>> import timm
@@ -270,7 +282,9 @@ def classifier(model: nn.Module) -> str | None:
     """
     getters = (getattr(module, "get_classifier", None) for module in model.modules())
     asked = [get() for get in getters if callable(get)]
-    found: object = asked[0] if asked else list(model.modules())[-1]
+    found: object = asked[0] if asked else None
+    if found is None or isinstance(found, nn.Identity):
+        found = list(model.modules())[-1]
     paths = (path for path, module in model.named_modules() if module is found)
     return next(paths, None) if isinstance(found, nn.Linear) else None
 
@@ -312,11 +326,16 @@ def take_dropout(model: nn.Module, classifier: str) -> float:
     """Turn off the dropout on the classifier's input; returns the rate that it had.
 
     For a classifier that drops by itself, because it also needs the features whole. timm
-    drops by a function with the network's ``drop_rate``, or by a module beside the classifier.
+    drops by a function with the network's ``drop_rate``, or by a module beside the classifier;
+    in a plain sequence it is the module before.
     """
     owner = model.get_submodule(classifier.rpartition(".")[0])
-    for name in ("drop", "head_drop"):
-        drop = getattr(owner, name, None)
+    beside = [getattr(owner, drop, None) for drop in ("drop", "head_drop")]
+    if type(owner) is nn.Sequential:
+        layers = list(owner)
+        place = layers.index(model.get_submodule(classifier))
+        beside += layers[max(place - 1, 0) : place]
+    for drop in beside:
         if isinstance(drop, nn.Dropout):
             rate, drop.p = drop.p, 0.0
             return rate

@@ -372,10 +372,18 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="of PyTorch, for steps")] = None,
 ) -> None:
     """Measure the speed tables: plain and converted networks in each engine."""
-    from pliant.bench import run_bench
+    from pliant.bench import SUITES, run_bench
     from pliant.measuring.forms import run_forms
     from pliant.measuring.steps import run_step_bench
 
+    suites = (*SUITES, "forms", "steps")
+    if suite not in suites:
+        raise ValueError(f"no benchmark {suite!r}; there are {', '.join(suites)}")
+    if suite in ("forms", "steps") and resume:
+        raise ValueError(
+            f"--resume is for networks; --suite {suite} is run whole (forms keeps rows that it does not "
+            f"time anew)"
+        )
     if suite == "steps":
         run_step_bench(device, results, quick, threads=threads)
     elif suite == "forms":

@@ -131,7 +131,7 @@ class FormTimes:
     @property
     def slowdown(self) -> float:
         """Time of the form that `faster_form` says, over that of the faster one."""
-        said = faster_form(self.size**2, self.case.weight, self.training)
+        said = faster_form(self.size**2, self.case.weight, self.batch)
         return max(1.0, self.ratio if said == "experts" else 1 / self.ratio)
 
 

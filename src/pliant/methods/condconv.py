@@ -37,7 +37,7 @@ from pliant.methods.conditional import (
 )
 from pliant.methods.mixing import Form
 from pliant.surgery import Method, PassedOver, Site, Survey
-from pliant.threaded import Bound, between, pass_along, thread
+from pliant.threaded import Bound, _hand_on, between, pass_along, thread
 
 Routing = Literal["block", "layer", "single", "shared", "hierarchical"]
 Layers = Literal["all", "pointwise", "depthwise"]
@@ -76,7 +76,7 @@ class CondConv(Method):
         upcycle: the converted network computes what the given one does. With softmax the
             experts start as copies of its layers under a random router; with sigmoid as
             scaled copies under a constant one, told apart by `noise`. Off: experts and
-            router start at random, for training from the beginning.
+            router start at random, for training from the beginning; biases are the network's.
         noise: standard deviation of that noise, as a share of the copies'. It sums to
             zero over the experts.
 
@@ -124,7 +124,8 @@ class CondConv(Method):
         for name, value in (("hidden", 1.0 if self.hidden is None else self.hidden), ("noise", self.noise)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0 <= value < float("inf") or (name == "hidden" and value == 0):
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
+                right = "a positive number" if name == "hidden" else "a number of at least 0"
+                raise ValueError(f"{name} must be {right}, not {value!r}")
         self._agree()
 
     def _agree(self) -> None:
@@ -164,7 +165,11 @@ class CondConv(Method):
             why = self._why_not(number, begin, layers, odd)
             if why:
                 passed_over.append(PassedOver(path, why))
-            elif kind == "block" and self.routing == "layer":
+                return
+            if kind == "block":
+                left = [PassedOver(f"{path}.{c.path}", reason) for c, reason in self._unwanted(layers)]
+                passed_over.extend(left)
+            if kind == "block" and self.routing == "layer":
                 inner = [f"{path}.{layer.path}" for layer in self._wanted(layers)]
                 sites.extend(Site(p, self._detail(number, "convolution")) for p in inner)
             else:
@@ -184,10 +189,15 @@ class CondConv(Method):
         if self.features and begin < last and not sites:
             return Survey((), tuple(passed_over))
         path = anatomy.classifier(model)
-        if self.classifier and path is not None:
+        odd = "" if path is None else _unmixable(model.get_submodule(path))
+        if self.classifier and path is not None and odd:
+            passed_over.append(PassedOver(path, odd))
+        elif self.classifier and path is not None:
             sites.append(Site(path, self._detail(last, "classifier")))
         elif path is not None:
             passed_over.append(PassedOver(path, "classifier=False"))
+        elif self.classifier and (found or not self.features):
+            passed_over.append(PassedOver("(classifier)", "no linear classifier found"))
         return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (self._note(),))
 
     def _why_not(self, number: int, begin: int, layers: list[Convolution], odd: str) -> str:
@@ -199,9 +209,8 @@ class CondConv(Method):
         if odd:
             return odd
         if not self._wanted(layers):
-            other = next((c for c in layers if self._kind(c) and not _mixable(c.module)), None)
-            if other is not None:
-                return f"{other.path} is a {type(other.module).__name__} that cannot be mixed"
+            for layer, reason in self._unwanted(layers):
+                return f"{layer.path} {reason}"
             return "no convolution" if self.layers == "all" else f"no {self.layers} convolution"
         return ""
 
@@ -209,7 +218,12 @@ class CondConv(Method):
         return self.layers in ("all", layer.kind)
 
     def _wanted(self, layers: list[Convolution]) -> list[Convolution]:
-        return [c for c in layers if self._kind(c) and _mixable(c.module)]
+        return [c for c in layers if self._kind(c) and not _unmixable(c.module)]
+
+    def _unwanted(self, layers: list[Convolution]) -> list[tuple[Convolution, str]]:
+        """Layers of the kind asked for that cannot be mixed, with the reason."""
+        reasons = [(c, _unmixable(c.module)) for c in layers if self._kind(c)]
+        return [(c, reason) for c, reason in reasons if reason]
 
     def _detail(self, number: int, kind: str) -> dict[str, Any]:
         return {"unit": number, "kind": kind, "experts": self.experts}
@@ -231,19 +245,20 @@ class CondConv(Method):
     def _note(self) -> str:
         if self.upcycle:
             return "starts as the given network: experts are copies of its layers (upcycle=False: afresh)"
-        return "experts and routers start at random, whatever the network's weights were"
+        return "experts and routers start at random; biases and norms are the network's"
 
     def replace(self, module: nn.Module, site: Site) -> nn.Module:
         """Build what stands at one site; see `Method.replace`."""
         like = next(module.parameters())
         with torch.device(like.device):
             if site.detail["kind"] == "block":
-                return self._block(module, site).to(like.dtype)
+                return self._block(module, site)
             assert isinstance(module, (nn.Conv2d, nn.Linear))
             router = self._router(*_channels(module), site)
-            # Keeps logits, at sigmoid weights of a half, as large as one layer's.
-            scale = 2 / self.experts**0.5 if site.detail["kind"] == "classifier" else 1.0
-            new = self._layer(module, router, scale)
+            # Keeps logits as large as one layer's: m weights of a half, or of 1/m under softmax.
+            m = self.active or self.experts
+            scale = m**0.5 if self.activation == "softmax" else 2 / m**0.5
+            new = self._layer(module, router, scale if site.detail["kind"] == "classifier" else 1.0)
             new.passes_on = "passes_on" in site.detail
             return new.to(like.dtype)
 
@@ -262,7 +277,7 @@ class CondConv(Method):
         layers = self._wanted(convolutions(block))
         channels, out_channels, stride = anatomy.shape_of(block)
         widths = [_channels(layer.module)[1] for layer in layers]
-        router = self._router(channels, sum(widths), site)
+        router = self._router(channels, sum(widths), site).to(layers[0].module.weight.dtype)
         for layer in layers:
             parent, _, name = layer.path.rpartition(".")
             new = self._layer(layer.module, None).train(block.training)
@@ -318,12 +333,15 @@ class CondConv(Method):
         """Experts [E, ...] from a layer's weight, as `upcycle` says."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         copies = weight.expand(self.experts, *weight.shape)
+        size = weight.std(correction=0)
+        # Of a layer that starts at zero or at one value, PyTorch's start: its copies could never part.
+        size = torch.where(weight.amax() > weight.amin(), size, (3 * weight.shape[1]) ** -0.5)
         if not self.upcycle:
-            return torch.randn_like(copies) * (scale * weight.std(correction=0))
+            return torch.randn_like(copies) * (scale * size)
         if self.activation == "softmax":
             return copies
         copies = copies / (0.5 * self.experts)
-        noise = torch.randn_like(copies) * (self.noise * copies.std(correction=0))
+        noise = torch.randn_like(copies) * (self.noise * size / (0.5 * self.experts))
         return copies + noise - noise.mean(0)
 
 
@@ -381,15 +399,17 @@ def _stride(layer: nn.Module) -> int:
     return max(layer.stride) if isinstance(layer, nn.Conv2d) else 1
 
 
-def _mixable(layer: nn.Module) -> bool:
-    """Whether a layer is just its weight and a convolution, with zeros around it."""
-    if isinstance(layer, nn.Conv2d):
-        return (
-            type(layer) in (nn.Conv2d, Conv2dSame)
-            and layer.padding_mode == "zeros"
-            and (not isinstance(layer.padding, str))
-        )
-    return type(layer) is nn.Linear
+def _unmixable(layer: nn.Module) -> str:
+    """Why a layer is more than its weight and a convolution, with zeros around it; or empty."""
+    plain = type(layer) is nn.Linear
+    if type(layer) in (nn.Conv2d, Conv2dSame):
+        plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if not plain:
+        return f"is a {type(layer).__name__} that cannot be mixed"
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    if any(getattr(hook, "func", None) is not _hand_on for hook in hooks):
+        return "has forward hooks (spectral_norm has), which a mixture would lose"
+    return ""
 
 
 def _channels(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:

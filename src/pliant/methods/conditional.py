@@ -49,6 +49,9 @@ class Router(nn.Module):
         previous: the weights of the block before come as further inputs ("hierarchical",
             section 4.3.3).
 
+    Raises:
+        ValueError: an argument is out of its range.
+
     Example:
         >>> router = Router(16, experts=4, active=2)
         >>> (router(torch.randn(3, 16, 8, 8)) > 0).sum(1)
@@ -71,7 +74,10 @@ class Router(nn.Module):
         if activation not in get_args(Activation):
             choices = ", ".join(get_args(Activation))
             raise ValueError(f"activation must be one of {choices}; not {activation!r}")
-        self.experts, self.outputs, self.active = experts, outputs, active
+        for name, value in (("channels", channels), ("hidden", hidden), ("outputs", outputs)):
+            if value is not None or name == "channels":
+                _check_whole(name, value)
+        self.channels, self.experts, self.outputs, self.active = channels, experts, outputs, active
         self.activation, self.previous = activation, previous
         inputs = channels + experts * previous
         self.fc1 = nn.Linear(inputs, hidden) if hidden else None
@@ -151,6 +157,7 @@ class _Conditional(nn.Module):
     def __init__(
         self,
         shape: tuple[int, ...],
+        channels: tuple[str, int],
         experts: int,
         bias: Bias | None,
         router: nn.Module | None,
@@ -167,6 +174,12 @@ class _Conditional(nn.Module):
                 f"the router gives weights for {router.experts} experts"  # type: ignore[union-attr]
                 f"{'' if outputs is None else f' of {outputs} channels'}; the layer has {experts} "
                 f"experts of {shape[0]} channels"
+            )
+        name, here = channels
+        if getattr(router, "channels", here) != here:
+            raise ValueError(
+                f"the router takes {router.channels} channels, "  # type: ignore[union-attr]
+                f"but the layer's {name} is {here}"
             )
         self.experts, self.form, self.router = experts, form, router
         self.passes_on = False
@@ -249,19 +262,25 @@ class CondConv2d(_Conditional):
         router: nn.Module | None = None,
         form: Form = "auto",
     ) -> None:
+        _check_whole("groups", groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels < 1 or channels % groups:
+            _check_whole(name, channels)
+            if channels % groups:
                 raise ValueError(f"{name} must be a multiple of groups = {groups}, not {channels}")
         if isinstance(padding, str) and padding != "same":
             raise ValueError(f"padding must be numbers or 'same', not {padding!r}")
-        size = _pair(kernel_size)
-        super().__init__((out_channels, in_channels // groups, *size), experts, bias, router, form)
+        size = _pair("kernel_size", kernel_size)
+        geometry = Geometry(
+            _pair("stride", stride),
+            (0, 0) if padding == "same" else _pair("padding", padding, least=0),
+            _pair("dilation", dilation),
+            groups,
+        )
+        shape = (out_channels, in_channels // groups, *size)
+        super().__init__(shape, ("in_channels", in_channels), experts, bias, router, form)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, size
         self._kernels = (experts, out_channels, in_channels // groups, *size)
-        self.same = padding == "same"
-        self.geometry = Geometry(
-            _pair(stride), (0, 0) if padding == "same" else _pair(padding), _pair(dilation), groups
-        )
+        self.same, self.geometry = padding == "same", geometry
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -305,7 +324,10 @@ class CondLinear(_Conditional):
         experts: as for `CondConv2d`.
         router: as for `CondConv2d`; it sees the input before dropout.
         form: as for `CondConv2d`.
-        drop: dropout rate on the layer's input (section 4.1).
+        drop: dropout rate on the layer's input (section 4.1), from 0 to 1.
+
+    Raises:
+        ValueError: as `CondConv2d`.
 
     Example:
         >>> classifier = CondLinear(64, 10, "shared", experts=4, router=Router(64, 4), drop=0.2)
@@ -324,7 +346,12 @@ class CondLinear(_Conditional):
         form: Form = "auto",
         drop: float = 0.0,
     ) -> None:
-        super().__init__((out_features, in_features), experts, bias, router, form)
+        _check_whole("in_features", in_features)
+        _check_whole("out_features", out_features)
+        if not isinstance(drop, (int, float)) or isinstance(drop, bool) or not 0 <= drop <= 1:
+            raise ValueError(f"drop must be a number from 0 to 1, not {drop!r}")
+        shape = (out_features, in_features)
+        super().__init__(shape, ("in_features", in_features), experts, bias, router, form)
         self.in_features, self.out_features, self.drop = in_features, out_features, drop
 
     def forward(self, x: Tensor, routing: Tensor | None = None) -> Tensor:
@@ -375,5 +402,17 @@ def check_form(form: object) -> None:
         raise ValueError(f"form must be one of {', '.join(get_args(Form))}; not {form!r}")
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _check_whole(name: str, value: object) -> None:
+    if not _whole(value, 1):
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _pair(name: str, value: object, least: int = 1) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(_whole(n, least) for n in pair):
+        raise ValueError(f"{name} must be one or two whole numbers of at least {least}, not {value!r}")
+    return pair[0], pair[1]

@@ -33,8 +33,11 @@ LARGE = 2**18
 AT_ONCE = 2**21
 
 # Positions of a convolution that cost what mixing and loading its kernel for one example
-# does: in inference, and in training (`faster_form`).
-MIXING_WORTH = {"1x1": (16, 32), "larger": (32, 64)}
+# does (`faster_form`).
+MIXING_WORTH = {"1x1": 16, "larger": 32}
+# How that grows with the batch. Beyond 1x1, fused kernels are convolved example by example or
+# as groups, and gain less from a batch than one convolution with all experts.
+BATCH_POWER = {"1x1": 0.0, "larger": 0.25}
 
 
 class Geometry(NamedTuple):
@@ -144,7 +147,9 @@ def conditional_linear(
         torch.Size([2, 5, 5, 6])
     """
     tokens = x[:, None] if x.dim() == 2 else x.flatten(1, -2)  # [B, N, C]
-    if form == "auto":
+    if form == "auto" and x.dim() == 2:
+        form = "experts"  # one position, in any graph
+    elif form == "auto":
         form = choose_form(tokens.transpose(1, 2)[..., None], weight[..., None, None])
     if form == "fused":
         y = torch.bmm(tokens, mix(weight, routing).to(tokens.dtype).transpose(1, 2))
@@ -178,27 +183,33 @@ def choose_form(
     height, width = geometry.output_size(x.shape[2], x.shape[3], (weight.shape[3], weight.shape[4]))
     if not _known(height * width):
         return "fused"
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return faster_form(height * width, tuple(weight.shape), training)
+    batch = x.shape[0] if _known(x.shape[0]) else 1
+    return faster_form(height * width, tuple(weight.shape), batch)
 
 
-def faster_form(
-    positions: int, shape: tuple[int, ...], training: bool = False
-) -> Literal["fused", "experts"]:
+def faster_form(positions: int, shape: tuple[int, ...], batch: int = 1) -> Literal["fused", "experts"]:
     """The rule behind ``form="auto"``: is mixing an example's kernel worth its cost?
 
     A fused kernel is mixed, then used at ``positions``; the experts form spares the mixing
     and convolves E - 1 times more. It is the faster one up to so many further positions
-    as cost what mixing and loading a kernel does: `MIXING_WORTH`, from the measurements
-    in ``results/condconv-forms-cpu.csv`` (`pliant.measuring.forms`). The batch makes
-    no difference that shows there, and does not enter. With one channel in a group, the
-    experts' outputs go through slow convolutions: fused. GPUs have not been measured; the
-    same is assumed of them.
+    as cost what mixing and loading a kernel does: `MIXING_WORTH`, times the fourth root
+    of the batch for kernels larger than 1x1 (`BATCH_POWER`). The figures are fitted to
+    ``results/condconv-forms-cpu.csv`` (`pliant.measuring.forms`), and the same fit inference
+    and training. For 1x1 kernels the rows favour fused the more, the larger the batch (at one
+    position, the experts), but a power of the batch in the rule gains less than 1 % of time.
+
+    One position takes the experts, however many: fused, each example has a matrix of its
+    own to hold (a million values, for 1000 classes from 1024 channels). In time alone, the
+    rows have fused ahead there for some cases of 8 to 32 experts, mostly small batches in
+    inference, and mostly by less than a factor of two.
+
+    With one channel in a group, the experts' outputs go through slow convolutions: fused.
+    GPUs have not been measured; the same is assumed of them.
 
     Args:
         positions: H' W'.
         shape: of the weight, [E, O, C/g, h, w].
-        training: gradients will be asked for.
+        batch: B; 1 where it is not known.
 
     Example:
         >>> faster_form(49, (8, 512, 512, 1, 1)), faster_form(1, (8, 1000, 512, 1, 1))
@@ -207,8 +218,9 @@ def faster_form(
     experts, _, inputs, height, width = shape
     if experts > 1 and inputs == 1:
         return "fused"
-    worth = MIXING_WORTH["1x1" if height == width == 1 else "larger"][training]
-    return "experts" if (experts - 1) * positions <= worth else "fused"
+    kind = "1x1" if height == width == 1 else "larger"
+    worth = MIXING_WORTH[kind] * batch ** BATCH_POWER[kind]
+    return "experts" if positions == 1 or (experts - 1) * positions <= worth else "fused"
 
 
 def _fused(x: Tensor, weight: Tensor, routing: Tensor, geometry: Geometry) -> Tensor:
