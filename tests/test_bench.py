@@ -167,7 +167,7 @@ def test_the_command_names_all_suites_and_refuses_what_one_does_not_do(
         command = ["bench", "--results", str(tmp_path), *options]
         return str(CliRunner().invoke(cli.app, command).exception)
 
-    assert said("--suite", "form") == "no benchmark 'form'; there are mod, condconv, forms"
+    assert said("--suite", "form") == "no benchmark 'form'; there are mod, condconv, forms, steps"
     assert said("--suite", "forms", "--resume").startswith("--resume is for networks")
     for suite in ("mod", "condconv", "forms"):
         assert said("--suite", suite) == "something was timed"

@@ -172,7 +172,7 @@ def depths(
 
     if not profile and (rows or plot):
         raise ValueError("--rows and --plot are of times: add --profile")
-    how: Any = {"batch": batch, "device": device, "engine": engine, "threads": threads, "rounds": rounds}
+    how = {"batch": batch, "device": device, "engine": engine, "threads": threads, "rounds": rounds}
     _print(depth_report(_network(model), how if profile else None, rows, plot))
 
 
@@ -299,9 +299,7 @@ def compare(
     method: Annotated[str, typer.Option(help="mod, condconv or condconv-ablations: which forms")] = "mod",
     seeds: Annotated[int, typer.Option(help="how many, from the recipe's seed on", min=1)] = 1,
     only: Annotated[list[str] | None, typer.Option(help="only these labels; repeat for several")] = None,
-    folder: Annotated[Path, typer.Option(help="of the runs; finished ones are not run again")] = Path(
-        "runs/compare"
-    ),
+    folder: Annotated[Path, typer.Option(help="of runs; finished ones are kept")] = Path("runs/compare"),
     rows: Annotated[Path | None, typer.Option(help="CSV file that gets the scores, appended")] = None,
 ) -> None:
     """Train a plain network, its forms by a method and their controls, and score them."""
@@ -376,20 +374,15 @@ def bench(
     from pliant.measuring.forms import run_forms
     from pliant.measuring.steps import run_step_bench
 
-    suites = (*SUITES, "forms", "steps")
-    if suite not in suites:
+    if suite not in (suites := (*SUITES, "forms", "steps")):
         raise ValueError(f"no benchmark {suite!r}; there are {', '.join(suites)}")
     if suite in ("forms", "steps") and resume:
-        raise ValueError(
-            f"--resume is for networks; --suite {suite} is run whole (forms keeps rows that it does not "
-            f"time anew)"
-        )
+        raise ValueError(f"--resume is for networks, not for --suite {suite}")
     if suite == "steps":
         run_step_bench(device, results, quick, threads=threads)
     elif suite == "forms":
         with _progress("timing") as step:
-            rows = run_forms(device, results, quick, step)
-        typer.echo(f"{len(rows)} rows written to {results}")
+            typer.echo(f"{len(run_forms(device, results, quick, step))} rows written to {results}")
     else:
         run_bench(device=device, results=results, quick=quick, name=suite, resume=resume)
 
