@@ -289,7 +289,8 @@ def test_wrong_options_are_refused(options, message):
     ],
 )
 def test_options_that_are_right_together(options):
-    CondConv(**options)
+    method = CondConv(**options)
+    assert {name: getattr(method, name) for name in options} == options
 
 
 def test_options_are_keywords_frozen_and_comparable():
