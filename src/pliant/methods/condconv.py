@@ -19,6 +19,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+import timm.layers
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
@@ -401,7 +402,7 @@ def _stride(layer: nn.Module) -> int:
 
 def _unmixable(layer: nn.Module) -> str:
     """Why a layer is more than its weight and a convolution, with zeros around it; or empty."""
-    plain = type(layer) is nn.Linear
+    plain = type(layer) in (nn.Linear, timm.layers.Linear)  # MobileNetV3's classifier is timm's
     if type(layer) in (nn.Conv2d, Conv2dSame):
         plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     if not plain:
