@@ -56,7 +56,7 @@ def test_train_digits(run_example, tmp_path):
 
 def test_upcycle_a_trained_network(run_example, tmp_path):
     lines = run_example("upcycle_a_trained_network.py").splitlines()
-    assert lines[0].startswith("layer2.0: BasicBlock -> CondConvBlock (kind=block, experts=4")
+    assert lines[0].startswith("layer2.0: BasicBlock -> CondConvBlock (unit=5, kind=block, experts=4")
     # Kernels of layers 2 and 3 four times, the classifier's too, and seven routers.
     assert "parameters: 269,722 -> 1,033,206 (383.1%)" in lines
     name, difference = lines[-1].split(":")

@@ -315,7 +315,7 @@ def test_threads_are_in_force_and_gradients_off_while_timed() -> None:
 
 
 def test_random_networks_have_no_zero_branches() -> None:
-    network = entrants._fresh("resnet20_cifar_mod")
+    network = entrants.fresh("resnet20_cifar_mod")
     assert all(p.any() for n, p in network.named_parameters() if n.endswith("weight"))
 
 
