@@ -9,6 +9,8 @@ FAST := -m "not slow and not gpu"
 # Tests run on one thread each, so two at a time; WORKERS=8 where there are more cores.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
+# What make gpu times; with one of them, a loan of a few minutes is enough.
+GPU_SUITES ?= mod condconv forms
 export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -71,8 +73,9 @@ gpu: export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: ## GPU tests and timings by the Python at hand; DATA=folder of CIFAR-10 adds a training comparison (CHANGES=epochs=10)
 	@failed=; step() { echo "+ $$*"; "$$@" || failed="$$failed; $$*"; }; \
 	step $(PYTHON) -m pytest -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py); \
-	step $(PYTHON) -m pliant bench --device cuda; \
-	if [ -n "$(DATA)" ]; then step $(PYTHON) -m pliant compare cifar10.resnet18 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-cuda.csv; fi; \
+	for suite in $(GPU_SUITES); do step $(PYTHON) -m pliant bench --device cuda --suite $$suite; done; \
+	if [ -n "$(DATA)" ]; then step $(PYTHON) -m pliant compare cifar10.resnet18 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-cuda.csv; \
+	step $(PYTHON) -m pliant compare cifar10.mobilenetv1_w025 --method condconv path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-condconv-cuda.csv; fi; \
 	if [ -n "$$failed" ]; then echo "failed:$${failed#;}" >&2; exit 1; fi
 
 clean: ## remove what make made

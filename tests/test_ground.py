@@ -278,8 +278,12 @@ def test_gpu_runs_every_step_and_fails_if_one_did(tmp_path):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0].startswith("-m pytest -m gpu")
     assert calls[1:] == [
-        "-m pliant bench --device cuda",
+        "-m pliant bench --device cuda --suite mod",
+        "-m pliant bench --device cuda --suite condconv",
+        "-m pliant bench --device cuda --suite forms",
         "-m pliant compare cifar10.resnet18 path=cifar accelerator=gpu --rows results/cifar10-cuda.csv",
+        "-m pliant compare cifar10.mobilenetv1_w025 --method condconv path=cifar accelerator=gpu "
+        "--rows results/cifar10-condconv-cuda.csv",
     ]
     assert done.returncode != 0
     assert "bench --device cuda" in done.stderr
