@@ -58,6 +58,18 @@ def pass_along(modules: Iterable[nn.Module], name: str) -> None:
         module.register_forward_hook(partial(_hand_on, name))
 
 
+def passes_along(hook: object) -> bool:
+    """Whether a forward hook is one that `pass_along` put on a module.
+
+    Example:
+        >>> pool = nn.AvgPool2d(2)
+        >>> pass_along([pool], "routing")
+        >>> [passes_along(hook) for hook in pool._forward_hooks.values()], passes_along(print)
+        ([True], False)
+    """
+    return isinstance(hook, partial) and hook.func is _hand_on
+
+
 def _hand_on(name: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
         value = threaded(args[0], name)

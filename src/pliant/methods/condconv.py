@@ -38,7 +38,7 @@ from pliant.methods.conditional import (
 )
 from pliant.methods.mixing import Form
 from pliant.surgery import Method, PassedOver, Site, Survey
-from pliant.threaded import Bound, _hand_on, between, pass_along, thread
+from pliant.threaded import Bound, between, pass_along, passes_along, thread
 
 Routing = Literal["block", "layer", "single", "shared", "hierarchical"]
 Layers = Literal["all", "pointwise", "depthwise"]
@@ -408,7 +408,7 @@ def _unmixable(layer: nn.Module) -> str:
     if not plain:
         return f"is a {type(layer).__name__} that cannot be mixed"
     hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
-    if any(getattr(hook, "func", None) is not _hand_on for hook in hooks):
+    if not all(passes_along(hook) for hook in hooks):
         return "has forward hooks (spectral_norm has), which a mixture would lose"
     return ""
 

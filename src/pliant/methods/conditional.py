@@ -168,19 +168,17 @@ class _Conditional(nn.Module):
         check_form(form)
         if bias not in (None, *get_args(Bias)):
             raise ValueError(f"bias must be None, 'shared' or 'experts', not {bias!r}")
-        outputs = getattr(router, "outputs", None)
-        if getattr(router, "experts", experts) != experts or outputs not in (None, shape[0]):
+        outputs, given = getattr(router, "outputs", None), getattr(router, "experts", experts)
+        if given != experts or outputs not in (None, shape[0]):
             raise ValueError(
-                f"the router gives weights for {router.experts} experts"  # type: ignore[union-attr]
+                f"the router gives weights for {given} experts"
                 f"{'' if outputs is None else f' of {outputs} channels'}; the layer has {experts} "
                 f"experts of {shape[0]} channels"
             )
         name, here = channels
-        if getattr(router, "channels", here) != here:
-            raise ValueError(
-                f"the router takes {router.channels} channels, "  # type: ignore[union-attr]
-                f"but the layer's {name} is {here}"
-            )
+        taken = getattr(router, "channels", here)
+        if taken != here:
+            raise ValueError(f"the router takes {taken} channels, but the layer's {name} is {here}")
         self.experts, self.form, self.router = experts, form, router
         self.passes_on = False
         # A filter is kept flat: of five dimensions, `Module.to(memory_format=channels_last)` fails.

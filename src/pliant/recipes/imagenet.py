@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import timm
 
@@ -104,25 +105,17 @@ def paper(network: str = "resnet50_mod") -> Recipe:
         return replace(condconv(network), name=f"imagenet.{network}.paper")
     if is_adaptive(network):
         return replace(adn(network), name=f"imagenet.{network}.paper")
-    return Recipe(
-        name=f"imagenet.{network}.paper",
-        note=PAPER,
-        model=_network(network),
-        data="imagenet",
-        path="data/imagenet",
-        val_fraction=None,
-        pixels=224,
-        resize=256,
+    return _at_224(
+        network,
+        "paper",
+        PAPER,
         epochs=100,
         batch=256,
         lr=0.1,
-        momentum=0.9,
         weight_decay=1e-4,
         schedule="step",
         step_size=30,
         gamma=0.1,
-        augmentation="flip_crop",
-        workers=8,
     )
 
 
@@ -139,27 +132,19 @@ def condconv(network: str = "cc_mobilenetv1_050") -> Recipe:
         >>> recipe.epochs, recipe.nesterov, recipe.weight_decay, recipe.ema
         (120, True, 4e-05, None)
     """
-    return Recipe(
-        name=f"imagenet.{network}.condconv",
-        note=CONDCONV,
-        model=_network(network),
-        data="imagenet",
-        path="data/imagenet",
-        val_fraction=None,
-        pixels=224,
-        resize=256,
+    return _at_224(
+        network,
+        "condconv",
+        CONDCONV,
         epochs=120,
         batch=256,
         lr=0.1,
-        momentum=0.9,
         nesterov=True,
         weight_decay=4e-5,
         schedule="cosine",
         warmup=5,
         objective=objective_of(network),
-        augmentation="flip_crop",
         channels_last=True,
-        workers=8,
     )
 
 
@@ -180,27 +165,19 @@ def adn(network: str = "resnet50_adn") -> Recipe:
         >>> adn("vit_base_patch32_adn").optimizer, adn("mobilenetv2_adn").gamma
         ('adamw', 0.98)
     """
-    recipe = Recipe(
-        name=f"imagenet.{network}.adn",
-        note=ADN + ADN_RESNET,
-        model=_network(network),
-        data="imagenet",
-        path="data/imagenet",
-        val_fraction=None,
-        pixels=224,
-        resize=256,
+    recipe = _at_224(
+        network,
+        "adn",
+        ADN + ADN_RESNET,
         epochs=150,
         batch=256,
         lr=0.1,
-        momentum=0.9,
         weight_decay=1e-4,
         schedule="step",
         step_size=50,
         gamma=0.1,
         objective=objective_of(network),
-        augmentation="flip_crop",
         channels_last=True,
-        workers=8,
     )
     if network.startswith("mobilenetv2"):
         return replace(
@@ -253,6 +230,24 @@ def regularized(network: str = "cc_mobilenetv1_050") -> Recipe:
         mixup=0.2,
         augmentation="original",
         model_args={"drop_rate": 0.2},
+    )
+
+
+def _at_224(network: str, form: str, note: str, **settings: Any) -> Recipe:
+    """What the papers' recipes share: ImageNet at 224 pixels, momentum, crops and flips."""
+    return Recipe(
+        name=f"imagenet.{network}.{form}",
+        note=note,
+        model=_network(network),
+        data="imagenet",
+        path="data/imagenet",
+        val_fraction=None,
+        pixels=224,
+        resize=256,
+        momentum=0.9,
+        augmentation="flip_crop",
+        workers=8,
+        **settings,
     )
 
 
