@@ -7,8 +7,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import timm
 
+from pliant import AdaptiveDepth, convert, get_depth, subnet
 from pliant.compare import (
+    BASE_ALONE,
     MOD_CONTROLS,
     PLAIN,
     REMOVED,
@@ -16,11 +19,16 @@ from pliant.compare import (
     compare,
     controls,
     controls_by_name,
+    last_stages_first,
     summary,
     terminal_summary,
     write_scores,
 )
+from pliant.measuring.macs import count_parameters
 from pliant.recipes.ablations import ABLATIONS
+from pliant.recipes.adaptive_depth import base_arguments
+from pliant.switch import Depth
+from pliant.train.depth_scores import evaluate_depths
 from pliant.train.recipe import Recipe, override
 
 TINY = Recipe(
@@ -140,5 +148,61 @@ def test_condconv_is_compared_with_its_plain_network():
     ablations = controls_by_name("cifar10.mobilenetv1_w025", (), "condconv-ablations")
     assert list(ablations) == [PLAIN, "CondConv", *ABLATIONS]
     assert ablations["softmax"].model_args == {"activation": "softmax"}
-    with pytest.raises(ValueError, match="no comparison for 'adn'; there is one for mod, condconv"):
-        controls_by_name("cifar10.resnet20", (), "adn")
+    with pytest.raises(ValueError, match="no comparison for 'snow'; there is one for mod, condconv"):
+        controls_by_name("cifar10.resnet20", (), "snow")
+
+
+def test_adaptive_depth_is_compared_with_both_networks_trained_alone():
+    recipes = controls_by_name("cifar10.resnet56", ["epochs=4"], "adn")
+    assert {label: (r.model, r.model_args, r.objective) for label, r in recipes.items()} == {
+        PLAIN: ("resnet56_cifar", {}, "cross_entropy"),
+        BASE_ALONE: ("resnet56_cifar", {"layers": [5, 5, 5]}, "cross_entropy"),
+        "ADN": ("resnet56_cifar_adn", {}, "specialize"),
+    }
+    for r in recipes.values():
+        network = {"name": "x", "model": "x", "model_args": {}, "objective": "cross_entropy"}
+        assert replace(r, **network) == replace(recipes[PLAIN], **network)
+    with pytest.raises(ValueError, match="differ in smoothing"):
+        controls(recipes[PLAIN], replace(recipes["ADN"], smoothing=0.3), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "parameters"),
+    [
+        ("resnet50", {"layers": [2, 2, 3, 2]}, 17_112_360),
+        ("convnext_atto", {"depths": [1, 1, 3, 1]}, None),
+        ("deit_tiny_patch16_224", {"depth": 8}, None),
+    ],
+)
+def test_the_base_networks_depth_as_arguments(name, arguments, parameters):
+    assert base_arguments(name, {"num_classes": 1000}) == {"num_classes": 1000, **arguments}
+    alone = timm.create_model(name, **arguments)
+    network = convert(timm.create_model(name), AdaptiveDepth())
+    cut = subnet(network, (True,) * len(get_depth(network)))
+    assert count_parameters(alone) == count_parameters(cut) == (parameters or count_parameters(cut))
+
+
+def test_a_network_without_an_argument_of_depth_says_so():
+    with pytest.raises(ValueError, match="regnetx_002 has no argument that gives it"):
+        base_arguments("regnetx_002", {})
+
+
+def test_compare_scores_an_adaptive_network_at_its_depths(tmp_path):
+    recipe = replace(TINY, model="resnet20_cifar_adn", objective="specialize")
+    done = compare({"ADN": recipe}, tmp_path, progress=False)
+    assert list(done) == ["ADN, super-net", "ADN, base-net"]
+    assert [p.name for p in tmp_path.iterdir()] == ["adn-s0"]
+    (whole, run), (base, cut) = done.values()
+    assert (whole.parameters, base.parameters) == (269_434, 172_218)
+    assert base.macs < whole.macs
+    assert whole.seconds == base.seconds == run.seconds
+    rows = evaluate_depths(tmp_path / "adn-s0", skips=[(False,) * 3, (True,) * 3])
+    assert [r.top1 for r in rows] == pytest.approx([whole.test_accuracy, base.test_accuracy])
+    val = evaluate_depths(tmp_path / "adn-s0", skips=[(True,) * 3], part="val")[0]
+    assert base.val_accuracy == pytest.approx(val.top1)
+    assert base.gap == pytest.approx(base.train_accuracy - base.val_accuracy)
+    assert not any(isinstance(m, Depth) for m in cut.model.modules())
+
+    more = compare({"ADN": recipe}, tmp_path, progress=False, skips=last_stages_first)
+    assert list(more) == ["ADN, super-net", "ADN, FFT", "ADN, FTT", "ADN, base-net"]
+    assert more["ADN, base-net"][0] == base

@@ -15,9 +15,10 @@ import timm
 import torch
 from PIL import Image
 
+from pliant.checkpoint import read_config
 from pliant.train import Recipe, evaluate, fit
 from pliant.train.batches import FileBatches, TensorBatches, shifted, transform
-from pliant.train.data import divide, load_data, load_part
+from pliant.train.data import divide, load_data, load_part, normalisation
 from pliant.train.images import TensorImages, UnreadableImageError
 from pliant.train.seeds import seeded
 
@@ -74,6 +75,34 @@ def test_digits_are_the_images_of_scikit_learn_normalised():
     colour = load_data(replace(DIGITS, pixels=12, model_args={"in_chans": 3}))
     assert colour.test.images.shape == (540, 3, 12, 12)
     assert len(colour.mean) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("data", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("inception", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("clip", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    ],
+)
+def test_images_can_be_normalised_as_trained_weights_want_them(name, mean, std, tmp_path):
+    recipe = Recipe(name="x", model="resnet20_cifar", data="cifar10", path="x", mean_std=name)
+    assert normalisation(recipe) == (mean, std)
+    digits = load_data(replace(DIGITS, mean_std=name, model_args={"in_chans": 3}))
+    if name != "data":
+        assert (digits.mean, digits.std) == (mean, std)
+        x, _ = all_of(digits.test_batches())
+        assert float(x[:, 0].min()) == pytest.approx(-mean[0] / std[0])  # black
+    with pytest.raises(ValueError, match="mean_std must be one of data, imagenet, inception, clip"):
+        replace(DIGITS, mean_std="none")
+
+
+def test_a_saved_run_is_scored_with_its_own_mean_and_std(tmp_path):
+    recipe = replace(DIGITS, mean_std="inception", epochs=1, accelerator="cpu")
+    run = fit(recipe, tmp_path / "run", progress=False)
+    assert read_config(tmp_path / "run" / "best").mean == (0.5,)
+    assert evaluate(tmp_path / "run").top1 == pytest.approx(run.test_accuracy)
 
 
 def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone():

@@ -296,7 +296,9 @@ def experts(
 def compare(
     recipe: Annotated[str, typer.Argument(help="recipe of the plain network, such as cifar10.resnet20")],
     changes: Changes = None,
-    method: Annotated[str, typer.Option(help="mod, condconv or condconv-ablations: which forms")] = "mod",
+    method: Annotated[
+        str, typer.Option(help="which forms: mod, condconv, condconv-ablations, adn")
+    ] = "mod",
     seeds: Annotated[int, typer.Option(help="how many, from the recipe's seed on", min=1)] = 1,
     only: Annotated[list[str] | None, typer.Option(help="only these labels; repeat for several")] = None,
     folder: Annotated[Path, typer.Option(help="of runs; finished ones are kept")] = Path("runs/compare"),
@@ -323,7 +325,7 @@ def compare(
 
 @reproduce_app.command()
 def counts(
-    method: Annotated[str | None, typer.Option(help="mod or condconv; by default both papers")] = None,
+    method: Annotated[str | None, typer.Option(help="mod, condconv or adn; by default every paper")] = None,
     table: Annotated[list[str] | None, typer.Option(help="only this one; repeat for several")] = None,
     markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
 ) -> None:
@@ -332,7 +334,7 @@ def counts(
     from pliant.published import markdown as as_markdown
 
     if table and method is None:
-        raise ValueError(f"--table needs --method, the paper's: {' or '.join(PAPERS)}")
+        raise ValueError(f"--table needs --method, the paper's: one of {', '.join(PAPERS)}")
     for name in PAPERS if method is None else [method]:
         report = reproduce_counts(name, table)
         if markdown:

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pliant._files import write_csv
+from pliant.depth import get_depth, subnet
 from pliant.recipes.ablations import ABLATIONS
+from pliant.recipes.adaptive_depth import base_arguments, is_adaptive
+from pliant.switch import Depth, Skip, check_skip, depth_name, depth_role
 from pliant.train.recipe import Recipe, differences, override
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from pliant.train import Run
 
 PLAIN, REMOVED = "plain", "blocks removed"
+BASE_ALONE = "plain, base depth"
 
 # What each control changes in a Mixture-of-Depths network (label -> method options).
 MOD_CONTROLS: dict[str, dict[str, Any]] = {
@@ -47,6 +51,7 @@ METHODS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "mod": ("{network}_mod", MOD_CONTROLS),
     "condconv": ("cc_{network}", CONDCONV_CONTROLS),
     "condconv-ablations": ("cc_{network}", {"CondConv": {}, **ABLATIONS}),
+    "adn": ("{network}_adn", {"ADN": {}}),
 }
 
 
@@ -123,7 +128,10 @@ def controls(
         >>> list(controls(one, two, MOD_CONTROLS))[:2]
         ['plain', 'MoD, score order']
     """
-    other = differences(plain, converted, leaving_out=("name", "note", "model", "model_args"))
+    network = ["name", "note", "model", "model_args"]
+    if is_adaptive(converted.model):
+        network.append("objective")
+    other = differences(plain, converted, leaving_out=network)
     if other:
         raise ValueError(
             f"{plain.name} and {converted.name} differ in {', '.join(other)}: no fair comparison"
@@ -141,7 +149,8 @@ def controls_by_name(name: str, changes: Sequence[str] = (), method: str = "mod"
         name: of the plain network's recipe, ``"cifar10.resnet20"``.
         changes: ``key=value`` strings, applied to both.
         method: one of `METHODS`: ``"mod"`` (its form of resnet20 is ``resnet20_mod``),
-            ``"condconv"`` (``cc_resnet20``) or ``"condconv-ablations"``.
+            ``"condconv"`` (``cc_resnet20``), ``"condconv-ablations"`` or ``"adn"``
+            (``resnet20_adn``, and the plain network of its base depth, trained alone).
 
     Raises:
         ValueError: no such method or recipe, or the network has no such form.
@@ -157,7 +166,26 @@ def controls_by_name(name: str, changes: Sequence[str] = (), method: str = "mod"
     converted = form.format(network=network.replace("_w", "_"))
     names = (name, f"{data}.{converted}{dot}{ending}")
     plain, other = (override(get_recipe(one), changes) for one in names)
-    return controls(plain, other, forms)
+    found = controls(plain, other, forms)
+    if method == "adn":
+        shallow = replace(plain, model_args=base_arguments(plain.model, plain.model_args))
+        found = {PLAIN: plain, BASE_ALONE: shallow, **found}
+    return found
+
+
+def both_ends(flags: int) -> list[Skip]:
+    """The depths that are trained: all of the network, and its base network."""
+    return [(False,) * flags, (True,) * flags]
+
+
+def last_stages_first(flags: int) -> list[Skip]:
+    """From the whole network to its base network, a stage more each time.
+
+    Example:
+        >>> last_stages_first(2)
+        [(False, False), (False, True), (True, True)]
+    """
+    return [tuple(n >= flags - skipped for n in range(flags)) for skipped in range(flags + 1)]
 
 
 def compare(
@@ -167,6 +195,7 @@ def compare(
     progress: bool = True,
     started: Callable[[str, Recipe], None] | None = None,
     finished: Callable[[str, Run], None] | None = None,
+    skips: Callable[[int], Iterable[Skip]] = both_ends,
     **fit_options: Any,
 ) -> dict[str, tuple[Score, Run]]:
     """Train and test each recipe in turn.
@@ -178,47 +207,93 @@ def compare(
         progress: show `fit`'s progress bar.
         started: called with label and recipe before each run.
         finished: called with label and run after it.
+        skips: which depths of an adaptive network are scored, for its number of flags.
         fit_options: further keywords of `pliant.train.fit`.
 
     Returns:
-        Score and run for each label, in the order given.
+        Score and run for each label, in the order given. An adaptive network has a label,
+        a score and a run for each of its depths (``"ADN, super-net"``, ``"ADN, base-net"``,
+        ``"ADN, FFT"``; see `run_at`).
     """
-    from pliant.measuring.macs import count_macs, count_parameters
     from pliant.train import fit
-    from pliant.train.run import ENVIRONMENT
 
-    done = {}
+    done: dict[str, tuple[Score, Run]] = {}
     for label, recipe in recipes.items():
         if started:
             started(label, recipe)
         place = Path(folder) / f"{_slug(label)}-s{recipe.seed}"
         run = fit(recipe, place, resume=(place / "recipe.json").is_file(), progress=progress, **fit_options)
-        best = run.history[run.best_epoch]
-        # Where it was trained, which is not always here and now.
-        origin = json.loads((place / ENVIRONMENT).read_text(encoding="utf-8"))
-        score = Score(
-            label=label,
-            recipe=recipe.name,
-            model=recipe.model,
-            model_args=json.dumps(dict(recipe.model_args)),
-            data=recipe.data,
-            pixels=recipe.pixels,
-            epochs=recipe.epochs,
-            seed=recipe.seed,
-            parameters=count_parameters(run.model),
-            macs=count_macs(run.model, (recipe.in_chans, recipe.pixels, recipe.pixels)),
-            train_accuracy=100 * best["train_accuracy"],
-            train_ce=best["train_ce"],
-            val_accuracy=100 * best["val_accuracy"],
-            gap=100 * (best["train_accuracy"] - best["val_accuracy"]),
-            test_accuracy=None if run.test_accuracy is None else 100 * run.test_accuracy,
-            seconds=run.seconds,
-            **origin,
-        )
-        done[label] = (score, run)
+        runs = {label: run}
+        if any(isinstance(m, Depth) for m in run.model.modules()):
+            wanted = [check_skip(skip) for skip in skips(len(get_depth(run.model)))]
+            runs = {f"{label}, {_label(skip)}": run_at(run, skip) for skip in wanted}
+        done |= {name: (_score(name, one), one) for name, one in runs.items()}
         if finished:
             finished(label, run)
     return done
+
+
+def run_at(run: Run, skip: Sequence[bool]) -> Run:
+    """One depth of an adaptive network's run, as if it were a run of its own.
+
+    Args:
+        run: of the adaptive network.
+        skip: the depth.
+
+    Returns:
+        The run with the network cut out, its accuracies in float32, and one row of history:
+        the best epoch's, which is the adaptive network's.
+    """
+    from pliant.train.data import load_data
+    from pliant.train.evaluation import score
+
+    data, network = load_data(run.recipe), subnet(run.model, skip)
+    check, val = (score(network, b, data.classes) for b in (data.check_batches(), data.val_batches()))
+    test = None if data.test is None else score(network, data.test_batches(), data.classes).top1
+    row = run.history[run.best_epoch] | {
+        "train_accuracy": check.top1,
+        "train_ce": check.loss,
+        "val_accuracy": val.top1,
+        "val_loss": val.loss,
+        "gap": check.top1 - val.top1,
+    }
+    return replace(
+        run, model=network, history=[row], best_epoch=0, val_accuracy=val.top1, test_accuracy=test
+    )
+
+
+def _label(skip: Skip) -> str:
+    role = depth_role(skip)
+    return f"{role}-net" if role else depth_name(skip)
+
+
+def _score(label: str, run: Run) -> Score:
+    """What a run cost and reached."""
+    from pliant.measuring.macs import count_macs, count_parameters
+    from pliant.train.run import ENVIRONMENT
+
+    recipe, best = run.recipe, run.history[run.best_epoch]
+    # Where it was trained, which is not always here and now.
+    origin = json.loads((run.folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    return Score(
+        label=label,
+        recipe=recipe.name,
+        model=recipe.model,
+        model_args=json.dumps(dict(recipe.model_args)),
+        data=recipe.data,
+        pixels=recipe.pixels,
+        epochs=recipe.epochs,
+        seed=recipe.seed,
+        parameters=count_parameters(run.model),
+        macs=count_macs(run.model, (recipe.in_chans, recipe.pixels, recipe.pixels)),
+        train_accuracy=100 * best["train_accuracy"],
+        train_ce=best["train_ce"],
+        val_accuracy=100 * best["val_accuracy"],
+        gap=100 * (best["train_accuracy"] - best["val_accuracy"]),
+        test_accuracy=None if run.test_accuracy is None else 100 * run.test_accuracy,
+        seconds=run.seconds,
+        **origin,
+    )
 
 
 def write_scores(path: str | Path, scores: Iterable[Score], append: bool = False) -> None:

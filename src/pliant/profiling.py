@@ -22,7 +22,7 @@ from pliant.analysis._figure import check_suffix
 from pliant.depth import depths, set_depth, subnet
 from pliant.measuring.latency import Progress, measure
 from pliant.measuring.rows import CONDITIONS, Measurement, read_rows, terminal_table, write_rows
-from pliant.switch import Skip, check_skip, find_depth
+from pliant.switch import Skip, check_skip, depth_name, find_depth
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -222,7 +222,7 @@ def profile_depths(
     like = next(p for p in model.parameters() if p.is_floating_point())
     worth = _accuracies(model, chosen, accuracy)
     whole = copy.deepcopy(model).eval()
-    networks = {_letters(skip): _OnSharedWeights(subnet(whole, skip, share=True)) for skip in chosen}
+    networks = {depth_name(skip): _OnSharedWeights(subnet(whole, skip, share=True)) for skip in chosen}
     measured = measure(
         networks,
         input_size=(channels, height, width),
@@ -274,7 +274,7 @@ def depth_report(
         name = _name(model)
         counted = [
             Measurement(
-                model=name, variant=f"{_DEPTH}{_letters(d.skip)}", parameters=d.parameters, macs=d.macs
+                model=name, variant=f"{_DEPTH}{depth_name(d.skip)}", parameters=d.parameters, macs=d.macs
             )
             for d in depths(model)
         ]
@@ -299,10 +299,6 @@ def depth_report(
 def _name(model: nn.Module) -> str:
     config = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(model).__name__)
-
-
-def _letters(skip: Skip) -> str:
-    return "".join("T" if s else "F" for s in skip)
 
 
 def _accuracies(model: nn.Module, skips: Sequence[Skip], accuracy: Accuracy | None) -> dict[Skip, float]:

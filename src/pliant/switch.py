@@ -192,3 +192,18 @@ def check_skip(skip: object, flags: int | None = None) -> Skip:
     if flags is not None and len(skip) != flags:
         raise ValueError(f"skip has {len(skip)} flags, {tuple(skip)}; the network has {flags}")
     return tuple(skip)
+
+
+def depth_name(skip: Skip) -> str:
+    """A letter for each flag, as the paper writes depths.
+
+    Example:
+        >>> depth_name((False, False, True, True))
+        'FFTT'
+    """
+    return "".join("FT"[flag] for flag in skip)
+
+
+def depth_role(skip: Skip) -> str:
+    """``"super"`` for the whole network, ``"base"`` for the base network, else empty."""
+    return "base" if all(skip) else "" if any(skip) else "super"

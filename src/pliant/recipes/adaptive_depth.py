@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from pliant.recipes.ablations import PREFIX
 from pliant.train.recipe import ObjectiveName, Recipe
@@ -35,6 +36,50 @@ def objective_of(network: str) -> ObjectiveName:
         ('specialize', 'cross_entropy')
     """
     return "specialize" if is_adaptive(network) else "cross_entropy"
+
+
+def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that give a plain network the depth of its adaptive form's base-net.
+
+    So it is trained by itself, which is the paper's control ("individual", Table 1).
+
+    Args:
+        model: a plain network of timm.
+        model_args: its arguments.
+
+    Raises:
+        ValueError: its blocks are not counted by an argument that is known here.
+
+    Example:
+        >>> base_arguments("resnet50", {"in_chans": 1})
+        {'in_chans': 1, 'layers': [2, 2, 3, 2]}
+    """
+    import timm
+    import torch
+
+    from pliant.anatomy import RemovedBlock, stages
+    from pliant.depth import get_depth, subnet
+    from pliant.methods.adaptive_depth import AdaptiveDepth
+    from pliant.surgery import convert
+
+    with torch.device("meta"):
+        plain = timm.create_model(model, **model_args)
+        network = convert(plain, AdaptiveDepth())
+        cut = subnet(network, (True,) * len(get_depth(network)), share=True)
+        left = [
+            sum(not isinstance(cut.get_submodule(block.path), RemovedBlock) for block in stage.blocks)
+            for stage in stages(plain)
+        ]
+        # By timm's names: of ResNet, of ConvNeXt, of vision transformers.
+        for name, value in (("layers", left), ("depths", left), ("depth", left[0])):
+            found = {**model_args, name: value}
+            try:
+                alone = timm.create_model(model, **found)
+            except (TypeError, AssertionError):  # RegNet's builder asserts
+                continue
+            if sum(p.numel() for p in alone.parameters()) == sum(p.numel() for p in cut.parameters()):
+                return found
+    raise ValueError(f"{model} has no argument that gives it the base network's {sum(left)} blocks")
 
 
 def table3_forms(base: Callable[[str], Recipe]) -> dict[str, Callable[[str], Recipe]]:

@@ -16,18 +16,30 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
 from pliant.train.batches import Batches, make_batches
 from pliant.train.images import FileImages, ImageSet, TensorImages
 from pliant.train.recipe import Recipe
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 CIFAR = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 DIGITS = ((0.3053,), (0.3760,))
+MEAN_STD = {
+    "imagenet": IMAGENET,
+    "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+    "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+}
 Part = Literal["test", "val"]
 DIGITS_TEST = 0.3  # share of the 1797 digits
 
@@ -142,10 +154,18 @@ def load_part(
 
 
 def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of values in [0, 1]."""
+    """Mean and standard deviation of each channel, of values in [0, 1].
+
+    Example:
+        >>> normalisation(Recipe(name="example", model="resnet20_cifar", mean_std="inception"))
+        ((0.5,), (0.5,))
+    """
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    mean, std = DIGITS if recipe.data == "digits" else CIFAR.get(recipe.data, IMAGENET)
+    if recipe.mean_std != "data":
+        mean, std = MEAN_STD[recipe.mean_std]
+    else:
+        mean, std = DIGITS if recipe.data == "digits" else CIFAR.get(recipe.data, IMAGENET)
     if recipe.in_chans == 1:
         return (sum(mean) / len(mean),), (sum(std) / len(std),)
     return (mean, std) if len(mean) == 3 else (mean * 3, std * 3)

@@ -18,7 +18,7 @@ from pliant._files import write_csv
 from pliant.depth import depths, get_depth, set_depth
 from pliant.measuring.entrants import by_name
 from pliant.measuring.provenance import provenance
-from pliant.switch import Skip, check_skip
+from pliant.switch import Skip, check_skip, depth_name, depth_role
 from pliant.train.data import Part
 from pliant.train.evaluation import Scores, prepare
 
@@ -78,7 +78,7 @@ class DepthScore:
     @property
     def role(self) -> str:
         """``"super"``, ``"base"``, or empty between the two."""
-        return "base" if all(self.skip) else "" if any(self.skip) else "super"
+        return depth_role(self.skip)
 
 
 def evaluate_depths(
@@ -151,7 +151,7 @@ def evaluate_depths(
         rows.append(
             DepthScore(
                 network=name,
-                depth="".join("FT"[flag] for flag in skip),
+                depth=depth_name(skip),
                 parameters=costs[skip].parameters,
                 macs=macs,
                 top1=100 * found.top1,

@@ -21,6 +21,7 @@ Schedule = Literal["step", "cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 Accelerator = Literal["auto", "cpu", "gpu"]
 OnUnreadable = Literal["skip", "stop"]
+MeanStd = Literal["data", "imagenet", "inception", "clip"]
 ObjectiveName = Literal["cross_entropy", "joint", "specialize"]
 
 AUGMENTATIONS = ("none", "crop", "flip_crop")
@@ -54,6 +55,9 @@ class Recipe:
         resize: short side that an image from a folder is resized to before the central
             crop of evaluation; None: 8/7 of `pixels` (256 for 224). Digits and CIFAR are
             resized to `pixels` whole.
+        mean_std: mean and standard deviation that images are normalised by: ``"data"``, the
+            data set's; or what a network that gives `weights` was trained with, as timm names
+            it: ``"imagenet"``, ``"inception"`` (0.5 throughout), ``"clip"``.
         val_fraction: share of the training images held out for validation, stratified.
             None: the ``val/`` folder validates, and nothing is tested unless there is a
             ``test/``. With a fraction, ``val/`` (or ``test/``) is the test set. For
@@ -120,6 +124,7 @@ class Recipe:
     download: bool = False
     pixels: int = 32
     resize: int | None = None
+    mean_std: MeanStd = "data"
     val_fraction: float | None = 0.1
     test_fraction: float = 0.1
     split_seed: int = 0

@@ -92,7 +92,7 @@ def _of_folder(
     for name, ours, theirs in (("mean", mean, config.mean), ("std", std, config.std)):
         if ours and theirs and any(abs(a - b) > 1e-4 for a, b in zip(ours, theirs, strict=False)):
             logging.getLogger(__name__).warning(
-                "the weights in %s know images of another %s: %s; this run's is %s",
+                "the weights in %s know images of another %s: %s; this run's is %s (see mean_std)",
                 folder, name, theirs, ours,
             )  # fmt: skip
     return load(folder).state_dict()
