@@ -26,6 +26,12 @@ FAMILIES = {
     "efficientnet": ("efficientnet_lite0", {}, {}, 5),
     "mobilenetv3": ("mobilenetv3_small_050", {}, {}, 4),
     "vit": ("vit_tiny_patch16_224", SMALL_VIT, {"groups": 2}, 2),
+    "vit, norms in attention": (
+        "vit_tiny_patch16_224",
+        {**SMALL_VIT, "qk_norm": True},
+        {"groups": 2},
+        2,
+    ),
     "deit": ("deit_tiny_distilled_patch16_224", SMALL_VIT, {"groups": 1}, 1),
 }
 

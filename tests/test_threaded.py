@@ -266,3 +266,25 @@ def test_a_view_is_of_one_module_and_one_call():
 )
 def test_between(leaves, expected):
     assert between(leaves) == expected
+
+
+def test_keywords_go_through():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add = Add(1)
+
+        def forward(self, x, *, factor=1):
+            return self.add(x) * factor
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Scaled()
+
+        def forward(self, x):
+            return self.inner(x, factor=3)
+
+    view, calls = bound(Outer(), "inner.add")
+    assert view(torch.tensor(1.0)) == 2 * 2 * 3
+    assert calls == ["inner.add"]

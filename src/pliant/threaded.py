@@ -130,12 +130,12 @@ class Bound:
         for name, _ in self._bound.named_children():
             yield self.__getattr__(name)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         """The module's forward, through this view."""
         module = self._bound
         while isinstance(module, Bound):  # a view of a view: of two methods in one block
             module = module._bound
-        return type(module).forward(self, *args)
+        return type(module).forward(self, *args, **options)
 
 
 def between(leaves: Iterable[str]) -> frozenset[str]:
