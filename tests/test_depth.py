@@ -624,6 +624,42 @@ def test_compiled_for_training_it_follows_the_networks_mode_and_leaves_its_stati
     torch._dynamo.reset()
 
 
+def test_as_many_networks_as_one_likes_are_compiled():
+    """PyTorch's limits on what shares a forward would leave the last of these uncompiled."""
+    torch._dynamo.reset()
+    compilations = []
+
+    def backend(graph, _inputs):
+        compilations.append(graph)
+        return graph
+
+    networks = []
+    for classes in range(2, 7):
+        model = timm.create_model("resnet20_cifar", layers=(1, 2, 2), num_classes=classes)
+        model = convert(model, AdaptiveDepth()).eval()
+        networks.append(compile_depths(model, images(), backend=backend))
+        assert len(compilations) == 4 * len(networks)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_all_depths_by_the_real_compiler():
+    try:
+        torch._dynamo.reset()
+        torch.compile(torch.sin, dynamic=False)(torch.ones(3))
+    except Exception as error:
+        if "compiler" not in str(error):
+            raise
+        pytest.skip("no C++ compiler on this machine")
+    model = scramble(timm.create_model("resnet20_cifar_adn")).eval()
+    compiled = compile_depths(model, images(), backend="inductor")
+    with torch.compiler.set_stance("fail_on_recompile"), torch.no_grad():
+        for skip, right in outputs(model, images()).items():
+            with set_depth(model, skip):
+                torch.testing.assert_close(compiled(images()), right, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
 def test_a_depth_that_was_not_compiled_is_refused():
     model, x = tiny(), images()
     compiled = compile_depths(model, x, [(True, True), [False, False]], backend="eager")

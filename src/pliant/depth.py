@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant import anatomy
+from pliant.measuring.engines import room_to_compile
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.methods.adaptive_depth import Subnet
 from pliant.surgery import record_conversion
@@ -226,12 +227,9 @@ def compile_depths(
         ...     fast(torch.randn(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
-    import torch._dynamo
-
     compiled = CompiledDepths(model, skips, **compile_options)
     statistics = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
-    # Depths share their classes' code, whose cache holds eight entries unless told.
-    with torch._dynamo.config.patch(recompile_limit=max(8, 4 * len(compiled._runners))):
+    with room_to_compile():  # depths share their classes' code
         for skip in compiled._runners:
             with set_depth(model, skip):
                 compiled(example)

@@ -32,12 +32,13 @@ ENGINES: dict[str, Callable[[nn.Module, torch.device], Runner]] = {"eager": _eag
 
 
 @contextmanager
-def room_for(networks: int) -> Iterator[None]:
-    """Let so many networks that share a forward be compiled side by side.
+def room_to_compile() -> Iterator[None]:
+    """Let any number of networks that share a forward be compiled side by side.
 
-    PyTorch's default is eight; the ninth would silently run uncompiled.
+    PyTorch's limits are eight for a forward, 256 in all, and what the process compiled before
+    counts; past them a network silently runs uncompiled.
     """
     import torch._dynamo
 
-    with torch._dynamo.config.patch(recompile_limit=max(8, networks)):
+    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
         yield

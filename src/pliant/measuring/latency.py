@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from pliant.measuring.engines import ENGINES, room_for
+from pliant.measuring.engines import ENGINES, room_to_compile
 from pliant.measuring.entrants import Entrant, Model, Size, add_baseline, attempt, by_name, variants
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.measuring.provenance import Provenance, provenance
@@ -133,7 +133,7 @@ def measure(
 
     report = progress or (lambda _done, _total, _what: None)
     gpus = [setting.device] if setting.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), room_for(2 * len(named) + 1):
+    with torch.random.fork_rng(gpus), room_to_compile():
         torch.manual_seed(seed)
         entrants: list[Entrant] = []
         for name, model in named.items():
