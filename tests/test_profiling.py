@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -172,6 +173,32 @@ def test_budgets_that_nothing_keeps_or_that_make_no_sense(budget, message):
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         profile_depths(adaptive(), images(1, size=8), **{**QUICK, **options})
+
+
+def test_a_depth_that_is_asked_for_twice_is_measured_once():
+    skip = (True, False, True)
+    profile = profile_depths(adaptive(), images(1, size=8), skips=[skip, list(skip)], **QUICK)
+    assert [skip_of(r) for r in profile.rows] == [skip]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((*ROWS, ROWS[0]), "one network, each once; these are net depth FF, .*, net depth FF"),
+        ((*ROWS, row("FFF", 1.0, 10, 50.0)), "one network, each once; .*, net depth FFF"),
+        ((*ROWS[:3], row("TT", 2.5, 50, math.nan)), "the accuracy of .*TT.* is no number: nan"),
+    ],
+)
+def test_rows_that_are_no_profile_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        DepthProfile(rows)
+
+
+def test_unknown_counts_keep_no_budget():
+    rows = tuple(replace(r, macs=None) for r in ROWS)
+    with pytest.raises(ValueError, match="multiply-accumulates are known: give budget_ms"):
+        DepthProfile(rows).choose(macs=60)
+    assert DepthProfile(rows).choose(budget_ms=3.9) == (True, True)
 
 
 def test_networks_and_examples_that_do_not_fit():

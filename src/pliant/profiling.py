@@ -40,13 +40,24 @@ class DepthProfile:
     Attributes:
         rows: a row for each depth, with times, counts, accuracy and where all that comes
             from; its `variant` is ``depth TTFF``, a letter a stage, T skips.
+
+    Raises:
+        ValueError: rows of something else than the depths of one network, each once; an accuracy
+            that is no number; no time.
     """
 
     rows: tuple[Measurement, ...]
 
     def __post_init__(self) -> None:
+        skips = [skip_of(row) for row in self.rows]
+        if len(set(skips)) < len(skips) or len({len(skip) for skip in skips}) > 1:
+            raise ValueError(
+                f"a profile holds the depths of one network, each once; these are "
+                f"{', '.join(f'{row.model} {row.variant}' for row in self.rows)}"
+            )
         for row in self.rows:
-            skip_of(row)
+            if row.accuracy is not None and math.isnan(row.accuracy):
+                raise ValueError(f"the accuracy of {row.label} is no number: {row.accuracy}")
         if not any(row.median_ms is not None for row in self.rows):
             raise ValueError(
                 f"no depth has a time: {self.rows[0].error if self.rows else 'there is no row'}"
@@ -76,7 +87,7 @@ class DepthProfile:
             Flags for `pliant.set_depth`.
 
         Raises:
-            ValueError: no budget or two; none that a depth keeps.
+            ValueError: no budget or two; none that a depth keeps; `macs` of rows without them.
 
         Example:
             >>> rows = [Measurement(model="net", variant="depth F", macs=9, median_ms=2.0)]
@@ -90,6 +101,8 @@ class DepthProfile:
         limit: float | None = macs if budget_ms is None else budget_ms
         if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 < limit < math.inf:
             raise ValueError(f"{name} must be a number above 0, not {limit!r}")
+        if budget_ms is None and any(row.macs is None for row in self._timed()):
+            raise ValueError("not every depth's multiply-accumulates are known: give budget_ms")
         within = [row for row in self._timed() if cost(row) <= limit]
         if not within:
             least = min(self._timed(), key=cost)
@@ -217,7 +230,8 @@ def profile_depths(
     flags = len(find_depth(model).skip)
     if example.dim() != 4:
         raise ValueError(f"example must be images [B, C, H, W], not of shape {tuple(example.shape)}")
-    chosen = [check_skip(list(s), flags) for s in skips or product((False, True), repeat=flags)]
+    wanted = skips or product((False, True), repeat=flags)
+    chosen = list(dict.fromkeys(check_skip(list(s), flags) for s in wanted))
     batch, channels, height, width = example.shape
     like = next(p for p in model.parameters() if p.is_floating_point())
     worth = _accuracies(model, chosen, accuracy)
