@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+
+from pliant.published import CountReport, reproduce_counts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -69,6 +72,12 @@ def cifar10() -> tuple[Tensor, Tensor]:
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     images = ((torch.from_numpy(pixels.copy()) / 255 - mean) / std).permute(0, 3, 1, 2)
     return images, torch.from_numpy(labels)
+
+
+@pytest.fixture(scope="session")
+def counts_of() -> Callable[[str], CountReport]:
+    """A paper's counts beside ours, counted once: a function of the method."""
+    return cache(reproduce_counts)
 
 
 @pytest.fixture

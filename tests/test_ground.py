@@ -22,6 +22,7 @@ import pliant
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.methods.mixture_of_depths import without_mod_blocks
 from pliant.models import list_networks
+from pliant.published import PAPERS, markdown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -387,10 +388,17 @@ def test_the_table_of_condconv_networks_is_what_is_counted():
     assert stated == condconv_table()
 
 
-@pytest.mark.slow
-def test_the_table_of_published_counts_is_what_is_counted():
-    from pliant.published import markdown, reproduce_counts
+COUNT_PAGES = {"mod": "mixture-of-depths.md", "condconv": "condconv.md", "adn": "adaptive-depth.md"}
 
-    page = (ROOT / "docs" / "mixture-of-depths.md").read_text()
-    stated = page.partition("<!-- counts:begin -->\n")[2].partition("\n<!-- counts:end -->")[0]
-    assert stated == markdown(reproduce_counts()).strip()
+
+def test_every_paper_has_a_page_for_its_counts():
+    assert COUNT_PAGES.keys() == PAPERS.keys()
+
+
+@pytest.mark.parametrize("method", COUNT_PAGES)
+def test_the_table_of_published_counts_is_what_is_counted(counts_of, method):
+    if method == "mod":
+        pytest.importorskip("ptflops")
+    page = (ROOT / "docs" / COUNT_PAGES[method]).read_text()
+    stated = page.partition("<!-- counts:begin -->\n")[2].partition("<!-- counts:end -->")[0]
+    assert stated == markdown(counts_of(method))

@@ -36,9 +36,9 @@ INTEGERS = {
 
 
 @pytest.fixture(scope="module")
-def report():
+def report(counts_of):
     pytest.importorskip("ptflops")
-    return reproduce_counts("mod", ["1", "7", "8", "11"])
+    return counts_of("mod")
 
 
 def _key(row):

@@ -330,17 +330,16 @@ def counts(
     markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
 ) -> None:
     """Parameters and MACs of every published row that pliant builds, beside ours."""
-    from pliant.published import PAPERS, render, reproduce_counts
-    from pliant.published import markdown as as_markdown
+    from pliant import published
 
     if table and method is None:
-        raise ValueError(f"--table needs --method, the paper's: one of {', '.join(PAPERS)}")
-    for name in PAPERS if method is None else [method]:
-        report = reproduce_counts(name, table)
+        raise ValueError(f"--table needs --method, the paper's: one of {', '.join(published.PAPERS)}")
+    for name in published.PAPERS if method is None else [method]:
+        report = published.reproduce_counts(name, table)
         if markdown:
-            typer.echo(as_markdown(report))
+            typer.echo(published.markdown(report))
         else:
-            _print(render(report))
+            _print(published.render(report))
             typer.echo("\n".join(f"- {note}" for note in report.notes) + "\n")
 
 

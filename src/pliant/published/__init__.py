@@ -3,14 +3,15 @@
 The printed rows are data of the package (``data/*.csv``), with their exceptions. Each
 paper counts multiply-accumulates in its own way; a count that is held against a paper
 uses that paper's convention, here and nowhere else. One file a paper: which network a
-row is, and how the paper counts (`mod.py`, `condconv.py`).
+row is, and how the paper counts (`mod.py`, `condconv.py`, `adn.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pliant.published import condconv, mod
+from pliant.published import adn, condconv, mod
+from pliant.published.adn import fvcore_macs, without_attention_macs
 from pliant.published.condconv import tf_profiler_macs
 from pliant.published.mod import INSTALL_COUNTS, has_ptflops, ptflops_macs
 from pliant.published.report import CountReport, CountRow, Paper, markdown, render
@@ -23,6 +24,7 @@ __all__ = [
     "CountRow",
     "Paper",
     "PublishedRow",
+    "fvcore_macs",
     "has_ptflops",
     "markdown",
     "ptflops_macs",
@@ -30,9 +32,10 @@ __all__ = [
     "render",
     "reproduce_counts",
     "tf_profiler_macs",
+    "without_attention_macs",
 ]
 
-PAPERS: dict[str, Paper] = {"mod": mod.PAPER, "condconv": condconv.PAPER}
+PAPERS: dict[str, Paper] = {"mod": mod.PAPER, "condconv": condconv.PAPER, "adn": adn.PAPER}
 
 
 def reproduce_counts(
@@ -45,7 +48,8 @@ def reproduce_counts(
     Networks are built without weights (on the meta device), so nothing is computed.
 
     Args:
-        method: ``"mod"`` (*CNN Mixture-of-Depths*) or ``"condconv"`` (*CondConv*).
+        method: ``"mod"`` (*CNN Mixture-of-Depths*), ``"condconv"`` (*CondConv*) or ``"adn"``
+            (*Adaptive Depth Networks*).
         tables: numbers of tables, for example ``("1", "11")``; None is all.
         progress: called with each row as it is done.
 

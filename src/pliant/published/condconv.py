@@ -23,6 +23,7 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from pliant import anatomy
+from pliant.analysis._passes import watched
 from pliant.measuring.macs import count_macs, count_parameters, run_once
 from pliant.methods.condconv import CondConvBlock
 from pliant.methods.conditional import CondConv2d, CondLinear, Router
@@ -132,12 +133,8 @@ def tf_profiler_macs(
         flops += _flops(module, args[0], y, mixing) if args else 0
         flops += y.numel() if module in adding else 0
 
-    handles = [module.register_forward_hook(see) for module in model.modules()]
-    try:
+    with watched(model, [(module, see) for module in model.modules()]):
         run_once(model, input_size)
-    finally:
-        for handle in handles:
-            handle.remove()
     return flops // 2
 
 

@@ -119,8 +119,8 @@ class CountReport:
             notes.append(self.paper.uncounted)
         for row in self.rows:
             p = row.published
-            if row.verdict != "match" or p.counts != "exact":
-                said = "; ".join(text for text in (p.counts, p.note) if text and text != "exact")
+            said = "; ".join(text for text in (p.counts, p.note) if text)
+            if row.verdict != "match" or (said and p.counts != "exact"):
                 notes.append(
                     f"{_name(p)}, {p.task} (Table {p.table}): {row.verdict}; the data file says: {said}"
                 )

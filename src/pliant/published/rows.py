@@ -50,7 +50,7 @@ def published_rows(method: str = "mod", tables: Sequence[str] | None = None) -> 
 
     Args:
         method: ``"mod"`` (arXiv 2409.17016), ``"condconv"`` (1904.04971) or ``"adn"``
-            (adaptive depth networks).
+            (2312.16392).
         tables: numbers of tables, for example ``("1", "11")``; None is all.
 
     Raises:

@@ -8,19 +8,23 @@ Shapes: counts are for one image of 3 x 224 x 224.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from pliant.analysis._passes import watched
 from pliant.depth import subnet
-from pliant.measuring.macs import count_macs, count_parameters
-from pliant.published import CountRow, PublishedRow
+from pliant.measuring.macs import count_macs, count_parameters, run_once
+from pliant.published.report import CountRow, Paper
+from pliant.published.rows import PublishedRow
 from pliant.switch import Skip
 
+Convention = Literal["fvcore", "without attention"]
+
 CONVENTIONS: dict[str, str] = {
-    "fvcore": "fvcore 0.1.5: convolutions and linear layers, norms 2 per element",
+    "fvcore": "fvcore 0.1.5: convolutions and linear layers, norms 2 per element (ResNet, MobileNetV2)",
     "without attention": (
         "convolutions and the linear layers outside attention; nothing of attention counts, neither its "
         "projections nor its products (ViT)"
@@ -60,10 +64,10 @@ def count(row: PublishedRow) -> CountRow | str:
         given = timm.create_model(_PLAIN[name]) if name in _PLAIN else whole
     # An adaptive network has all of its parameters at every depth; a base network its own.
     parameters = count_parameters(cut if row.model.endswith("_base") else given)
-    way: Any = "without attention" if name.startswith("vit") else "fvcore"
-    theirs = without_attention_macs(cut, _SIZE) if way == "without attention" else fvcore_macs(cut, _SIZE)
+    convention: Convention = "without attention" if name.startswith("vit") else "fvcore"
+    counter = without_attention_macs if convention == "without attention" else fvcore_macs
     network = _PLAIN.get(row.model, adaptive)
-    return CountRow(row, network, {}, parameters, count_macs(cut, _SIZE), way, theirs)
+    return CountRow(row, network, {}, parameters, count_macs(cut, _SIZE), convention, counter(cut, _SIZE))
 
 
 def _skip(variant: str) -> Skip:
@@ -83,7 +87,7 @@ def fvcore_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         4000
     """
     norms = nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm
-    return count_macs(model, input_size) + 2 * sum(y.numel() for _, y in _outputs(model, input_size, norms))
+    return count_macs(model, input_size) + 2 * sum(n for _, n in _outputs(model, input_size, norms))
 
 
 def without_attention_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
@@ -100,25 +104,24 @@ def without_attention_macs(model: nn.Module, input_size: tuple[int, int, int]) -
     """
     hidden = {m for name, attn in model.named_modules() if name.endswith("attn") for m in attn.modules()}
     return sum(
-        layer.weight[0].numel() * y.numel()
-        for layer, y in _outputs(model, input_size, (nn.Conv2d, nn.Linear))
+        layer.weight[0].numel() * values
+        for layer, values in _outputs(model, input_size, (nn.Conv2d, nn.Linear))
         if layer not in hidden
     )
 
 
 def _outputs(
     model: nn.Module, input_size: tuple[int, int, int], kinds: tuple[type[nn.Module], ...]
-) -> list[tuple[Any, Tensor]]:
-    """Layers of some kinds in the order in which one image meets them, each with its output."""
-    seen: list[tuple[Any, Tensor]] = []
+) -> list[tuple[Any, int]]:
+    """Layers of some kinds in the order in which one image meets them, each with the size of its output."""
+    seen: list[tuple[Any, int]] = []
 
     def see(layer: nn.Module, _args: Any, y: Tensor) -> None:
-        seen.append((layer, y.detach().to("meta")))
+        seen.append((layer, y.numel()))
 
-    handles = [m.register_forward_hook(see) for m in model.modules() if isinstance(m, kinds)]
-    try:
-        count_macs(model, input_size)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(model, [(layer, see) for layer in model.modules() if isinstance(layer, kinds)]):
+        run_once(model, input_size)
     return seen
+
+
+PAPER = Paper("Adaptive Depth Networks", CONVENTIONS, count)
