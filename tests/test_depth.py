@@ -660,6 +660,17 @@ def test_all_depths_by_the_real_compiler():
     torch._dynamo.reset()
 
 
+def test_what_is_compiled_is_not_moved():
+    """Moved through here, the depths' buffers would stay behind."""
+    compiled = compile_depths(tiny(), images(), [(True, True)], backend="eager")
+    for move in (compiled.double, compiled.half, lambda: compiled.to("meta")):
+        with pytest.raises(ValueError, match="move the network, and then compile_depths anew"):
+            move()
+    assert {t.dtype for t in compiled.parameters()} == {torch.float32}
+    assert compiled.to("cpu").float() is compiled
+    torch._dynamo.reset()
+
+
 def test_a_depth_that_was_not_compiled_is_refused():
     model, x = tiny(), images()
     compiled = compile_depths(model, x, [(True, True), [False, False]], backend="eager")

@@ -128,7 +128,8 @@ def subnet(model: Network, skip: Sequence[bool], *, share: bool = False) -> Netw
         model: a network converted by `AdaptiveDepth`; it stays as it is.
         skip: the depth.
         share: build it on the tensors of `model` instead of copies, so that all depths
-            served at once take the memory of one. Training one then trains the other.
+            served at once take the memory of one. Training one then trains the other. Move or
+            cast `model` before, not one of them afterwards: that would part their buffers.
 
     Raises:
         ValueError: the network has no adaptive depth, or another number of flags.
@@ -178,6 +179,14 @@ class CompiledDepths(nn.Module):
             self._runners[check_skip(list(skip), flags)] = cast(
                 "nn.Module", torch.compile(cut, **compile_options)
             )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if any(fn(t) is not t for t in (*self.parameters(), *self.buffers())):
+            raise ValueError(
+                "what is compiled stays on its device and in its dtype: move the network, and then "
+                "compile_depths anew"
+            )
+        return self
 
     def forward(self, x: Tensor) -> Any:
         """The network's output for `x`, at the depth that holds here and now.
