@@ -9,8 +9,10 @@ import timm
 import torch
 from torch import nn
 
+from adaptive import SMALL_CONVNEXT
 from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, convert, get_depth, set_depth
 from pliant.analysis.norm_distance import NormDistances, norm_distances, plot_norm_distances
+from pliant.methods.adaptive_depth import SwitchableNorm
 
 NORMS = [f"layer{s}.{b}.bn{n}" for s in (1, 2, 3) for b in (0, 1) for n in (1, 2)]  # resnet20's
 
@@ -117,6 +119,24 @@ def test_layer_norms_of_convnext_are_measured_over_positions(conv_mlp):
         y = plain.eval().stages[0].blocks[0].conv_dw(plain.stem(x))
     assert y.shape == (6, 8, 8, 8)
     torch.testing.assert_close(found.base["stages.0.blocks.0.norm"], y.double().mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("conv_mlp", [False, True])
+def test_root_mean_square_norms_are_switched_and_measured(conv_mlp):
+    """They are neither batch nor layer norms by type, and were left single without a word."""
+    model = timm.create_model(
+        "convnext_atto_rms", **{**SMALL_CONVNEXT, "conv_mlp": conv_mlp}, num_classes=5
+    )
+    model = convert(model, AdaptiveDepth()).eval()
+    found = norm_distances(model, [images(2, 32)])
+    assert len(found.layers) == 4  # one in each block that stays, of the stages that can skip
+    assert [found.full[path].shape for path in found.layers] == [(8,), (24,), (24,), (32,)]
+    with torch.no_grad():
+        before = model(images(2, 32))
+        for module in model.modules():
+            if isinstance(module, SwitchableNorm):
+                module.base.weight.mul_(2)
+        assert torch.equal(model(images(2, 32)), before)
 
 
 @pytest.mark.parametrize("inner", [MixtureOfDepths(c=4, reduction=2, blocks="all"), CondConv(experts=2)])

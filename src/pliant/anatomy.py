@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from timm import layers
 from timm.models import _efficientnet_blocks as efficientnet
 from timm.models import convnext, regnet, resnet, vision_transformer
 from torch import Tensor, nn
@@ -235,7 +236,20 @@ def is_transformer(block: nn.Module) -> bool:
     return isinstance(getattr(block, "block", block), vision_transformer.Block)
 
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    layers.RmsNorm,
+    layers.RmsNormFp32,
+    layers.RmsNorm2d,
+    layers.RmsNorm2dFp32,
+    layers.SimpleNorm,
+    layers.SimpleNormFp32,
+    layers.SimpleNorm2d,
+    layers.SimpleNorm2dFp32,
+)
 
 
 def norms(block: nn.Module) -> list[str]:

@@ -30,7 +30,15 @@ from pliant.switch import find_depth
 # Okabe and Ito's, told apart by the colour-blind too: one for each stage.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-# Those of layer norms that get [B, C, H, W]; the others get their channels last.
+# Norms that get their channels last, but for those of layer norms that get [B, C, H, W].
+_LAST = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    layers.RmsNorm,
+    layers.RmsNormFp32,
+    layers.SimpleNorm,
+    layers.SimpleNormFp32,
+)
 _LAYER_NORMS_2D = (
     layers.LayerNorm2d,
     layers.LayerNorm2dFp32,
@@ -173,7 +181,7 @@ class _Mean:
         self.count = 0
 
     def add(self, norm: nn.Module, x: Tensor) -> None:
-        last = isinstance(norm, nn.LayerNorm) and not isinstance(norm, _LAYER_NORMS_2D)
+        last = isinstance(norm, _LAST) and not isinstance(norm, _LAYER_NORMS_2D)
         x = x.movedim(-1 if last else 1, -1).flatten(0, -2)
         self.sum = self.sum + x.sum(0, dtype=torch.float64)
         self.count += len(x)
