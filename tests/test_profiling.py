@@ -164,6 +164,7 @@ def test_budgets_that_nothing_keeps_or_that_make_no_sense(budget, message):
     [
         ({"engine": "quantum"}, "no engine 'quantum'"),
         ({"skips": [(True, True)]}, "skip has 2 flags"),
+        ({"skips": []}, "skips is empty; name at least one depth"),
         ({"accuracy": {}}, r"accuracy has no value for depth \(False, False, False\); it has \[\]"),
         ({"accuracy": lambda _: 101.0}, "must be in percent, 0 to 100; it is 101.0"),
         ({"accuracy": lambda _: None}, "must be in percent, 0 to 100; it is None"),

@@ -38,7 +38,8 @@ def done(tmp_path_factory):
 def test_every_network_is_trained_timed_and_in_the_table(done):
     folder, _, printed = done
     scores = list(csv.DictReader((folder / "out" / "scores.csv").open()))
-    labels = ["plain", *MOD_CONTROLS, "CondConv, 4 experts"]
+    depths = [f"ADN, {depth}" for depth in ("super-net", "FFFT", "FFTT", "FTTT", "base-net")]
+    labels = ["plain", *MOD_CONTROLS, "CondConv, 4 experts", *depths]
     assert [row["label"] for row in scores] == labels
     rows = read_rows(folder / "out" / "latency.csv")
     assert [row.label for row in rows[: len(labels)]] == labels

@@ -353,7 +353,7 @@ def quickstart(
     readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table")] = None,
     results: Annotated[Path | None, typer.Option(help="folder that gets the rows too")] = None,
 ) -> None:
-    """Train and measure plain, Mixture-of-Depths and CondConv networks in five minutes."""
+    """Train and measure plain and converted networks, all three methods, in five minutes."""
     from pliant.quickstart import quickstart as run
 
     run(folder, changes=changes or (), threads=threads, readme=readme, results=results)

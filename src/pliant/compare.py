@@ -241,13 +241,17 @@ def run_at(run: Run, skip: Sequence[bool]) -> Run:
         skip: the depth.
 
     Returns:
-        The run with the network cut out, its accuracies in float32, and one row of history:
-        the best epoch's, which is the adaptive network's.
+        The run with the network cut out. The whole network's is what was logged; of any other
+        depth accuracies are scored now, in float32, and the history has one row, the best
+        epoch's (which was chosen by the whole network).
     """
+    network = subnet(run.model, skip)
+    if not any(skip):
+        return replace(run, model=network)
     from pliant.train.data import load_data
     from pliant.train.evaluation import score
 
-    data, network = load_data(run.recipe), subnet(run.model, skip)
+    data = load_data(run.recipe)
     check, val = (score(network, b, data.classes) for b in (data.check_batches(), data.val_batches()))
     test = None if data.test is None else score(network, data.test_batches(), data.classes).top1
     row = run.history[run.best_epoch] | {

@@ -22,7 +22,7 @@ from pliant.measuring.engines import room_to_compile
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.methods.adaptive_depth import Subnet
 from pliant.surgery import record_conversion
-from pliant.switch import Skip, Switch, check_skip, find_depth
+from pliant.switch import Skip, Switch, check_skip, check_skips, find_depth
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -172,13 +172,9 @@ class CompiledDepths(nn.Module):
         self.model = model
         # In a dict they are no submodules: their weights are the model's.
         self._runners: dict[Skip, nn.Module] = {}
-        flags = len(find_depth(model).skip)
-        chosen = product((False, True), repeat=flags) if skips is None else skips
-        for skip in chosen:
-            cut = subnet(model, list(skip), share=True)
-            self._runners[check_skip(list(skip), flags)] = cast(
-                "nn.Module", torch.compile(cut, **compile_options)
-            )
+        for skip in check_skips(skips, len(find_depth(model).skip)):
+            cut = subnet(model, skip, share=True)
+            self._runners[skip] = cast("nn.Module", torch.compile(cut, **compile_options))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if any(fn(t) is not t for t in (*self.parameters(), *self.buffers())):

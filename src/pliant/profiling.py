@@ -9,7 +9,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from pliant.analysis._figure import check_suffix
 from pliant.depth import depths, set_depth, subnet
 from pliant.measuring.latency import Progress, measure
 from pliant.measuring.rows import CONDITIONS, Measurement, read_rows, terminal_table, write_rows
-from pliant.switch import Skip, check_skip, depth_name, find_depth
+from pliant.switch import Skip, check_skips, depth_name, find_depth
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -230,8 +229,7 @@ def profile_depths(
     flags = len(find_depth(model).skip)
     if example.dim() != 4:
         raise ValueError(f"example must be images [B, C, H, W], not of shape {tuple(example.shape)}")
-    wanted = skips or product((False, True), repeat=flags)
-    chosen = list(dict.fromkeys(check_skip(list(s), flags) for s in wanted))
+    chosen = check_skips(skips, flags)
     batch, channels, height, width = example.shape
     like = next(p for p in model.parameters() if p.is_floating_point())
     worth = _accuracies(model, chosen, accuracy)

@@ -1,7 +1,7 @@
 """The first five minutes: train on real images, measure, and write one page.
 
-Plain, Mixture-of-Depths, control and CondConv networks learn scikit-learn's digits at one recipe;
-ResNet-50 and its Mixture-of-Depths form are timed at 224 pixels. One table says what
+Plain, Mixture-of-Depths, control, CondConv and adaptive depth networks learn scikit-learn's digits
+at one recipe; ResNet-50 and its Mixture-of-Depths form are timed at 224 pixels. One table says what
 each costs and scores; ``report.html`` adds the curves, the plots and which channels
 the selectors choose for which class (figure 4 of the paper, for this data).
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pliant._files import atomic_path
-from pliant.compare import PLAIN, Score, compare, controls_by_name, write_scores
+from pliant.compare import PLAIN, Score, compare, controls_by_name, last_stages_first, write_scores
 from pliant.report import FigureBlock, TableBlock, write_report
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ RECIPE = "digits.resnet18"
 LARGE, LARGE_MOD, LOWER_PIXELS = "resnet50", "resnet50_mod", 176
 LEARNED = "MoD, score order"
 EXPERTS = "CondConv, 4 experts"
+DEPTHS = "ADN"
 WIDE = 96  # characters that all columns need
 VERSIONS = ("pliant", "torch", "timm", "python")
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
@@ -75,6 +76,7 @@ def quickstart(
         torch.set_num_threads(threads)
     recipes = controls_by_name(RECIPE, changes)
     recipes[EXPERTS] = controls_by_name(RECIPE, changes, "condconv")[EXPERTS]
+    recipes[DEPTHS] = controls_by_name(RECIPE, changes, "adn")[DEPTHS]
     console.print(
         f"Training {len(recipes)} networks on scikit-learn's digits, "
         f"{recipes[PLAIN].epochs} epochs each, {torch.get_num_threads()} threads."
@@ -84,6 +86,7 @@ def quickstart(
         folder / "runs",
         started=lambda label, _: console.print(f"[bold]{label}[/bold]"),
         finished=lambda _, run: console.print(f"  test accuracy {100 * (run.test_accuracy or 0):.1f} %"),
+        skips=last_stages_first,
     )
     scores = [score for score, _ in done.values()]
     write_scores(folder / "scores.csv", scores)
@@ -159,7 +162,11 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
     digits = [r for r in rows if r.accuracy is not None]
     large = [r for r in rows if r.accuracy is None]
     figures = folder / "figures"
-    plot_curves({label: run.history for label, (_, run) in done.items()}, figures / "curves.svg")
+    # Of an adaptive network the whole one has curves; its other depths were scored at the end.
+    curves = {
+        label: run.history for label, (_, run) in done.items() if len(run.history) == run.recipe.epochs
+    }
+    plot_curves(curves, figures / "curves.svg")
     plot_against_latency(digits, "accuracy", figures / "accuracy.svg")
     plot_against_latency(large, "macs", figures / "macs.svg")
     selected_table, selected_figure = _selections(figures, done)
@@ -171,7 +178,8 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
         ),
         FigureBlock(
             "Accuracy against latency, digits",
-            "Batch 1. Networks this small are bound by the number of operators, not by arithmetic.",
+            "Batch 1. Networks this small are bound by the number of operators, not by arithmetic. "
+            "Points named ADN are depths of one network, one set of weights (T: the stage skips).",
             figures / "accuracy.svg",
         ),
         FigureBlock(
@@ -186,7 +194,7 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
     first = rows[0]
     return write_report(
         folder / "report.html",
-        "Plain, Mixture-of-Depths and CondConv networks: cost and score",
+        "Plain, Mixture-of-Depths, CondConv and adaptive depth networks: cost and score",
         findings=_findings(scores, large),
         tables=[
             TableBlock("What each costs and scores", shared, headings, cells),

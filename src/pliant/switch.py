@@ -10,7 +10,9 @@ No tensors here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
+from itertools import product
 from types import TracebackType
 from typing import Any
 
@@ -192,6 +194,24 @@ def check_skip(skip: object, flags: int | None = None) -> Skip:
     if flags is not None and len(skip) != flags:
         raise ValueError(f"skip has {len(skip)} flags, {tuple(skip)}; the network has {flags}")
     return tuple(skip)
+
+
+def check_skips(skips: Iterable[Sequence[bool]] | None, flags: int) -> list[Skip]:
+    """Depths, each once, in the order given; all of them, the whole network first, for None.
+
+    Raises:
+        ValueError: there is none, or one is wrong (`check_skip`).
+
+    Example:
+        >>> check_skips(None, 1), check_skips([[True], (True,)], 1)
+        ([(False,), (True,)], [(True,)])
+    """
+    if skips is None:
+        return list(product((False, True), repeat=flags))
+    found = [check_skip(list(skip), flags) for skip in skips]
+    if not found:
+        raise ValueError("skips is empty; name at least one depth, or leave it out for all")
+    return list(dict.fromkeys(found))
 
 
 def depth_name(skip: Skip) -> str:

@@ -1,9 +1,9 @@
 """The adaptive depth networks by name (Tables 1 to 3 of arXiv 2312.16392), and CIFAR forms.
 
 ``resnet{18,34,50,101}_adn``, ``mobilenetv2_adn``, ``vit_base_patch32_adn`` and
-``vit_tiny_patch16_adn`` for 224 x 224 images; ``resnet{20,56}_cifar_adn`` and
-``resnet50_cifar_adn`` for 32 x 32. Every option of `AdaptiveDepth` is a keyword of
-``timm.create_model``; `pliant.set_depth` switches.
+``vit_tiny_patch16_adn`` for 224 x 224 images; ``resnet{18,20,50,56}_cifar_adn`` for 32 x 32.
+Every option of `AdaptiveDepth` is a keyword of ``timm.create_model``; `pliant.set_depth`
+switches.
 
 Example:
     >>> import timm, pliant
@@ -40,7 +40,7 @@ for _base in ("resnet18", "resnet34", "resnet50", "resnet101"):
         method=AdaptiveDepth,
     )
 
-for _base in ("resnet20", "resnet56", "resnet50"):
+for _base in ("resnet18", "resnet20", "resnet56", "resnet50"):
     register(
         __name__,
         f"{_base}_cifar_adn",

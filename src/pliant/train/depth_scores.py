@@ -18,7 +18,7 @@ from pliant._files import write_csv
 from pliant.depth import depths, get_depth, set_depth
 from pliant.measuring.entrants import by_name
 from pliant.measuring.provenance import provenance
-from pliant.switch import Skip, check_skip, depth_name, depth_role
+from pliant.switch import Skip, check_skips, depth_name, depth_role
 from pliant.train.data import Part
 from pliant.train.evaluation import Scores, prepare
 
@@ -127,9 +127,9 @@ def evaluate_depths(
     )
     network, side = ready.network, ready.recipe.pixels
     flags = len(get_depth(network))
-    wanted = None if skips is None else [check_skip(list(skip), flags) for skip in skips]
+    wanted = check_skips(skips, flags)
     costs = {info.skip: info for info in depths(network, (ready.recipe.in_chans, side, side))}
-    scores = {skip: Scores(ready.classes, ready.device) for skip in wanted or costs}
+    scores = {skip: Scores(ready.classes, ready.device) for skip in wanted}
     mode = network.training
     network.to(ready.device).eval()
     try:
