@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib.metadata
 import re
 import subprocess
@@ -402,3 +403,24 @@ def test_the_table_of_published_counts_is_what_is_counted(counts_of, method):
     page = (ROOT / "docs" / COUNT_PAGES[method]).read_text()
     stated = page.partition("<!-- counts:begin -->\n")[2].partition("<!-- counts:end -->")[0]
     assert stated == markdown(counts_of(method))
+
+
+@pytest.mark.parametrize(
+    ("page", "rows"),
+    [("condconv", "cifar10-condconv"), ("adaptive-depth", "cifar10-adn")],
+)
+def test_the_accuracies_of_a_page_are_those_of_the_rows(page, rows):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    table = text.partition("<!-- cifar10:begin -->")[2].partition("<!-- cifar10:end -->")[0]
+    with (ROOT / "results" / f"{rows}.csv").open(newline="") as file:
+        scores = list(csv.DictReader(file))
+    assert len(scores) >= 3
+    for s in scores:
+        cells = (
+            f"{float(s['test_accuracy']):.1f}",
+            f"{float(s['val_accuracy']):.1f}",
+            f"{float(s['train_ce']):.3f}",
+            f"{int(s['parameters']):,}",
+            f"{int(s['macs']) / 1e6:.2f} M",
+        )
+        assert f"| {' | '.join(cells)} |" in table, s["label"]
