@@ -78,7 +78,7 @@ def fold_norms(model: Network, example: Tensor) -> Network:
 
 
 @dataclass
-class _Seen(TorchDispatchMode):
+class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What happened in one forward.
 
     Attributes:
@@ -93,8 +93,7 @@ class _Seen(TorchDispatchMode):
     readers: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        super().__init__()
-        self._kept: list[Tensor] = []
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note which tensors an operation reads, and let it run."""
