@@ -9,8 +9,9 @@ Shapes in this file, and a core's layers as `pliant.methods.narrow` builds them,
     C  channels            partial  [B, T, h]  shares of the selector's hidden layer, float32
     P  positions, H * W    logits   [B, C]     the channels' relevance, float32
     k  processed channels  kept     [B, k, P]  the first k channels of x, before they change
-    w  core's width        h        the selector's hidden units
-    T  programs a sample   BLOCK_*  a size of a tile: a power of two
+    w  core's width        down     [C, h]     the selector's first layer
+    h  hidden units        up       [h, C]     its second
+    T  programs a sample   BLOCK_*  size of a tile, a power of two
 """
 
 # Triton reads the bodies; its types are not Python's.
@@ -24,49 +25,53 @@ import triton.language as tl
 
 @triton.jit
 def pool(
-    x, kept, partial, fc1,
-    channels, positions, share, hidden, kept_from, kept_to,
-    x_sample, x_channel, x_position, kept_sample, kept_channel, kept_position,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+    x, kept, partial, down,
+    channels, k, positions, share, hidden,
+    x_sample, x_channel, x_position, kept_sample, kept_channel, kept_position, down_channel, down_unit,
+    INPLACE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Read x once: pool it, apply the selector's first layer, and copy channels.
 
     A program takes BLOCK_C channels at `share` positions of one sample. The first layer is
     linear in the means, so each program can add up its own part of every hidden unit.
-    Channels from `kept_from` up to `kept_to` are copied to `kept`.
+    The first k channels are copied to `kept`; unless INPLACE all are, and it is the result.
     """
     blocks = tl.cdiv(channels, BLOCK_C)
     parts = tl.cdiv(positions, share) * blocks
     program = tl.program_id(0)
     sample = (program // parts).to(tl.int64)
     part = program % parts
-    channel = (part % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    lowest = (part % blocks) * BLOCK_C
+    channel = lowest + tl.arange(0, BLOCK_C)
     begin = (part // blocks) * share
     end = tl.minimum(begin + share, positions)
     x += sample * x_sample
     kept += sample * kept_sample
-    copied = (channel >= kept_from) & (channel < kept_to)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for first in range(begin, end, BLOCK_P):
         position = first + tl.arange(0, BLOCK_P)
         inside = (position < end)[:, None] & (channel < channels)[None, :]
         value = tl.load(x + position[:, None] * x_position + channel[None, :] * x_channel, inside, 0.0)
         there = kept + position[:, None] * kept_position + channel[None, :] * kept_channel
-        tl.store(there, value, inside & copied[None, :])
+        if not INPLACE:
+            tl.store(there, value, inside)
+        elif lowest < k:
+            tl.store(there, value, inside & (channel < k)[None, :])
         total += value.to(tl.float32)
     mean = tl.sum(total, 0) / positions
     partial += program.to(tl.int64) * hidden
     for first in range(0, hidden, BLOCK_H):
         unit = first + tl.arange(0, BLOCK_H)
         inside = (unit < hidden)[:, None] & (channel < channels)[None, :]
-        weight = tl.load(fc1 + unit[:, None] * channels + channel[None, :], inside, 0.0).to(tl.float32)
+        at = down + unit[:, None] * down_unit + channel[None, :] * down_channel
+        weight = tl.load(at, inside, 0.0).to(tl.float32)
         tl.store(partial + unit, tl.sum(weight * mean[None, :], 1), unit < hidden)
 
 
 @triton.jit
 def rank(
-    partial, fc2, logits,
-    channels, hidden, parts,
+    partial, up, logits,
+    channels, hidden, parts, up_unit, up_channel,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """The logits of BLOCK_C channels of one sample, where one program for all would take long."""
@@ -74,14 +79,16 @@ def rank(
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     channel = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     partial += sample * parts * hidden
-    value = _logits(partial, fc2, channel, channels, hidden, parts, BLOCK_C, BLOCK_H, BLOCK_T)
+    value = _logits(
+        partial, up, channel, channels, hidden, parts, up_unit, up_channel, BLOCK_C, BLOCK_H, BLOCK_T
+    )
     tl.store(logits + sample * channels + channel, value, channel < channels)
 
 
 @triton.jit
 def bottleneck(
-    x, other, scores, fc2, weight1, bias1, weight2, bias2, weight3, bias3,
-    channels, k, hidden, parts, height, columns, tiles, dilation,
+    x, other, scores, up, weight1, bias1, weight2, bias2, weight3, bias3,
+    channels, k, hidden, parts, height, columns, tiles, dilation, up_unit, up_channel,
     x_sample, x_channel, x_position, other_sample, other_channel, other_position,
     width, weight2_channel, weight2_tap,
     INPLACE: tl.constexpr, RANKED: tl.constexpr, BY_INDEX: tl.constexpr,
@@ -102,7 +109,7 @@ def bottleneck(
     x += sample * x_sample
     other += sample * other_sample
     index, score = _choose(
-        scores, fc2, sample, channels, k, hidden, parts,
+        scores, up, sample, channels, k, hidden, parts, up_unit, up_channel,
         RANKED, BY_INDEX, BLOCK_C, BLOCK_K, BLOCK_H, BLOCK_T,
     )  # fmt: skip
     place = tl.arange(0, BLOCK_K)
@@ -110,8 +117,8 @@ def bottleneck(
         x, other, index, k, x_channel, x_position, other_channel, other_position, INPLACE
     )
     inner = tl.arange(0, BLOCK_W)
-    to_inner = (inner < width)[:, None] & (place < k)[None, :]
-    first = tl.load(weight1 + inner[:, None] * k + place[None, :], to_inner, 0.0).to(tl.float32)
+    to_inner = (place < k)[:, None] & (inner < width)[None, :]
+    first = tl.load(weight1 + inner[None, :] * k + place[:, None], to_inner, 0.0).to(tl.float32)
     shift1 = tl.load(bias1 + inner, inner < width, 0.0).to(tl.float32)
     hidden2 = tl.zeros([BLOCK_W, BLOCK_P], tl.float32)
     for tap in tl.static_range(9):
@@ -125,12 +132,12 @@ def bottleneck(
         value = _relu(_product(first, value) + shift1[:, None])
         value = tl.where(inside[None, :], value, 0.0)  # the padding is of zeros, not of relu(bias)
         square = (inner < width)[:, None] & (inner < width)[None, :]
-        there = weight2 + inner[:, None] * (width * 9) + inner[None, :] * weight2_channel + tap * weight2_tap
+        there = weight2 + inner[None, :] * (width * 9) + inner[:, None] * weight2_channel + tap * weight2_tap
         hidden2 += _product(tl.load(there, square, 0.0).to(tl.float32), value)
     shift2 = tl.load(bias2 + inner, inner < width, 0.0).to(tl.float32)
     hidden2 = _relu(hidden2 + shift2[:, None])
-    from_inner = (place < k)[:, None] & (inner < width)[None, :]
-    last = tl.load(weight3 + place[:, None] * width + inner[None, :], from_inner, 0.0).to(tl.float32)
+    from_inner = (inner < width)[:, None] & (place < k)[None, :]
+    last = tl.load(weight3 + place[None, :] * width + inner[:, None], from_inner, 0.0).to(tl.float32)
     shift3 = tl.load(bias3 + place, place < k, 0.0).to(tl.float32)
     y = _product(last, hidden2) + shift3[:, None]
     _fuse(
@@ -141,8 +148,8 @@ def bottleneck(
 
 @triton.jit
 def basic(
-    x, other, scores, fc2, weight1, bias1, weight2, bias2,
-    channels, k, hidden, parts, height, columns, tiles, dilation,
+    x, other, scores, up, weight1, bias1, weight2, bias2,
+    channels, k, hidden, parts, height, columns, tiles, dilation, up_unit, up_channel,
     x_sample, x_channel, x_position, other_sample, other_channel, other_position,
     weight1_channel, weight1_tap, weight2_channel, weight2_tap,
     INPLACE: tl.constexpr, RANKED: tl.constexpr, BY_INDEX: tl.constexpr,
@@ -155,7 +162,7 @@ def basic(
     x += sample * x_sample
     other += sample * other_sample
     index, score = _choose(
-        scores, fc2, sample, channels, k, hidden, parts,
+        scores, up, sample, channels, k, hidden, parts, up_unit, up_channel,
         RANKED, BY_INDEX, BLOCK_C, BLOCK_K, BLOCK_H, BLOCK_T,
     )  # fmt: skip
     place = tl.arange(0, BLOCK_K)
@@ -163,8 +170,8 @@ def basic(
         x, other, index, k, x_channel, x_position, other_channel, other_position, INPLACE
     )
     square = (place < k)[:, None] & (place < k)[None, :]
-    at1 = weight1 + place[:, None] * (k * 9) + place[None, :] * weight1_channel
-    at2 = weight2 + place[:, None] * (k * 9) + place[None, :] * weight2_channel
+    at1 = weight1 + place[None, :] * (k * 9) + place[:, None] * weight1_channel
+    at2 = weight2 + place[None, :] * (k * 9) + place[:, None] * weight2_channel
     shift1 = tl.load(bias1 + place, place < k, 0.0).to(tl.float32)
     y = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
     for outer in range(9):
@@ -194,7 +201,7 @@ def basic(
 
 @triton.jit
 def _logits(
-    partial, fc2, channel, channels, hidden, parts,
+    partial, up, channel, channels, hidden, parts, up_unit, up_channel,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """The hidden layer's parts summed, its ReLU, and the second layer's logits of some channels."""
@@ -207,14 +214,15 @@ def _logits(
             inside = (part < parts)[:, None] & (unit < hidden)[None, :]
             shares += tl.load(partial + part[:, None] * hidden + unit[None, :], inside, 0.0)
         inside = (channel < channels)[:, None] & (unit < hidden)[None, :]
-        weight = tl.load(fc2 + channel[:, None] * hidden + unit[None, :], inside, 0.0).to(tl.float32)
+        at = up + channel[:, None] * up_channel + unit[None, :] * up_unit
+        weight = tl.load(at, inside, 0.0).to(tl.float32)
         value += tl.sum(weight * _relu(tl.sum(shares, 0))[None, :], 1)
     return value
 
 
 @triton.jit
 def _choose(
-    scores, fc2, sample, channels, k, hidden, parts,
+    scores, up, sample, channels, k, hidden, parts, up_unit, up_channel,
     RANKED: tl.constexpr, BY_INDEX: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +237,9 @@ def _choose(
         value = tl.load(scores + sample * channels + channel, channel < channels, 0.0)
     else:
         scores += sample * parts * hidden
-        value = _logits(scores, fc2, channel, channels, hidden, parts, BLOCK_C, BLOCK_H, BLOCK_T)
+        value = _logits(
+            scores, up, channel, channels, hidden, parts, up_unit, up_channel, BLOCK_C, BLOCK_H, BLOCK_T
+        )
     bits = value.to(tl.int32, bitcast=True)
     bits = tl.where(value == 0.0, 0, bits)  # -0.0 ties with 0.0
     bits = tl.where(value != value, 0x7FC00000, bits)
@@ -289,7 +299,8 @@ def _relu(value):
 
 @triton.jit
 def _product(left, right):
-    """Matrix product in float32: [M, K] by [K, N]. `tl.dot` takes no side below 16."""
-    if left.shape[0] >= 16 and left.shape[1] >= 16:
-        return tl.dot(left, right, input_precision="ieee")
-    return tl.sum(left[:, :, None] * right[None, :, :], 1)
+    """Matrix product in float32, the left side transposed: [K, M] and [K, N] give [M, N].
+
+    Summed along the first axis, which Triton spreads over threads last: a thread adds up on its own.
+    """
+    return tl.sum(left[:, :, None] * right[:, None, :], 0)

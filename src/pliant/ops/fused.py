@@ -108,6 +108,8 @@ def fusable(block: MoDBlock) -> str:
         return "inner_shortcut adds the core's input to its output"
     if not isinstance(block.last_act, nn.Identity):
         return f"it ends with an activation ({type(block.last_act).__name__})"
+    if not _does_nothing(block.drop_path):
+        return f"{type(block.drop_path).__name__} follows its core"
     layers = [m for m in block.core.modules() if not next(m.children(), None) and not _does_nothing(m)]
     kinds = [type(m) for m in layers]
     if any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds):
