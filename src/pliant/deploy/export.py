@@ -244,13 +244,14 @@ def _size(network: nn.Module, example: Tensor | None) -> tuple[int, int, int]:
         if example.dim() != 4 or not len(example):
             raise ValueError(f"example must be images [B, C, H, W], not of shape {tuple(example.shape)}")
         return (example.shape[1], example.shape[2], example.shape[3])
-    size = anatomy.input_size(network)
+    config = getattr(network, "pretrained_cfg", None) or {}
+    size = anatomy.input_size(network) or config.get("input_size")
     if size is None:
         raise ValueError(
             "nothing says which images this network takes; pass an example, such as "
             "torch.zeros(1, 3, 224, 224)"
         )
-    return size
+    return (size[0], size[1], size[2])
 
 
 def _stated(given: Sequence[float] | None, known: Sequence[float] | None, channels: int) -> Any:

@@ -32,7 +32,6 @@ from pliant.anatomy import Block
 from pliant.methods.conditional import ROUTING, CondConv2d
 from pliant.methods.mixing import mix
 from pliant.methods.mixture_of_depths import ChannelSelector, MoDBlock, RandomSelector
-from pliant.methods.precision import pooled
 from pliant.threaded import thread
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -169,8 +168,9 @@ class ConvSelector(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The k largest logits and their channels for `x`, both [B, k, 1, 1], best first."""
-        wide = pooled(x)[:, :, None, None]
-        logits = self.fc2(F.relu(self.fc1(wide)))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean = x.mean((2, 3), keepdim=True, dtype=wide)
+        logits = self.fc2(F.relu(self.fc1(mean)))
         top, index = logits.topk(self.k, dim=1, sorted=True)
         return top, index
 

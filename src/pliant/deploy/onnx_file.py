@@ -96,6 +96,7 @@ def build(program: ExportedProgram, outputs: tuple[str, ...], opset: int, blocks
         )
     _name_selections(model, blocks)
     _simplify(model)
+    _name_batch(model)
     _strip(model)
     return model
 
@@ -313,6 +314,15 @@ def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
         model.graph.register_initializer(value)
     node.replace_input_with(1, model.graph.initializers[name])
     node.attributes.pop("allowzero", None)
+
+
+def _name_batch(model: ir.Model) -> None:
+    """Call the open dimension of images and outputs what it is."""
+    import onnx_ir as ir
+
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and not isinstance(value.shape[0], int):
+            value.shape = ir.Shape(["batch", *list(value.shape)[1:]])
 
 
 def _strip(model: ir.Model) -> None:

@@ -101,6 +101,11 @@ class Parity:
             f"{self.tolerance:.0e}); another top-1 for {self.top1_differs} images, {self.top1_ties} of "
             f"them ties"
         )
+        if not self.images:
+            text += (
+                "; nothing was left to compare, because scores of selectors tie for every image (those of a "
+                "silent selector are all zero): check with other images, or train the network"
+            )
         if self.selections:
             text += (
                 f"; {self.selections} selections: scores off by {self.score_error:.2e}, other channels for "
