@@ -15,7 +15,8 @@ Shapes in this file, and a core's layers as `pliant.methods.narrow` builds them,
 """
 
 # Triton reads the bodies; its types are not Python's.
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 
 from __future__ import annotations
 
@@ -125,15 +126,13 @@ def bottleneck(
         row = position // columns + (tap // 3 - 1) * dilation
         column = position % columns + (tap % 3 - 1) * dilation
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < columns)
-        at = row * columns + column
-        value = tl.load(
-            source[:, None] + at[None, :] * step[:, None], (place < k)[:, None] & inside[None, :], 0.0
-        ).to(tl.float32)
+        at = source[:, None] + (row * columns + column)[None, :] * step[:, None]
+        value = tl.load(at, (place < k)[:, None] & inside[None, :], 0.0).to(tl.float32)
         value = _relu(_product(first, value) + shift1[:, None])
         value = tl.where(inside[None, :], value, 0.0)  # the padding is of zeros, not of relu(bias)
         square = (inner < width)[:, None] & (inner < width)[None, :]
-        there = weight2 + inner[None, :] * (width * 9) + inner[:, None] * weight2_channel + tap * weight2_tap
-        hidden2 += _product(tl.load(there, square, 0.0).to(tl.float32), value)
+        at = weight2 + inner[None, :] * (width * 9) + inner[:, None] * weight2_channel
+        hidden2 += _product(tl.load(at + tap * weight2_tap, square, 0.0).to(tl.float32), value)
     shift2 = tl.load(bias2 + inner, inner < width, 0.0).to(tl.float32)
     hidden2 = _relu(hidden2 + shift2[:, None])
     from_inner = (inner < width)[:, None] & (place < k)[None, :]
@@ -183,10 +182,8 @@ def basic(
             row1 = row + (tap // 3 - 1) * dilation
             column1 = column + (tap % 3 - 1) * dilation
             inside = used & (row1 >= 0) & (row1 < height) & (column1 >= 0) & (column1 < columns)
-            at = row1 * columns + column1
-            value = tl.load(
-                source[:, None] + at[None, :] * step[:, None], (place < k)[:, None] & inside[None, :], 0.0
-            )
+            at = source[:, None] + (row1 * columns + column1)[None, :] * step[:, None]
+            value = tl.load(at, (place < k)[:, None] & inside[None, :], 0.0)
             weight = tl.load(at1 + tap * weight1_tap, square, 0.0)
             between += _product(weight.to(tl.float32), value.to(tl.float32))
         between = tl.where(used[None, :], _relu(between + shift1[:, None]), 0.0)
