@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from pliant.commands import networks, reading, timing, training
+from pliant.commands import deploying, networks, reading, timing, training
 
 app = typer.Typer(
     help="Conditional and adaptive computation for vision networks.",
@@ -22,6 +22,7 @@ app = typer.Typer(
 for command in (
     networks.models,
     networks.plan,
+    deploying.export,
     timing.measure,
     timing.depths,
     training.recipes,

@@ -103,8 +103,8 @@ class Parity:
         )
         if not self.images:
             text += (
-                "; nothing was left to compare, because scores of selectors tie for every image (those of a "
-                "silent selector are all zero): check with other images, or train the network"
+                "; nothing was left to compare, because scores of selectors tie for every image (those of "
+                "a silent selector are all zero): check with other images, or train the network"
             )
         if self.selections:
             text += (
