@@ -87,7 +87,9 @@ def in_pytorch(
         index, rank = index.sort(dim=1)
         top = top.gather(1, rank)
     where = index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])
-    picked = x.gather(1, where)
+    # Autograd keeps what it gathers from, and x changes below.
+    source = x.clone() if torch.is_grad_enabled() and x.requires_grad else x
+    picked = source.gather(1, where)
     three = {"padding": dilation, "dilation": dilation}
     y = F.relu(F.conv2d(picked, weight1, bias1, **({} if weight3 is not None else three)))
     y = F.conv2d(y, weight2, bias2, **three)
