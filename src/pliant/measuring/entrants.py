@@ -40,6 +40,7 @@ class Entrant:
         clock: times it, from when it is prepared.
         calls: forwards in each round.
         seconds: of one forward, a value for each round.
+        note: what a reader of its times must know.
         error: why it is out of the run; empty while it is in.
     """
 
@@ -53,6 +54,7 @@ class Entrant:
     clock: Clock | None = None
     calls: int = 1
     seconds: list[float] = field(default_factory=list)
+    note: str = ""
     error: str = ""
 
     @property

@@ -196,7 +196,7 @@ def _row(
     ratios = _paired(entrant, baseline)
     taxes = [r - 1 for r in _paired(entrant, stripped)] if entrant.variant == AS_IS else []
     macs = entrant.macs / baseline.macs if baseline and baseline.macs and entrant.macs else None
-    notes = []
+    notes = [entrant.note] if entrant.note else []
     if macs is not None and macs < 1 and ratios:
         _, middle, high = _quartiles(ratios)
         notes += [NOT_FASTER] if middle >= 1 else [PERHAPS_FASTER] if high >= 1 else []

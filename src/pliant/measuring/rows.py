@@ -209,6 +209,21 @@ def _from_text(kind: str, text: str) -> Any:
     return {"int": int, "float": float, "str": str}[kind](text)
 
 
+def grouped(rows: Iterable[Measurement]) -> list[list[Measurement]]:
+    """Rows by the run that they come from, in order; one run is one table.
+
+    Example:
+        >>> rows = [Measurement(model=m, batch=b) for b in (1, 16) for m in ("resnet50", "resnet50_mod")]
+        >>> [len(group) for group in grouped(rows)]
+        [2, 2]
+    """
+    groups: dict[Any, list[Measurement]] = {}
+    for r in rows:
+        run = (r.device, r.threads, r.engine, r.batch, r.dtype, r.channels_last, r.against)
+        groups.setdefault(run, []).append(r)
+    return list(groups.values())
+
+
 Text = Callable[[Measurement], str]
 
 # name of a column: heading, and what a row says in it (empty: nothing).

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pliant.deploy.engines import PRECISIONS, Engine, FileEngine, named
 from pliant.deploy.folding import fold_norms
 from pliant.measuring.clock import clock, warm
-from pliant.measuring.entrants import Entrant, Size, attempt
+from pliant.measuring.entrants import Entrant, attempt
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.measuring.rows import AS_BUILT, OPTIMIZED
@@ -150,6 +150,10 @@ def run(
     """
     engine = setting.engine
     child = Isolated(engine, limits.timeout) if isinstance(engine, FileEngine) else None
+    if engine.by_pytorch and any(e.form == OPTIMIZED for e in entrants):
+        from pliant.ops import building
+
+        building.ready()  # a minute or two the first time, which are no network's own
     with child or nullcontext():
         start = time.monotonic()
         for i, entrant in enumerate(entrants):
@@ -178,8 +182,8 @@ def _prepare(
     entrant.macs = count_macs(network, entrant.size)
     engine = setting.engine
     how: dict[str, Any] = {"precision": setting.precision, "threads": setting.threads}
-    network = setting.place(in_form(network.eval(), entrant.form, entrant.size, engine))
     images = engine.images(setting.place(torch.randn(setting.batch, *entrant.size)), setting.precision)
+    network = _formed(network.eval(), entrant, setting, images)
     if child is None:
         entrant.clock = clock(engine.prepare(network, images, **how), images, setting.threads)
         seconds = warm(entrant.clock)
@@ -191,20 +195,24 @@ def _prepare(
     entrant.calls = max(1, math.ceil(least / seconds))
 
 
-def in_form(network: nn.Module, form: str, size: Size, engine: Engine) -> nn.Module:
-    """A network as an engine gets it: as built, with its norms folded, or with its best blocks too.
+def _formed(network: nn.Module, entrant: Entrant, setting: Setting, images: Tensor) -> nn.Module:
+    """The network as the engine gets it: in its form, and in place.
 
     An engine that is not PyTorch's is told of the best blocks when it writes its file.
     """
-    if form == AS_BUILT:
-        return network
-    like = next(network.parameters(), torch.empty(0))
-    example = torch.zeros(1, *size, dtype=like.dtype, device=like.device)
-    if form == OPTIMIZED and engine.by_pytorch:
-        from pliant.deploy.forms import use_export_forms
+    if entrant.form != AS_BUILT:
+        like = next(network.parameters(), images)
+        network = fold_norms(network, images[:1].to(like.device, like.dtype))
+    network = setting.place(network)
+    if entrant.form == OPTIMIZED and setting.engine.by_pytorch:
+        from pliant.deploy.optimize import optimize, unfused
+        from pliant.ops import building
 
-        return use_export_forms(fold_norms(network, example), "program", None)
-    return fold_norms(network, example)
+        network = optimize(network, images[:1], channels_last=setting.channels_last)
+        reasons = dict.fromkeys([*unfused(network).values(), building.why_not()])
+        if told := "; ".join(filter(None, reasons)):
+            entrant.note = f"blocks run in PyTorch's operators: {told}"
+    return network
 
 
 def _race(entrants: list[Entrant], limits: Limits, report: Callable[[int, str], None]) -> None:

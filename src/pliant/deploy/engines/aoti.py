@@ -15,6 +15,8 @@ from pliant.deploy.engines.base import (
     torch_threads,
 )
 
+OPERATORS = "pliant.operators"  # of a package: whether it calls pliant's own
+
 
 class AOTInductor(FileEngine):
     """`torch.export`, compiled ahead of time by Inductor, for one shape of input.
@@ -53,7 +55,10 @@ class AOTInductor(FileEngine):
             torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=str(path),
-                inductor_configs={"freezing": example.device.type == "cpu"},
+                inductor_configs={
+                    "freezing": example.device.type == "cpu",
+                    "aot_inductor.metadata": {OPERATORS: str(_fused(network))},
+                },
             )
         return path
 
@@ -64,7 +69,11 @@ class AOTInductor(FileEngine):
         import torch._inductor
 
         threads = self._check(example, precision, threads)
+        import pliant.ops.building as operators  # a package may hold calls of them
+
         network = torch._inductor.aoti_load_package(str(path))
+        if network.get_metadata().get(OPERATORS) == str(True):
+            operators.ready()
         last = example.is_contiguous(memory_format=torch.channels_last)
         form = torch.channels_last if last and not example.is_contiguous() else torch.contiguous_format
 
@@ -73,3 +82,9 @@ class AOTInductor(FileEngine):
             return network(images.contiguous(memory_format=form))
 
         return torch_runner(call, precision, threads)
+
+
+def _fused(network: nn.Module) -> bool:
+    from pliant.ops.fused import FusedMoDBlock
+
+    return any(isinstance(m, FusedMoDBlock) for m in network.modules())

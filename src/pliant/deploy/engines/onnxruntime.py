@@ -53,6 +53,7 @@ class ONNXRuntime(FileEngine):
         """A session; see `FileEngine.load`."""
         threads = self._check(example, precision, threads)
         ort = require("onnxruntime")
+        ort.disable_telemetry_events()  # or it keeps a record of what runs
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
