@@ -24,9 +24,7 @@ from pliant.threaded import passes_along
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def optimize(
-    model: Network, example: Tensor, *, fused: bool = True, channels_last: bool = True
-) -> Network:
+def optimize(model: Network, example: Tensor, *, fused: bool = True, channels_last: bool = True) -> Network:
     """A copy for inference: norms folded, channels_last, Mixture-of-Depths blocks fused.
 
     It runs in eager mode, under `torch.compile` and through `torch.export`. The fused block

@@ -107,7 +107,13 @@ def _load(path: Path) -> None:
 
 def _key() -> str:
     """What a built library depends on, in 20 letters."""
-    parts = [__version__, torch.__version__, str(torch.version.git_version), SOURCE.read_text(), _processor()]
+    parts = [
+        __version__,
+        torch.__version__,
+        str(torch.version.git_version),
+        SOURCE.read_text(),
+        _processor(),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -131,7 +137,9 @@ def compiler() -> list[str]:
     for command in [own] if own else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
-    wanted = f"$CXX names {own[0]!r}, which is not there" if own else "neither c++, g++ nor clang++ is there"
+    wanted = (
+        f"$CXX names {own[0]!r}, which is not there" if own else "neither c++, g++ nor clang++ is there"
+    )
     raise BuildError(f"no C++ compiler ({wanted}); install one, for example g++")
 
 
