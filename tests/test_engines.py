@@ -245,7 +245,7 @@ def test_runtimes_get_their_threads(name: str, monkeypatch: pytest.MonkeyPatch) 
         compile_model = openvino.Core.compile_model
 
         def watched_model(self: Any, net: Any, device: str, options: dict[str, Any]) -> Any:
-            given.append({**options, "shape": list(net.inputs[0].shape)})
+            given.append({**options, "shape": str(net.inputs[0].partial_shape)})
             return compile_model(self, net, device, {**options, "INFERENCE_NUM_THREADS": 2})
 
         monkeypatch.setattr(openvino.Core, "compile_model", watched_model)
@@ -255,7 +255,7 @@ def test_runtimes_get_their_threads(name: str, monkeypatch: pytest.MonkeyPatch) 
                 "INFERENCE_NUM_THREADS": 2,
                 "ENABLE_HYPER_THREADING": True,
                 "INFERENCE_PRECISION_HINT": "f32",
-                "shape": [1, 3, 32, 32],
+                "shape": "[1,3,32,32]",
             }
         ]
     if os.cpu_count() == 1:

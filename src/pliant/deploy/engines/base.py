@@ -211,6 +211,11 @@ def torch_runner(network: Callable[[Tensor], Any], precision: str, threads: int)
     return run
 
 
+def outputs(found: list[Tensor]) -> Any:
+    """What a network returns: its one output, or a tuple of several."""
+    return found[0] if len(found) == 1 else tuple(found)
+
+
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.deploy.engines.base import FileEngine, Runner, evaluated
+from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
 from pliant.deploy.engines.files import write_file
 from pliant.deploy.extras import require
 
@@ -61,8 +62,8 @@ class ONNXRuntime(FileEngine):
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         (name,) = (i.name for i in session.get_inputs())
 
-        def run(images: Tensor) -> Tensor:
-            outputs = session.run(None, {name: self.images(images, precision).numpy()})
-            return torch.from_numpy(outputs[0])
+        def run(images: Tensor) -> Any:
+            found = session.run(None, {name: self.images(images, precision).numpy()})
+            return outputs([torch.from_numpy(array) for array in found])
 
         return run

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.deploy.engines.base import FileEngine, Runner, evaluated
+from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
 from pliant.deploy.engines.files import write_file
 from pliant.deploy.extras import require
 
@@ -77,10 +78,10 @@ class OpenVINO(FileEngine):
             held := compiled.get_property("INFERENCE_PRECISION_HINT")
         ):
             raise ValueError(f"OpenVINO has no bfloat16 on this machine: it would compute in {held}")
-        request, output = compiled.create_infer_request(), compiled.output(0)
+        request = compiled.create_infer_request()
 
-        def run(images: Tensor) -> Tensor:
-            results = request.infer([self.images(images, precision).numpy()], share_inputs=True)
-            return torch.from_numpy(results[output])
+        def run(images: Tensor) -> Any:
+            found = request.infer([self.images(images, precision).numpy()], share_inputs=True)
+            return outputs([torch.from_numpy(found[port]) for port in compiled.outputs])
 
         return run
