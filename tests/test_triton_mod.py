@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.deploy.folding import fold_norms
 from pliant.ops import triton_mod
+from pliant.ops.fused import FusedMoDBlock
 from pliant.ops.mod_block import in_pytorch
 from pliant.ops.triton_mod import mod_block, unfit
 
@@ -203,8 +204,6 @@ def test_a_sample_alone_gives_what_it_gives_in_a_batch(interpreted):
 
 @pytest.mark.parametrize("name", ["resnet50_mod", "resnet18_mod"])
 def test_a_block_of_a_network(name, interpreted):
-    from pliant.ops.fused import FusedMoDBlock
-
     model = timm.create_model(name, channels=(8, 16, 24, 32), c=8).eval()
     for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -289,8 +288,8 @@ def test_fake_tensors_and_flops() -> None:
     assert counter.get_total_flops() == 2 * 2 * 2 * (2 * selector + bottleneck + basic)
 
 
-def test_compiling_sees_what_each_kernel_writes(h200) -> None:
-    """So that `torch.compile` copies nothing: not the map that is changed in place, no weight."""
+def compile_traced(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[list[str]]]:
+    """`function`, compiled as far as its graph, and the arguments that each kernel in it changes."""
     from torch._functorch.aot_autograd import aot_module_simplified
 
     written: list[list[str]] = []
@@ -303,13 +302,33 @@ def test_compiling_sees_what_each_kernel_writes(h200) -> None:
 
         return aot_module_simplified(graph, inputs, fw_compiler=compiler, inference_compiler=compiler)
 
+    return torch.compile(function, backend=backend, fullgraph=True), written
+
+
+def test_compiling_sees_what_each_kernel_writes(h200) -> None:
+    """So that `torch.compile` copies nothing: not the map that is changed in place, no weight."""
+
     def both(x: Tensor, *weights: Tensor) -> Tensor:
         return mod_block(mod_block(x.relu(), *weights, inplace=True), *weights)
 
+    compiled, written = compile_traced(both)
     with FakeTensorMode(), torch.no_grad():
         x, weights = on_a_gpu_that_is_not_there((2, 64, 4, 1, 9, 7, 1))
-        torch.compile(both, backend=backend, fullgraph=True)(x, *weights)
+        compiled(x, *weights)
     assert written == [["kept", "partial"], ["x"], ["kept", "partial"], ["other"]]
+
+
+def test_the_fused_block_runs_them_on_a_gpu(h200) -> None:
+    model = timm.create_model("resnet20_cifar_mod").eval()
+    block = FusedMoDBlock(fold_norms(model, torch.randn(1, 3, 32, 32)).layer2[1], inplace=True)
+    compiled, written = compile_traced(lambda x: block(x.relu()))
+    with FakeTensorMode(), torch.no_grad():
+        for name, weight in block.named_parameters():
+            moved = torch.nn.Parameter(torch.empty(weight.shape, device="cuda"), False)
+            block.register_parameter(name, moved)
+        x = torch.empty(2, block.channels, 16, 16, device="cuda")
+        assert compiled(x).device.type == "cuda"
+    assert written == [["kept", "partial"], ["x"]]
 
 
 # As in resnet50_mod at 224 px, its four stages, and the last of resnet18_mod.

@@ -55,11 +55,12 @@ def optimize(model: Network, example: Tensor, *, fused: bool = True, channels_la
     """
     network = fold_norms(model, example).requires_grad_(False)
     if channels_last:
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = network.to(memory_format=torch.channels_last)
         if example.dim() == 4:
             example = example.contiguous(memory_format=torch.channels_last)
     if fused and (blocks := _blocks(network)):
-        building.ready()
+        if example.device.type == "cpu":
+            building.ready()
         for path, block in blocks.items():
             if not _why_not(block):
                 network = _put(network, path, block)

@@ -82,6 +82,10 @@ class FusedMoDBlock(Block):
             x = x.clone(memory_format=kept)
             in_pytorch(x, *arguments)
             return x
+        if x.is_cuda:  # Triton is imported only where there is a GPU
+            from pliant.ops.triton_mod import mod_block
+
+            return mod_block(x, *arguments, inplace=self.inplace)
         x = x.contiguous(memory_format=kept) if self.inplace else x.clone(memory_format=kept)
         mod_block_(x, *arguments)
         return x
