@@ -21,15 +21,17 @@ class Small(nn.Module):
         width, wide = (n * kind.expansion for n in planes)
         self.conv1 = nn.Conv2d(3, width, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU()
         self.layer1 = nn.Sequential(kind(width, planes[0]), kind(width, planes[0]))
         down = nn.Sequential(nn.Conv2d(width, wide, 1, 2, bias=False), nn.BatchNorm2d(wide))
         self.layer2 = nn.Sequential(kind(width, planes[1], 2, down), kind(wide, planes[1]))
+        self.pool, self.flat = nn.AdaptiveAvgPool2d(1), nn.Flatten()
         self.fc = nn.Linear(wide, classes)
         self.pretrained_cfg = {"input_size": (3, 16, 16), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layer2(self.layer1(self.bn1(self.conv1(x)).relu()))
-        return self.fc(x.mean((2, 3)))
+        x = self.layer2(self.layer1(self.act1(self.bn1(self.conv1(x)))))
+        return self.fc(self.flat(self.pool(x)))
 
 
 def plain(block: str = "basic", classes: int = 5) -> nn.Module:
@@ -60,7 +62,9 @@ def adaptive() -> nn.Module:
 
 def mod_of_depth() -> nn.Module:
     """Two methods in one network."""
-    both = convert(plain("bottleneck"), MixtureOfDepths(c=4, reduction=2, stages=(0,)), AdaptiveDepth(skippable=(0, 1)))
+    both = convert(
+        plain("bottleneck"), MixtureOfDepths(c=4, reduction=2, stages=(0,)), AdaptiveDepth(skippable=(0, 1))
+    )
     return subnet(scramble(both).eval(), (False,))
 
 
