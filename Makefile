@@ -63,8 +63,8 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-bench: setup ## latency, MACs, the MoD tax and training steps on this machine's CPU
-	$(BIN)/python -m pliant bench
+bench: setup ## latency and MoD tax in every engine, and training steps, on this machine's CPU: under 20 minutes
+	$(BIN)/python -m pliant bench --readme README.md
 	$(BIN)/python -m pliant bench --suite steps
 
 # For a machine with a GPU and a torch of its own: no .venv, nothing is installed. Every

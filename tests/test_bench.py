@@ -14,7 +14,11 @@ from typer.testing import CliRunner
 
 from pliant import bench, cli
 from pliant.bench import SUITES, Setting, Suite, run_bench
-from pliant.measuring.rows import NO_BLOCKS, Measurement, read_rows
+from pliant.deploy.engines import named
+from pliant.measuring.rows import LOWER_RESOLUTION, NO_BLOCKS, Measurement, read_rows
+from pliant.measuring.speed_table import BEGIN, END, speed_table
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = Suite(
     models=("resnet20_cifar_mod",),
@@ -59,13 +63,13 @@ def test_a_suite_end_to_end(tmp_path: Path, console: Console) -> None:
 def test_rows_are_kept_when_a_later_run_is_stopped(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs: list[int] = []
+    runs: list[list[int]] = []
 
     def stopped(*args: Any, **options: Any) -> list[Measurement]:
         runs.append(options["batch"])
         if len(runs) == 2:
             raise KeyboardInterrupt
-        return [Measurement(model="a", batch=options["batch"], median_ms=1.0, macs=1)]
+        return [Measurement(model="a", batch=options["batch"][0], median_ms=1.0, macs=1)]
 
     monkeypatch.setattr(bench, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -81,8 +85,9 @@ def test_resume_does_only_what_is_missing(
     runs: list[int] = []
 
     def counted(*args: Any, **options: Any) -> list[Measurement]:
-        runs.append(options["batch"])
-        return [replace(first[0], batch=options["batch"], channels_last=options["channels_last"])]
+        runs.extend(options["batch"])
+        last = options["channels_last"]
+        return [replace(first[0], batch=batch, channels_last=last) for batch in options["batch"]]
 
     monkeypatch.setattr(bench, "measure", counted)
     rows = run_bench(results=tmp_path, suite=TINY, console=console, resume=True)
@@ -126,14 +131,18 @@ def test_suites_name_networks_and_settings_that_exist() -> None:
     for suite in (suite for suites in SUITES.values() for some in suites.values() for suite in some):
         assert all(timm.is_model(name) for name in (*suite.models, suite.against))
         assert len(set(suite.settings)) == len(suite.settings)
-    for (suite,) in SUITES["mod"].values():
-        assert suite.models == ("resnet50_mod", "resnet75_mod", "resnet86_mod")
+    for suite in (s for name in ("mod", "mod-bfloat16") for some in SUITES[name].values() for s in some):
+        assert set(suite.models) == {"resnet50_mod", "resnet75_mod", "resnet86_mod"}
         assert (suite.against, suite.lower_resolution) == ("resnet50", 176)
-    assert {(s.engine, s.batch, s.dtype) for s in SUITES["mod"]["cpu"][0].settings} == {
-        (e, b, "float32") for e in ("eager", "compiled") for b in (1, 16)
+        assert suite.forms == ("plain", "optimized")
+    settings = {
+        device: [(s.engine, s.batch, s.dtype) for suite in suites for s in suite.settings]
+        for device, suites in SUITES["mod"].items()
     }
-    assert {(s.engine, s.batch, s.dtype) for s in SUITES["mod"]["cuda"][0].settings} == {
-        (e, b, d) for e in ("eager", "compiled") for b in (1, 16, 128) for d in ("float32", "bfloat16")
+    assert all(len(set(some)) == len(some) for some in settings.values())
+    assert set(settings["cpu"]) == {(e.name, b, "float32") for e in named("all") for b in (1, 16)}
+    assert set(settings["cuda"]) == {
+        (e, b, d) for e in ("eager", "compile") for b in (1, 16, 128) for d in ("float32", "bfloat16")
     }
     for device in ("cpu", "cuda"):
         suites = SUITES["condconv"][device]
@@ -149,7 +158,7 @@ def test_suites_name_networks_and_settings_that_exist() -> None:
 def test_no_suite_for_a_device_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no benchmark for device 'tpu'; there is one for cpu, cuda"):
         run_bench("tpu", tmp_path)
-    with pytest.raises(ValueError, match="no benchmark 'adn'; there are mod, condconv"):
+    with pytest.raises(ValueError, match="no benchmark 'adn'; there are mod, mod-bfloat16, condconv"):
         run_bench("cpu", tmp_path, name="adn")
     assert list(tmp_path.iterdir()) == []
 
@@ -167,7 +176,11 @@ def test_the_command_names_all_suites_and_refuses_what_one_does_not_do(
         command = ["bench", "--results", str(tmp_path), *options]
         return str(CliRunner().invoke(cli.app, command).exception)
 
-    assert said("--suite", "form") == "no benchmark 'form'; there are mod, condconv, forms, steps"
+    assert (
+        said("--suite", "form")
+        == "no benchmark 'form'; there are mod, mod-bfloat16, condconv, forms, steps"
+    )
+    assert said("--suite", "steps", "--patient") == "--patient is for networks, not for --suite steps"
     assert said("--suite", "forms", "--resume").startswith("--resume is for networks")
     for suite in ("mod", "condconv", "forms"):
         assert said("--suite", suite) == "something was timed"
@@ -193,6 +206,82 @@ def test_a_suite_of_converted_networks_names_their_options(tmp_path: Path, conso
     more = replace(tiny, models=("cc_resnet56_cifar",), against="resnet56_cifar")
     again = run_bench(results=tmp_path, suite=more, console=console, name="condconv", resume=True)
     assert [row.against for row in again] == ["resnet20_cifar"] * 2 + ["resnet56_cifar"] * 2
+
+
+def test_engines_that_are_not_installed_are_named_and_left_out(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    settings = tuple(Setting(engine=e, batch=1) for e in ("openvino", "eager"))
+    rows = run_bench(results=tmp_path, suite=replace(TINY, settings=settings), console=console)
+    assert {row.engine for row in rows} == {"eager"}
+    told = " ".join(console.export_text().split())
+    assert 'left out: openvino not installed: pip install "pliant[openvino]"' in told
+
+
+def test_patience_lifts_the_limits_and_threads_are_passed_on(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def noted(*args: Any, **options: Any) -> list[Measurement]:
+        given.append(options)
+        return [Measurement(model="a", error="no")]
+
+    monkeypatch.setattr(bench, "measure", noted)
+    suite = replace(TINY, forms=("plain", "optimized"))
+    for patient in (False, True):
+        run_bench(results=tmp_path, suite=suite, console=console, patient=patient, threads=3)
+    assert [(g["max_run_time"], g["max_prepare_time"]) for g in given] == [(75.0, 300.0)] * 2 + [
+        (None, None)
+    ] * 2
+    assert {g["threads"] for g in given} == {3}
+    assert {g["forms"] for g in given} == {("plain", "optimized")}
+    assert [g["batch"] for g in given] == [[2], [1]] * 2
+
+
+BASE = Measurement(
+    model="net", against="net", time_ratio=1.0, median_ms=40.0, threads=2, cpu="Some CPU", cores=2
+)
+
+
+def speeds(**same: Any) -> list[Measurement]:
+    low = replace(BASE, variant=LOWER_RESOLUTION, input_size=(3, 9, 9), time_ratio=0.625, **same)
+    plain = replace(BASE, model="net_mod", time_ratio=0.8, tax=0.1, form="plain", **same)
+    best = replace(plain, form="optimized", time_ratio=0.75, tax=-0.004)
+    return [replace(BASE, **same), low, plain, best, replace(plain, variant=NO_BLOCKS, tax=None)]
+
+
+def test_the_speed_table_has_a_line_for_each_engine_and_batch() -> None:
+    rows = [*speeds(), *speeds(batch=16), *speeds(engine="openvino")[:2]]
+    rows.append(Measurement(model="net_mod", engine="openvino", threads=2, against="net", error="died"))
+    head, blank, *table = speed_table(rows).splitlines()
+    assert head == (
+        "Some CPU (2 cores) · device cpu · threads 2 · "
+        "speed-up over net (MoD tax); plain blocks → optimized"
+    )
+    assert blank == ""
+    assert table == [
+        "| engine | batch | net, ms | net at 9 px | net_mod |",
+        "|---|---:|---:|---:|---:|",
+        "| eager | 1 | 40.0 | 1.60x | 1.25x (10 %) → 1.33x (0 %) |",
+        "| eager | 16 | 40.0 | 1.60x | 1.25x (10 %) → 1.33x (0 %) |",
+        "| openvino | 1 | 40.0 | 1.60x | not measured |",
+    ]
+    with pytest.raises(ValueError, match="none of 1 rows has a tax"):
+        speed_table([BASE])
+
+
+def test_the_bench_puts_the_table_into_a_file_with_marks(tmp_path: Path, console: Console) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"Before\n{BEGIN}\nold\n{END}\nAfter\n")
+    rows = run_bench(results=tmp_path, suite=TINY, console=console, readme=page)
+    assert page.read_text() == f"Before\n{BEGIN}\n{speed_table(rows)}\n{END}\nAfter\n"
+
+
+def test_the_readme_table_of_speed_is_what_the_rows_give() -> None:
+    stated = (ROOT / "README.md").read_text().partition(f"{BEGIN}\n")[2].partition(f"\n{END}")[0]
+    assert stated == speed_table(read_rows(ROOT / "results" / "latency-cpu.csv"))
 
 
 @pytest.mark.gpu

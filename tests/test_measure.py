@@ -18,7 +18,8 @@ from torch import nn
 
 import pliant
 from pliant.analysis.plots import plot_against_latency
-from pliant.measuring import engines, entrants, provenance
+from pliant.deploy.engines import ENGINES
+from pliant.measuring import entrants, provenance
 from pliant.measuring.latency import NOT_FASTER, PERHAPS_FASTER, measure
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.measuring.rows import (
@@ -166,7 +167,7 @@ def test_no_further_round_after_the_time_is_up(
     clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("pliant.measuring.latency.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("pliant.measuring.running.time.monotonic", lambda: next(now))
     # It is read as preparing starts, as rounds start, and after each round: 10 s each.
     (row,) = measure({"a": conv()}, input_size=SMALL, rounds=50, max_run_time=45)
     assert row.rounds == 5
@@ -178,7 +179,7 @@ def test_no_further_network_is_prepared_after_the_time_is_up(
     clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("pliant.measuring.latency.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("pliant.measuring.running.time.monotonic", lambda: next(now))
     models = {name: conv() for name in "abcd"}
     rows = measure(models, input_size=SMALL, rounds=2, max_prepare_time=25)
     assert [row.error for row in rows] == ["", "", "", "left out: preparing took over 25 s"]
@@ -245,14 +246,22 @@ def test_without_a_compiler_the_compiled_row_says_so(monkeypatch: pytest.MonkeyP
 
 
 def test_compiling_is_for_one_size_and_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, object] = {}
-    monkeypatch.setattr(
-        torch, "compile", lambda model, *, mode=None, dynamic: given.update(mode=mode, dynamic=dynamic)
-    )
-    engines.ENGINES["compiled"](conv(), torch.device("cpu"))
-    assert given == {"mode": None, "dynamic": False}
-    engines.ENGINES["compiled"](conv(), torch.device("cuda"))
-    assert given == {"mode": "reduce-overhead", "dynamic": False}
+    import torch._inductor.config as config
+
+    given: list[object] = []
+
+    def compiled(model: nn.Module, *, mode: str | None = None, dynamic: bool) -> Callable[..., None]:
+        given.append((mode, dynamic))
+        return lambda _x: given.append((config.freezing, torch.get_num_threads()))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    threads = torch.get_num_threads()
+    for name, frozen in (("compile", True), ("compiled", False)):
+        given.clear()
+        ENGINES[name].prepare(conv(), torch.ones(1, *SMALL), threads=3)
+        assert given == [(None, False), (frozen, 3), (frozen, 3)]
+    assert not config.freezing
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.slow
@@ -339,7 +348,7 @@ def test_input_sizes(clock: SimpleNamespace) -> None:
         ("resnet20_cifar", {"threads": 0}, "threads must be at least 1, not 0"),
         ("resnet20_cifar", {"rounds": 0}, "rounds must be at least 1, not 0"),
         ("resnet20_cifar", {"min_run_time": -1}, "min_run_time must be at least 0, not -1"),
-        ("resnet20_cifar", {"engine": "onnx"}, "no engine 'onnx'; the engines are eager, compiled"),
+        ("resnet20_cifar", {"engine": "onnx"}, "no engine 'onnx'; the engines are eager, compile, aoti,"),
         ("resnet20_cifar", {"dtype": "int8"}, "no dtype 'int8'"),
         ("resnet20_cifar", {"device": "gpu"}, "no device 'gpu'"),
         ("resnet20_cifar", {"device": "meta"}, "device 'meta' is not supported"),
@@ -438,7 +447,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
         ("28.71234", "28.7x", r"rows.csv, line 3: median_ms is '28.7x', which is no float | None"),
         ("3x224x192", "3x224", "rows.csv, line 3: input_size is '3x224'"),
         (",True,", ",yes,", "rows.csv, line 3: channels_last is 'yes'"),
-        (",2026-01-02T03:04:05+00:00", "", "rows.csv, line 3: 34 fields, not 35"),
+        (",2026-01-02T03:04:05+00:00", "", "rows.csv, line 3: 36 fields, not 37"),
     ],
 )
 def test_damaged_or_foreign_rows_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pliant import models
 from pliant._version import __version__
 from pliant.checkpoint import load, save
+from pliant.deploy.export import export
 from pliant.depth import compile_depths, depths, get_depth, set_depth, subnet
 from pliant.measuring.latency import measure
 from pliant.measuring.rows import Measurement
@@ -31,6 +32,7 @@ __all__ = [
     "compile_depths",
     "convert",
     "depths",
+    "export",
     "get_depth",
     "load",
     "measure",

@@ -2,9 +2,9 @@
 
 A suite is a list of networks and of settings. Each setting (engine, batch, dtype) is one
 interleaved run of all networks, against their plain network in the same engine and, for
-Mixture-of-Depths, against it at a lower resolution; its rows are written as soon as it
-ends, so that a run that is stopped keeps what it had. The figures in results/ come from
-here and nowhere else.
+Mixture-of-Depths, against it at a lower resolution; the rows of an engine are written as
+soon as it is done, so that a run that is stopped keeps what it had. The figures in results/
+come from here and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,11 +15,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pliant._files import atomic_path
+from pliant._files import atomic_path, put_between
+from pliant.deploy.engines import ENGINES
 from pliant.measuring.entrants import fresh
 from pliant.measuring.latency import measure
 from pliant.measuring.provenance import provenance
-from pliant.measuring.rows import Measurement, markdown_table, read_rows, terminal_table, write_rows
+from pliant.measuring.rows import (
+    AS_BUILT,
+    OPTIMIZED,
+    PLAIN,
+    Measurement,
+    grouped,
+    markdown_table,
+    read_rows,
+    terminal_table,
+    write_rows,
+)
+from pliant.measuring.speed_table import BEGIN, END, speed_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +49,13 @@ class Setting:
 
     def __str__(self) -> str:
         layout = "" if self.channels_last else ", contiguous"
-        return f"{self.engine}, batch {self.batch}, {self.dtype}{layout}"
+        return f"{self.engine}, {self.dtype}{layout}"
+
+    @property
+    def key(self) -> tuple[str, int, str, bool]:
+        """What a row of it says of it."""
+        last = self.channels_last and ENGINES[self.engine].by_pytorch
+        return self.engine, self.batch, self.dtype, last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +67,12 @@ class Suite:
         against: the baseline.
         lower_resolution: pixels at which the baseline is a rival to itself; None: none.
         options: of all `models`, as keywords of ``timm.create_model``.
+        forms: of all networks, as for `measure`.
         settings: one run each.
         rounds: of each run.
         min_run_time: seconds of one network in one round, at least.
         max_run_time: seconds after which a run begins no further round.
-        max_prepare_time: seconds after which it compiles no further network.
+        max_prepare_time: seconds after which it exports or compiles no further network.
     """
 
     models: tuple[str, ...]
@@ -61,10 +80,11 @@ class Suite:
     lower_resolution: int | None
     settings: tuple[Setting, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    forms: tuple[str, ...] = (AS_BUILT,)
     rounds: int = 20
     min_run_time: float = 0.2
-    max_run_time: float = 75.0
-    max_prepare_time: float = 300.0
+    max_run_time: float | None = 75.0
+    max_prepare_time: float | None = 300.0
 
     def quick(self) -> Suite:
         """A rehearsal: the smallest batch alone, three rounds, the first model."""
@@ -72,8 +92,25 @@ class Suite:
         settings = tuple(s for s in self.settings if s.batch == smallest)
         return replace(self, models=self.models[:1], settings=settings, rounds=3, min_run_time=0.0)
 
+    def patient(self) -> Suite:
+        """All of it, however long it takes."""
+        return replace(self, max_run_time=None, max_prepare_time=None)
+
 
 _RESNETS = ("resnet50_mod", "resnet75_mod", "resnet86_mod")
+
+
+def _mod(engines: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], **limits: Any) -> Suite:
+    settings = tuple(Setting(engine=e, batch=b, dtype=d) for e in engines for d in dtypes for b in batches)
+    return Suite(
+        models=limits.pop("models", _RESNETS),
+        against="resnet50",
+        lower_resolution=176,
+        settings=settings,
+        forms=(PLAIN, OPTIMIZED),
+        **limits,
+    )
+
 
 # Each CondConv network with the experts of the paper's tables, and the network it is made of.
 _CONDCONV = (
@@ -98,34 +135,44 @@ def _condconv(*settings: Setting, **limits: Any) -> tuple[Suite, ...]:
     )
 
 
-# The limits keep Mixture-of-Depths on a CPU under 20 minutes on 2 cores, and CondConv under
-# 30: compiling takes most of the time.
+# The limits keep `make bench` (Mixture-of-Depths on a CPU, and training steps) under 20 minutes
+# on 2 cores, and CondConv under 30: compiling takes most of the time. AOTInductor keeps nothing
+# of one network for the next, so the paper's middle one comes first there.
 SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
     "mod": {
         "cpu": (
-            Suite(
-                models=_RESNETS,
-                against="resnet50",
-                lower_resolution=176,
-                settings=tuple(Setting(engine=e, batch=b) for e in ("eager", "compiled") for b in (1, 16)),
+            _mod(("eager",), (1, 16), ("float32",), max_run_time=50.0),
+            _mod(
+                ("onnxruntime", "openvino"),
+                (1, 16),
+                ("float32",),
+                max_run_time=45.0,
+                max_prepare_time=100.0,
+            ),
+            _mod(("compile",), (1, 16), ("float32",), max_run_time=45.0, max_prepare_time=110.0),
+            _mod(
+                ("aoti",),
+                (1, 16),
+                ("float32",),
+                models=("resnet75_mod", "resnet50_mod", "resnet86_mod"),
+                max_run_time=30.0,
+                max_prepare_time=80.0,
             ),
         ),
         "cuda": (
-            Suite(
-                models=_RESNETS,
-                against="resnet50",
-                lower_resolution=176,
-                settings=tuple(
-                    Setting(engine=e, batch=b, dtype=d)
-                    for b in (1, 16, 128)
-                    for d in ("float32", "bfloat16")
-                    for e in ("eager", "compiled")
-                ),
+            _mod(
+                ("eager", "compile"),
+                (1, 16, 128),
+                ("float32", "bfloat16"),
                 rounds=30,
                 min_run_time=0.05,
                 max_run_time=20.0,
+                max_prepare_time=150.0,
             ),
         ),
+    },
+    "mod-bfloat16": {
+        "cpu": (_mod(("eager", "compile", "openvino"), (1, 16), ("bfloat16",), max_run_time=60.0),),
     },
     "condconv": {
         "cpu": _condconv(
@@ -147,7 +194,7 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
     },
 }
 
-_STEMS = {"mod": "latency", "condconv": "condconv-latency"}
+_STEMS = {"mod": "latency", "mod-bfloat16": "latency-bfloat16", "condconv": "condconv-latency"}
 
 
 def run_bench(
@@ -157,31 +204,39 @@ def run_bench(
     name: str = "mod",
     *,
     resume: bool = False,
+    patient: bool = False,
+    threads: int | None = None,
     suite: Suite | None = None,
+    readme: str | Path | None = None,
     console: Console | None = None,
 ) -> list[Measurement]:
     """Run the suites of a device; write their rows, a table and a figure.
 
-    Files: ``latency-DEVICE.csv``, ``.md`` and ``.svg`` in `results` (for CondConv
-    ``condconv-latency-DEVICE.*``), replaced when the first run ends and completed after
-    each further one. A rehearsal's files are ``latency-DEVICE-quick.*``, so that it never
-    stands in for the real figures.
+    Files: ``latency-DEVICE.csv``, ``.md`` and ``.svg`` in `results` (of other suites
+    ``latency-bfloat16-DEVICE.*`` and ``condconv-latency-DEVICE.*``), replaced when the first
+    engine is done and completed after each further one. A rehearsal's files are
+    ``latency-DEVICE-quick.*``, so that it never stands in for the real figures.
 
     Args:
         device: ``cpu`` or ``cuda``.
         results: folder of the files; made if missing.
-        quick: a rehearsal of about two minutes (`Suite.quick`).
-        name: ``mod`` for Mixture-of-Depths, or ``condconv``.
+        quick: a rehearsal (`Suite.quick`).
+        name: ``mod`` for Mixture-of-Depths in all engines that are installed, ``mod-bfloat16``,
+            or ``condconv``.
         resume: keep the runs that the CSV file has from this commit on this machine, and
             do the others.
+        patient: without limits of time (`Suite.patient`).
+        threads: of PyTorch and of each engine; by default as many as PyTorch takes.
         suite: another suite than those of that name and device.
+        readme: a file whose part between the speed table's marks gets that table.
         console: where rich prints progress and the table.
 
     Returns:
         All rows.
 
     Raises:
-        ValueError: no suite `name` or none for `device`, or the device is missing.
+        ValueError: no suite `name` or none for `device`, or the device is missing; `readme`
+            has no place for the table.
     """
     from rich.console import Console
 
@@ -191,29 +246,32 @@ def run_bench(
     chosen = (suite,) if suite else SUITES[name].get(kind)
     if chosen is None:
         raise ValueError(f"no benchmark for device {device!r}; there is one for {', '.join(SUITES[name])}")
-    chosen = tuple(c.quick() for c in chosen[:1]) if quick else chosen
+    chosen = tuple(c.quick() for c in chosen) if quick else chosen
+    chosen = tuple(c.patient() for c in chosen) if patient else chosen
     console = console or Console()
     stem = Path(results) / f"{_STEMS[name]}-{kind}{'-quick' if quick else ''}"
     rows = _kept(Path(f"{stem}.csv"), device) if resume else []
     finished = {_key(row) for row in rows}
     with _progress(console) as progress:
-        runs = [(one, setting) for one in chosen for setting in one.settings]
-        runs.sort(key=lambda run: run[1].engine != "eager")  # what is quick to prepare comes first
+        runs = [(one, settings) for one in chosen for settings in _together(one.settings)]
+        runs.sort(key=lambda run: run[1][0].engine != "eager")  # what is quick to prepare comes first
         overall = progress.add_task("benchmark", total=len(runs))
-        for one, setting in runs:
-            key = setting.engine, setting.batch, setting.dtype, setting.channels_last, one.against
-            if key in finished:
-                progress.advance(overall)
-                continue
-            title = f"{one.against}, {setting}"
-            task = progress.add_task(title, total=None)
-            rows += _run(one, setting, device, partial(_advance, progress, task, title))
-            write(stem, rows)
-            progress.remove_task(task)
+        for one, settings in runs:
+            left = [s for s in settings if (*s.key, one.against) not in finished]
+            if why := ENGINES[left[0].engine].missing if left else "":
+                console.print(f"left out: {why}", markup=False)
+            elif left:
+                title = f"{one.against}, {left[0]}"
+                task = progress.add_task(title, total=None)
+                rows += _run(one, left, device, threads, partial(_advance, progress, task, title))
+                write(stem, rows)
+                progress.remove_task(task)
             progress.advance(overall)
     for group in grouped(rows):
         console.print(terminal_table(group))
     console.print(f"written: {stem}.csv, .md" + (", .svg" if _timed(rows) else ""))
+    if readme is not None:
+        put_between(readme, BEGIN, END, speed_table(rows))
     return rows
 
 
@@ -237,14 +295,16 @@ _PREFACE = """\
 Written by `python -m pliant bench`, from the CSV file beside it. Each table is one run, its networks
 timed in turn in each round; time and MAC ratios are to the baseline in the same run. The MoD tax is
 time over that of the same network without its MoD blocks, minus one. Absolute times drift on a shared
-machine; ratios are taken within a round. Compiling is not in the time. Weights are random."""
+machine; ratios are taken within a round. Exporting and compiling are not in the time. Weights are
+random. Where norms are folded, they are in all networks of the table; "optimized" is a network whose
+MoD blocks have the form that suits the engine."""
 
 
-def grouped(rows: Sequence[Measurement]) -> list[list[Measurement]]:
-    """Rows by the run that they come from, in order."""
-    groups: dict[Any, list[Measurement]] = {}
-    for row in rows:
-        groups.setdefault((row.device, row.threads, *_key(row)), []).append(row)
+def _together(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Settings by what shares files: one engine, dtype and layout, in several batches."""
+    groups: dict[Any, list[Setting]] = {}
+    for setting in settings:
+        groups.setdefault((setting.engine, setting.dtype, setting.channels_last), []).append(setting)
     return list(groups.values())
 
 
@@ -261,7 +321,9 @@ def _kept(path: Path, device: str) -> list[Measurement]:
     return [row for row in rows if all(getattr(row, name) == now[name] for name in same)]
 
 
-def _run(suite: Suite, setting: Setting, device: str, report: Any) -> list[Measurement]:
+def _run(
+    suite: Suite, settings: Sequence[Setting], device: str, threads: int | None, report: Any
+) -> list[Measurement]:
     import torch
 
     told = "".join(f" {key}={value}" for key, value in suite.options.items())
@@ -269,11 +331,13 @@ def _run(suite: Suite, setting: Setting, device: str, report: Any) -> list[Measu
     rows = measure(
         models,
         against=suite.against,
-        batch=setting.batch,
+        batch=[setting.batch for setting in settings],
         device=device,
-        dtype=setting.dtype,
-        channels_last=setting.channels_last,
-        engine=setting.engine,
+        dtype=settings[0].dtype,
+        channels_last=settings[0].channels_last,
+        engine=settings[0].engine,
+        forms=suite.forms,
+        threads=threads,
         rounds=suite.rounds,
         min_run_time=suite.min_run_time,
         max_run_time=suite.max_run_time,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant.measuring.engines import room_to_compile
+from pliant.compiling import room_to_compile
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.methods.adaptive_depth import Subnet
 from pliant.surgery import record_conversion

@@ -8,14 +8,13 @@ the selectors choose for which class (figure 4 of the paper, for this data).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pliant._files import atomic_path
+from pliant._files import put_between
 from pliant.compare import PLAIN, Score, compare, controls_by_name, last_stages_first, write_scores
 from pliant.report import FigureBlock, TableBlock, write_report
 
@@ -278,10 +277,4 @@ def _into_readme(path: Path, rows: Sequence[Measurement]) -> None:
     """Put the table between the marks of a Markdown file."""
     from pliant.measuring.rows import markdown_table
 
-    text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} has no part between {BEGIN} and {END} for the table; add the two lines")
-    table = markdown_table(rows, COLUMNS, LEAVE_OUT)
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    with atomic_path(path) as temporary:
-        temporary.write_text(pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text), encoding="utf-8")
+    put_between(path, BEGIN, END, markdown_table(rows, COLUMNS, LEAVE_OUT))

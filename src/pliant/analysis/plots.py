@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pliant.analysis._figure import check_suffix, write_figure
-from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION, NO_BLOCKS, Measurement
+from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION, NO_BLOCKS, OPTIMIZED, Measurement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "baseline": ("s", "#000000"),
     "baseline, lower resolution": ("D", "#E69F00"),
     "Mixture-of-Depths": ("o", "#0072B2"),
+    "Mixture-of-Depths, optimized": ("o", "#D55E00"),
     "its MoD blocks removed": ("o", "#56B4E9"),
     "other": ("^", "#009E73"),
 }
@@ -105,6 +106,8 @@ def _kind(row: Measurement) -> str:
         return "its MoD blocks removed"
     if row.model == row.against:
         return "baseline"
+    if row.form == OPTIMIZED:
+        return "Mixture-of-Depths, optimized"
     return "Mixture-of-Depths" if row.tax is not None or "_mod" in row.model else "other"
 
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 
 from pliant import anatomy
-from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION, NO_BLOCKS
+from pliant.measuring.clock import Clock
+from pliant.measuring.rows import AS_BUILT, AS_IS, LOWER_RESOLUTION, NO_BLOCKS, OPTIMIZED, PLAIN
 from pliant.methods.mixture_of_depths import MoDBlock, without_mod_blocks
-
-if TYPE_CHECKING:
-    from torch.utils.benchmark import Timer
 
 Size = tuple[int, int, int]
 Model = str | nn.Module  # a name that timm knows, or a network
+
+
+class EngineError(RuntimeError):
+    """What went wrong in an engine: the message says all."""
 
 
 @dataclass
@@ -30,31 +32,41 @@ class Entrant:
     Attributes:
         model: the network's name.
         variant: one of those that `Measurement` names.
+        form: likewise.
         network: it, until it is prepared.
         size: channels, height, width of its images.
         parameters: counted when it is prepared, as `macs`.
         macs: multiply-accumulates of one image.
-        timer: runs it, from when it is prepared.
+        clock: times it, from when it is prepared.
         calls: forwards in each round.
         seconds: of one forward, a value for each round.
+        note: what a reader of its times must know.
         error: why it is out of the run; empty while it is in.
     """
 
     model: str
     variant: str
+    form: str = AS_BUILT
     network: nn.Module | None = None
     size: Size | None = None
     parameters: int | None = None
     macs: int | None = None
-    timer: Timer | None = None
+    clock: Clock | None = None
     calls: int = 1
     seconds: list[float] = field(default_factory=list)
+    note: str = ""
     error: str = ""
 
     @property
     def label(self) -> str:
-        """Name and variant, for progress."""
-        return self.model if self.variant == AS_IS else f"{self.model}, {self.variant}"
+        """Name, variant and form, for progress."""
+        told = (self.model, self.variant * (self.variant != AS_IS), self.form * (self.form == OPTIMIZED))
+        return ", ".join(filter(None, told))
+
+    @property
+    def rival(self) -> str:
+        """The form of the networks that it is held against: theirs is no other block's."""
+        return PLAIN if self.form == OPTIMIZED else self.form
 
 
 def by_name(models: Model | Iterable[Model] | Mapping[str, Model]) -> dict[str, Model]:
@@ -103,22 +115,33 @@ def _check_known(model: Model) -> None:
 
 
 def variants(
-    name: str, model: Model, input_size: int | Size | None, low: int | None, tax: bool
+    name: str,
+    model: Model,
+    input_size: int | Size | None,
+    low: int | None,
+    tax: bool,
+    forms: Sequence[str] = (AS_BUILT,),
 ) -> list[Entrant]:
-    """A network, and what is timed beside it for its sake."""
-    first = Entrant(name, AS_IS)
-    entrants = [first]
+    """A network in its forms, and what is timed beside it for its sake.
+
+    Only Mixture-of-Depths blocks have an optimized form; others are plain where it is asked for.
+    """
+    plain = list(dict.fromkeys(PLAIN if form == OPTIMIZED else form for form in forms))
+    first = Entrant(name, AS_IS, plain[0])
     attempt(first, lambda e: setattr(e, "network", fresh(model) if isinstance(model, str) else model))
     network = first.network
     if network is None:
-        return entrants
-    first.size = channels, height, _ = _size(name, network, input_size)
+        return [replace(first, form=form) for form in plain]
+    size = channels, height, _ = _size(name, network, input_size)
+    has_blocks = any(isinstance(m, MoDBlock) for m in network.modules())
+    entrants = [Entrant(name, AS_IS, form, network, size) for form in (forms if has_blocks else plain)]
     if low is not None:
         if not 0 < low < height:
             raise ValueError(f"lower_resolution must be below the {height} px of {name}, not {low}")
-        entrants.append(Entrant(name, LOWER_RESOLUTION, network, (channels, low, low)))
-    if tax and any(isinstance(m, MoDBlock) for m in network.modules()):
-        entrants.append(Entrant(name, NO_BLOCKS, without_mod_blocks(network), first.size))
+        entrants += [Entrant(name, LOWER_RESOLUTION, form, network, (channels, low, low)) for form in plain]
+    if tax and has_blocks:
+        bare = without_mod_blocks(network)
+        entrants += [Entrant(name, NO_BLOCKS, form, bare, size) for form in plain]
     return entrants
 
 
@@ -160,18 +183,20 @@ def attempt(entrant: Entrant, step: Callable[[Entrant], None]) -> None:
         step(entrant)
     except Exception as e:
         # Anything may go wrong in a network or a compiler, and only that row is lost.
-        entrant.error = _reason(e)
-        entrant.network = entrant.timer = None
+        entrant.error = reason(e)
+        entrant.network = entrant.clock = None
         entrant.seconds.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what failed was perhaps too large: leave room for the rest
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """An error on one line, without folders of this machine: rows are published."""
     if "InvalidCxxCompiler" in str(error):
         return "no C++ compiler found; torch.compile needs one, for example g++"
     lines = str(error).strip().splitlines() or [""]
     text = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/", "", lines[0])[:200]
     kind = type(error).__name__
+    if isinstance(error, EngineError):
+        return text
     return f"{kind}: {text}" if text else kind

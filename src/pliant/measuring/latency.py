@@ -6,7 +6,8 @@ round, and the median over rounds is reported with its spread. A network is comp
 with the same network at a lower resolution, and a Mixture-of-Depths network with itself
 without its blocks: no block can be cheaper than none.
 
-`torch.utils.benchmark.Timer` times (it waits for a GPU, and sets the threads).
+`torch.utils.benchmark.Timer` times (it waits for a GPU, and sets the threads). Engines
+that may crash or hang run in a process of their own (`isolation`).
 Latency does not depend on the values of weights and images, as long as these are
 ordinary numbers: neither denormal (slow on a CPU) nor zero (a GPU then draws less
 power and clocks higher). Networks made here by name have random weights like that.
@@ -14,46 +15,27 @@ power and clocks higher). Networks made here by name have random weights like th
 
 from __future__ import annotations
 
-import copy
-import math
 import statistics
-import time
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pliant.measuring.engines import ENGINES, room_to_compile
-from pliant.measuring.entrants import Entrant, Model, Size, add_baseline, attempt, by_name, variants
-from pliant.measuring.macs import count_macs, count_parameters
+from pliant.deploy.engines import named
+from pliant.measuring.entrants import Entrant, Model, Size, add_baseline, by_name, variants
 from pliant.measuring.provenance import Provenance, provenance
-from pliant.measuring.rows import AS_IS, NO_BLOCKS, Measurement
+from pliant.measuring.rows import AS_BUILT, AS_IS, FORMS, NO_BLOCKS, OPTIMIZED, PLAIN, Measurement
+from pliant.measuring.running import Files, Limits, Setting, run, setting_of
 
 Progress = Callable[[int, int, str], None]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FEWEST_ROUNDS = 3  # that `max_run_time` leaves
 NOT_FASTER = "operations fell, time did not"
 PERHAPS_FASTER = "operations fell, time not beyond its spread"
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What holds for all networks of a run."""
-
-    batch: int
-    device: torch.device
-    dtype: torch.dtype
-    channels_last: bool
-    engine: str
-    threads: int
-
-    def place(self, x: Any) -> Any:
-        """A network, or images, on the device, in dtype and memory format."""
-        form = torch.channels_last if self.channels_last else torch.contiguous_format
-        return x.to(device=self.device, dtype=self.dtype, memory_format=form)
 
 
 def measure(
@@ -61,16 +43,19 @@ def measure(
     *,
     against: Model | None = None,
     input_size: int | Size | None = None,
-    batch: int = 1,
+    batch: int | Sequence[int] = 1,
     device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
-    channels_last: bool = False,
+    dtype: str | torch.dtype | Sequence[str | torch.dtype] = "float32",
+    channels_last: bool | None = None,
     engine: str = "eager",
+    engines: str | Sequence[str] | None = None,
+    forms: Sequence[str] | None = None,
     threads: int | None = None,
     rounds: int = 15,
     min_run_time: float = 0.1,
     max_run_time: float | None = None,
     max_prepare_time: float | None = None,
+    timeout: float = 300.0,
     tax: bool = True,
     lower_resolution: int | None = None,
     seed: int = 0,
@@ -78,10 +63,16 @@ def measure(
 ) -> list[Measurement]:
     """Time networks side by side, in evaluation mode.
 
-    All are timed in turn in each round; on a GPU, the calls of one network in one round
-    are queued, and awaited together. A network that fails (it cannot be built or
-    compiled, or runs out of memory) costs its own row, which says why, not the table.
-    Compiling is not in the time. Networks that are passed in are copied, not changed.
+    All networks of one engine, batch and dtype are one run: they are timed in turn in each
+    round; on a GPU, the calls of one network in one round are queued, and awaited
+    together. A network that fails (it cannot be built, exported or compiled, runs out of
+    memory, takes its engine down) costs its own row, which says why, not the table.
+    Exporting and compiling are not in the time. Networks that are passed in are copied,
+    not changed.
+
+    With `engines`, networks are as one would deploy them, all equally optimised: norms
+    folded, channels_last; and a Mixture-of-Depths network is there twice, with its blocks
+    as they are written (``plain``) and in the engine's best form (``optimized``).
 
     Args:
         models: names that ``timm.create_model`` knows (random weights), or networks,
@@ -90,30 +81,40 @@ def measure(
             timed too. None: no ratios.
         input_size: channels, height and width, or pixels alone. By default each
             network's own; rows state it.
-        batch: images a forward.
+        batch: images a forward; several are a run each.
         device: ``cpu`` or ``cuda``.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, of weights and images.
-        channels_last: memory format of weights and images.
-        engine: ``eager``, or ``compiled`` (`torch.compile`; with CUDA graphs on a GPU).
-        threads: of PyTorch's pool. By default `torch.get_num_threads`.
+        dtype: ``float32``, ``bfloat16`` or ``float16``: of weights and images where
+            PyTorch runs the network, else that in which the engine computes. Several are
+            a run each.
+        channels_last: memory format of weights and images; by default only with `engines`.
+        engine: the one engine in which networks are timed as they are, such as ``eager`` or
+            ``compiled`` (`torch.compile`; with CUDA graphs on a GPU).
+        engines: instead of it, names in `pliant.deploy.engines.ENGINES`, or ``"all"``. One
+            that is not installed, or cannot do a dtype, gives rows that say so.
+        forms: of the networks: ``as built`` (the default with `engine`), ``plain``,
+            ``optimized`` (the defaults with `engines`).
+        threads: of PyTorch's pool and of each engine's. By default `torch.get_num_threads`.
         rounds: how often each network is timed.
         min_run_time: seconds that one network runs in one round, at least.
-        max_run_time: seconds after which no further round begins (three are always
-            run). Building and compiling do not count.
-        max_prepare_time: seconds after which no further network is compiled and warmed
-            up: the rows of those that are left say so. The first always is.
+        max_run_time: seconds after which no further round of a run begins (three are
+            always run). Building and compiling do not count.
+        max_prepare_time: seconds after which no further network of a run is compiled and
+            warmed up: the rows of those that are left say so. The first always is.
+        timeout: seconds that an engine in a process of its own may take to load and warm up
+            a network, or for one round of one.
         tax: time each Mixture-of-Depths network without its blocks too, for its tax.
         lower_resolution: pixels at which the baseline is timed too, as a rival.
         seed: of random weights and images; the caller's generators are left alone.
         progress: called with steps done, steps in all, and what comes next.
 
     Returns:
-        A row for each network and variant; the baseline first unless it is among
-        `models`, each variant after its network.
+        A row for each network and variant, run after run; the baseline first unless it is
+        among `models`, each variant after its network.
 
     Raises:
-        ValueError: an unknown network, engine, dtype or device; a number that makes no
-            sense; a network that does not say its input size, when none is given.
+        ValueError: an unknown network, engine, form, dtype or device; a number that makes
+            no sense; a network that does not say its input size, when none is given; or
+            no engine that can run here.
 
     Example:
         >>> rows = measure("resnet20_cifar_mod", against="resnet20_cifar", rounds=1, min_run_time=0)
@@ -122,118 +123,80 @@ def measure(
         >>> rows[0].time_ratio, round(rows[1].mac_ratio, 2)
         (1.0, 0.65)
     """
-    setting = _setting(batch, device, dtype, channels_last, engine, threads)
-    for name, number in {"rounds": rounds, "min_run_time": min_run_time}.items():
-        if number < (least := 1 if name == "rounds" else 0):
-            raise ValueError(f"{name} must be at least {least}, not {number}")
-    named = by_name(models)
-    base = None if against is None else add_baseline(named, against)
+    deployed = engines is not None
+    last = deployed if channels_last is None else channels_last
+    wanted = tuple(forms) if forms is not None else (PLAIN, OPTIMIZED) if deployed else (AS_BUILT,)
+    limits = Limits(rounds, min_run_time, max_run_time, max_prepare_time, timeout)
+    # What shares files stands together: an engine in one dtype.
+    groups = [
+        [setting_of(b, device, d, last, e.name, threads) for b in _several(batch)]
+        for e, d in product(named(engine if engines is None else engines), _several(dtype))
+    ]
+    settings = [setting for group in groups for setting in group]
+    _check(limits, wanted, settings)
+    models_by_name = by_name(models)
+    base = None if against is None else add_baseline(models_by_name, against)
     if lower_resolution is not None and base is None:
         raise ValueError("lower_resolution is that of the baseline: name one with `against`")
 
-    report = progress or (lambda _done, _total, _what: None)
-    gpus = [setting.device] if setting.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), room_to_compile():
+    found: list[Measurement] = []
+    gpus = [s.device for s in settings[:1] if s.device.type == "cuda"]
+    with torch.random.fork_rng(gpus):
         torch.manual_seed(seed)
-        entrants: list[Entrant] = []
-        for name, model in named.items():
+        lineup: list[Entrant] = []
+        for name, model in models_by_name.items():
             low = lower_resolution if name == base else None
-            entrants += variants(name, model, input_size, low, tax)
-        steps = len(entrants) * (1 + rounds)
-        start = time.monotonic()
-        for i, entrant in enumerate(entrants):
-            report(i, steps, f"preparing {entrant.label}")
-            if i and max_prepare_time is not None and time.monotonic() - start >= max_prepare_time:
-                entrant.error = entrant.error or f"left out: preparing took over {max_prepare_time:g} s"
-            attempt(entrant, partial(_prepare, setting=setting, min_run_time=min_run_time))
-        # An engine that quietly compiled anew, or gave up, would spoil the times.
-        with torch.compiler.set_stance("fail_on_recompile"):
-            _race(entrants, rounds, max_run_time, report)
-        report(steps, steps, "done")
-    origin = provenance(setting.device)
-    return [_row(e, entrants, base, setting, origin) for e in entrants]
+            lineup += variants(name, model, input_size, low, tax, wanted)
+        steps = len(lineup) * (1 + rounds)
+        report = progress or (lambda _done, _total, _what: None)
+        for group in groups:
+            # What an engine has mapped cannot be removed everywhere.
+            with tempfile.TemporaryDirectory(prefix="pliant-", ignore_cleanup_errors=True) as folder:
+                files = Files(Path(folder))
+                for setting in group:
+                    told = partial(_told, report, len(settings) * steps, settings.index(setting) * steps)
+                    entrants = [replace(entrant, seconds=[]) for entrant in lineup]
+                    run(entrants, setting, limits, files, told)
+                    origin = provenance(setting.device)
+                    found += [_row(e, entrants, base, setting, origin) for e in entrants]
+        report(len(settings) * steps, len(settings) * steps, "done")
+    return found
 
 
-def _setting(
-    batch: int,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    channels_last: bool,
-    engine: str,
-    threads: int | None,
-) -> _Setting:
-    threads = torch.get_num_threads() if threads is None else threads
-    for name, number in {"batch": batch, "threads": threads}.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}")
-    if engine not in ENGINES:
-        raise ValueError(f"no engine {engine!r}; the engines are {', '.join(ENGINES)}")
-    kind = DTYPES.get(str(dtype).removeprefix("torch."))
-    if kind is None:
-        raise ValueError(f"no dtype {dtype!r} here; the dtypes are {', '.join(DTYPES)}")
-    try:
-        place = torch.device(device)
-    except RuntimeError as e:
-        raise ValueError(f"no device {device!r}; give cpu or cuda") from e
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {str(device)!r} is not supported here; give cpu or cuda")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} is not available: PyTorch sees no GPU; give cpu")
-    return _Setting(batch, place, kind, channels_last, engine, threads)
+def _told(report: Progress, total: int, before: int, done: int, what: str) -> None:
+    report(before + done, total, what)
 
 
-def _prepare(entrant: Entrant, setting: _Setting, min_run_time: float) -> None:
-    """Count, move and warm up: afterwards the timer is ready and `calls` is known."""
-    from torch.utils.benchmark import Timer  # on use: it looks for compilers as it loads
-
-    assert entrant.network is not None
-    assert entrant.size is not None
-    # Its own copy: the caller's network stays as it is, where it is.
-    network = setting.place(copy.deepcopy(entrant.network)).eval()
-    entrant.network = None
-    entrant.parameters = count_parameters(network)
-    entrant.macs = count_macs(network, entrant.size)
-    images = setting.place(torch.randn(setting.batch, *entrant.size))
-    run = ENGINES[setting.engine](network, setting.device)
-    entrant.timer = Timer(
-        "run(images)", globals={"run": run, "images": images}, num_threads=setting.threads
-    )
-    with torch.inference_mode():
-        entrant.timer.timeit(1)  # two calls that warm up (and compile), then a third
-        seconds = entrant.timer.timeit(1).mean
-    entrant.calls = max(1, math.ceil(min_run_time / seconds))
+def _several(value: Any) -> list[Any]:
+    return [value] if isinstance(value, (int, str, torch.dtype)) else list(value)
 
 
-def _race(entrants: list[Entrant], rounds: int, max_run_time: float | None, report: Progress) -> None:
-    """Time all entrants in turn, round after round."""
-    start = time.monotonic()
-    steps = len(entrants) * (1 + rounds)
-    for i in range(rounds):
-        for j, entrant in enumerate(entrants):
-            report(len(entrants) * (1 + i) + j, steps, f"round {i + 1} of {rounds}")
-            attempt(entrant, _time)
-        spent = time.monotonic() - start
-        if max_run_time is not None and spent >= max_run_time and i + 1 >= FEWEST_ROUNDS:
-            return
-
-
-def _time(entrant: Entrant) -> None:
-    assert entrant.timer is not None
-    with torch.inference_mode():
-        entrant.seconds.append(entrant.timer.timeit(entrant.calls).mean)
+def _check(limits: Limits, forms: Sequence[str], settings: Sequence[Setting]) -> None:
+    for name in ("rounds", "min_run_time"):
+        number, least = getattr(limits, name), 1 if name == "rounds" else 0
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, not {number}")
+    for form in forms:
+        if form not in FORMS:
+            raise ValueError(f"no form {form!r}; the forms are {', '.join(FORMS)}")
+    if not forms or not settings:
+        raise ValueError("forms, batch and dtype must name at least one each")
+    unfit = [setting.unfit for setting in settings]
+    if all(unfit):
+        raise ValueError("; ".join(dict.fromkeys(unfit)))
 
 
 def _row(
-    entrant: Entrant, entrants: list[Entrant], base: str | None, setting: _Setting, origin: Provenance
+    entrant: Entrant, entrants: list[Entrant], base: str | None, setting: Setting, origin: Provenance
 ) -> Measurement:
     """All that is known of one entrant beside the others."""
-    baseline = next((e for e in entrants if (e.model, e.variant) == (base, AS_IS)), None)
-    stripped = next((e for e in entrants if (e.model, e.variant) == (entrant.model, NO_BLOCKS)), None)
+    baseline = _find(entrants, base, AS_IS, entrant.rival)
+    stripped = _find(entrants, entrant.model, NO_BLOCKS, entrant.rival)
     ms = [1000 * s for s in entrant.seconds]
     ratios = _paired(entrant, baseline)
     taxes = [r - 1 for r in _paired(entrant, stripped)] if entrant.variant == AS_IS else []
     macs = entrant.macs / baseline.macs if baseline and baseline.macs and entrant.macs else None
-    notes = []
+    notes = [entrant.note] if entrant.note else []
     if macs is not None and macs < 1 and ratios:
         _, middle, high = _quartiles(ratios)
         notes += [NOT_FASTER] if middle >= 1 else [PERHAPS_FASTER] if high >= 1 else []
@@ -247,25 +210,31 @@ def _row(
         input_size=entrant.size,
         batch=setting.batch,
         device=setting.device.type,
-        engine=setting.engine,
-        dtype=str(setting.dtype).removeprefix("torch."),
+        engine=setting.engine.name,
+        dtype=setting.precision,
         channels_last=setting.channels_last,
         threads=setting.threads,
         rounds=len(ms),
-        median_ms=_median(ms),
-        iqr_ms=_spread(ms),
+        median_ms=median(ms),
+        iqr_ms=spread(ms),
         min_ms=_rounded(min(ms)) if ms else None,
         max_ms=_rounded(max(ms)) if ms else None,
         against=base or "",
-        time_ratio=_median(ratios),
-        time_ratio_iqr=_spread(ratios),
+        time_ratio=median(ratios),
+        time_ratio_iqr=spread(ratios),
         mac_ratio=None if macs is None else _rounded(macs),
-        tax=_median(taxes),
-        tax_iqr=_spread(taxes),
+        tax=median(taxes),
+        tax_iqr=spread(taxes),
         note="; ".join(notes),
         error=entrant.error,
+        form=entrant.form,
+        runtime=setting.engine.version,
         **origin,
     )
+
+
+def _find(entrants: Sequence[Entrant], model: str | None, variant: str, form: str) -> Entrant | None:
+    return next((e for e in entrants if (e.model, e.variant, e.form) == (model, variant, form)), None)
 
 
 def _paired(entrant: Entrant, other: Entrant | None) -> list[float]:
@@ -282,12 +251,13 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _median(values: list[float]) -> float | None:
+def median(values: list[float]) -> float | None:
+    """The median of times or ratios, to the digits that a clock gives; None of none."""
     return _rounded(_quartiles(values)[1]) if values else None
 
 
-def _spread(values: list[float]) -> float | None:
-    """The interquartile range; one round has none."""
+def spread(values: list[float]) -> float | None:
+    """Their interquartile range; one round has none."""
     if len(values) < 2:
         return None
     low, _, high = _quartiles(values)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 AS_IS = "network"
 NO_BLOCKS = "without MoD blocks"
 LOWER_RESOLUTION = "lower resolution"
+
+# Forms: what was done to a network before an engine got it.
+AS_BUILT = "as built"
+PLAIN = "plain"
+OPTIMIZED = "optimized"
+FORMS = (AS_BUILT, PLAIN, OPTIMIZED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +47,10 @@ class Measurement:
         input_size: channels, height, width.
         batch: images a forward.
         device: ``cpu`` or ``cuda``.
-        engine: ``eager`` or ``compiled``.
-        dtype: of weights and images, ``float32``.
-        channels_last: memory format of both.
-        threads: of PyTorch's pool.
+        engine: name in `pliant.deploy.engines.ENGINES`.
+        dtype: in which it computes; of weights and images too where PyTorch runs it.
+        channels_last: memory format of both; False where the engine chooses it itself.
+        threads: of PyTorch's pool, or the engine's.
         rounds: rounds that were timed.
         median_ms: median time of a forward over rounds.
         iqr_ms: its spread.
@@ -59,7 +65,10 @@ class Measurement:
         accuracy: top-1 in percent, where somebody has measured it (`dataclasses.replace`).
         note: what a reader must know, for example that operations fell and time did not.
         error: why there are no times.
-        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`.
+        cpu: this and all to `date`: as `pliant.measuring.provenance.Provenance`.
+        form: ``as built``; ``plain``: its norms folded into the layers before them; or
+            ``optimized``: that, and its Mixture-of-Depths blocks in the engine's best form.
+        runtime: the engine and its version, where it is not PyTorch.
     """
 
     model: str
@@ -97,6 +106,8 @@ class Measurement:
     pliant: str = ""
     commit: str = ""
     date: str = ""
+    form: str = AS_BUILT
+    runtime: str = ""
 
     @property
     def speedup(self) -> float | None:
@@ -105,20 +116,22 @@ class Measurement:
 
     @property
     def label(self) -> str:
-        """Name for tables and plots: the model, and what was changed in it.
+        """Name for tables and plots: the model, and what was changed in it or at it.
 
         Example:
             >>> Measurement(model="resnet50", variant="lower resolution", input_size=(3, 176, 176)).label
             'resnet50 at 176 px'
         """
         if self.variant == AS_IS:
-            return self.model
+            return f"{self.model}, {OPTIMIZED}" if self.form == OPTIMIZED else self.model
         if self.variant == LOWER_RESOLUTION:
             return f"{self.model} at {_pixels(self.input_size)} px"
         return f"{self.model} {self.variant}"
 
 
 FIELDS = {f.name: str(f.type) for f in fields(Measurement)}
+# How many of them the files of before have: new columns come last, and have defaults.
+_FIRST = len(FIELDS) - 2
 
 
 def write_rows(path: str | Path, rows: Iterable[Measurement], append: bool = False) -> None:
@@ -152,11 +165,12 @@ def read_rows(path: str | Path) -> list[Measurement]:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            if header != list(FIELDS):
+            if header not in (list(FIELDS), list(FIELDS)[:_FIRST]):
                 odd = sorted(set(header) ^ set(FIELDS))
                 why = f"columns that differ: {', '.join(odd)}" if odd else "columns in another order"
                 raise ValueError(f"{path}, line 1: not a file of pliant's measurements ({why})")
-            return [_from_texts(texts, f"{path}, line {reader.line_num}") for texts in reader]
+            kinds = {name: FIELDS[name] for name in header}
+            return [_from_texts(texts, kinds, f"{path}, line {reader.line_num}") for texts in reader]
     except (csv.Error, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not a readable CSV file: {e}") from e
 
@@ -169,11 +183,11 @@ def _to_text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _from_texts(texts: Sequence[str], where: str) -> Measurement:
-    if len(texts) != len(FIELDS):
-        raise ValueError(f"{where}: {len(texts)} fields, not {len(FIELDS)}; the line is damaged")
+def _from_texts(texts: Sequence[str], kinds: Mapping[str, str], where: str) -> Measurement:
+    if len(texts) != len(kinds):
+        raise ValueError(f"{where}: {len(texts)} fields, not {len(kinds)}; the line is damaged")
     values: dict[str, Any] = {}
-    for (name, kind), text in zip(FIELDS.items(), texts, strict=True):
+    for (name, kind), text in zip(kinds.items(), texts, strict=True):
         try:
             values[name] = _from_text(kind, text)
         except ValueError:
@@ -193,6 +207,21 @@ def _from_text(kind: str, text: str) -> Any:
             raise ValueError
         return text == "True"
     return {"int": int, "float": float, "str": str}[kind](text)
+
+
+def grouped(rows: Iterable[Measurement]) -> list[list[Measurement]]:
+    """Rows by the run that they come from, in order; one run is one table.
+
+    Example:
+        >>> rows = [Measurement(model=m, batch=b) for b in (1, 16) for m in ("resnet50", "resnet50_mod")]
+        >>> [len(group) for group in grouped(rows)]
+        [2, 2]
+    """
+    groups: dict[Any, list[Measurement]] = {}
+    for r in rows:
+        run = (r.device, r.threads, r.engine, r.batch, r.dtype, r.channels_last, r.against)
+        groups.setdefault(run, []).append(r)
+    return list(groups.values())
 
 
 Text = Callable[[Measurement], str]
@@ -217,6 +246,7 @@ CONDITIONS: dict[str, tuple[str, Text]] = {
     "device": ("device", lambda r: r.device),
     "threads": ("threads", lambda r: str(r.threads)),
     "engine": ("engine", lambda r: r.engine),
+    "norms": ("norms", lambda r: "" if r.form == AS_BUILT else "folded"),
     "batch": ("batch", lambda r: str(r.batch)),
     "pixels": ("pixels", lambda r: _pixels(r.input_size)),
     "dtype": ("dtype", lambda r: r.dtype),
@@ -228,6 +258,7 @@ CONDITIONS: dict[str, tuple[str, Text]] = {
 # Always above the table, all that occur.
 ORIGINS: dict[str, tuple[str, Text]] = {
     "torch": ("torch", lambda r: r.torch),
+    "runtime": ("by", lambda r: r.runtime),
     "commit": ("commit", lambda r: r.commit[:12] + ("-dirty" if r.commit.endswith("-dirty") else "")),
     "date": ("measured", lambda r: r.date[:10]),
 }

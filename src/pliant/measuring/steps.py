@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from pliant._files import atomic_path, write_csv
 from pliant.depth import get_depth, subnet
 from pliant.measuring.entrants import Model, Size, by_name, variants
-from pliant.measuring.latency import _median, _setting, _spread
+from pliant.measuring.latency import median, spread
 from pliant.measuring.provenance import provenance
+from pliant.measuring.running import setting_of
 from pliant.train.objectives import CrossEntropy, Joint, Specialization
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def measure_steps(
     """
     from torch.utils.benchmark import Timer  # on use: it looks for compilers as it loads
 
-    setting = _setting(batch, device, "float32", False, "eager", threads)
+    setting = setting_of(batch, device, "float32", False, "eager", threads)
     for name, number, least in (("rounds", rounds, 1), ("min_run_time", min_run_time, 0)):
         if number < least:
             raise ValueError(f"{name} must be at least {least}, not {number}")
@@ -158,10 +159,10 @@ def measure_steps(
                 device=setting.device.type,
                 threads=setting.threads,
                 rounds=rounds,
-                median_ms=_median(ms),
-                iqr_ms=_spread(ms),
-                ratio=_median(ratios),
-                ratio_iqr=_spread(ratios),
+                median_ms=median(ms),
+                iqr_ms=spread(ms),
+                ratio=median(ratios),
+                ratio_iqr=spread(ratios),
                 **origin,
             )
         )

@@ -1,0 +1,1 @@
+"""The commands of the command line, by what they do; `pliant.cli` puts them together."""

@@ -1,0 +1,1 @@
+"""Networks on their way to use: folded norms, fused blocks, exported files."""

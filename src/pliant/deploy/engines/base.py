@@ -1,0 +1,223 @@
+"""What all engines have in common: `Engine`, and `FileEngine` for those that run a file.
+
+Shapes: images [B, C, H, W]; what a runner returns is what the network returns, [B, classes].
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pliant.deploy.extras import EXTRA_OF
+
+Runner = Callable[[Tensor], Any]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Engine(ABC):
+    """Something that runs a network.
+
+    Attributes:
+        name: by which it is asked for.
+        devices: kinds of device on which it runs.
+        precisions: in which it computes.
+        packages: that it needs besides PyTorch, by the names under which they are imported;
+            the last one runs networks.
+        by_pytorch: whether PyTorch runs it, so that images come in the precision and in a
+            memory format; other engines take contiguous float32 and do with it what they want.
+    """
+
+    name: str
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    precisions: ClassVar[tuple[str, ...]] = tuple(PRECISIONS)
+    packages: ClassVar[tuple[str, ...]] = ()
+    by_pytorch: ClassVar[bool] = True
+
+    @property
+    def missing(self) -> str:
+        """What is not installed, and the line that installs it; empty if nothing is."""
+        absent = [name for name in self.packages if not _installed(name)]
+        if not absent:
+            return ""
+        return f'{" and ".join(absent)} not installed: pip install "pliant[{EXTRA_OF[absent[0]]}]"'
+
+    @property
+    def version(self) -> str:
+        """Of what runs the network, such as ``onnxruntime 1.31.0``; empty for PyTorch itself."""
+        if not self.packages or self.missing:
+            return ""
+        return f"{self.packages[-1]} {importlib.metadata.version(self.packages[-1])}"
+
+    def unfit(self, device: str, precision: str) -> str:
+        """Why it cannot run here, or not so; empty if it can.
+
+        Args:
+            device: ``cpu`` or ``cuda``.
+            precision: ``float32``, ``bfloat16`` or ``float16``.
+        """
+        if device not in self.devices:
+            return f"{self.name} is not supported on {device}, only on {', '.join(self.devices)}"
+        if precision not in self.precisions:
+            return f"{precision} is not supported by {self.name}, only {', '.join(self.precisions)}"
+        return self.missing
+
+    def images(self, images: Tensor, precision: str) -> Tensor:
+        """`images` [B, C, H, W] as a runner takes them without converting them first."""
+        return images.to(PRECISIONS[precision]) if self.by_pytorch else images.float().contiguous()
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        precision: str = "float32",
+        threads: int | None = None,
+    ) -> Runner:
+        """Make a network ready to run.
+
+        Args:
+            model: any network; it stays as it is, and runs as in evaluation mode. Whatever
+                is to be optimised in it beforehand is the caller's, as `pliant.measure` does.
+            example: images [B, C, H, W] of the shape, on the device and in the memory
+                format that the runner will get.
+            precision: ``float32``, or ``bfloat16`` where the engine can.
+            threads: of the engine's pool; by default as many as PyTorch's has.
+
+        Returns:
+            A function from images to what the network returns, without gradients.
+
+        Raises:
+            ValueError: the engine is missing, or cannot run on that device or so precisely.
+        """
+
+    def _check(self, example: Tensor, precision: str, threads: int | None) -> int:
+        """The number of threads, if all else is well too."""
+        if precision not in PRECISIONS:
+            raise ValueError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+        if why := self.unfit(example.device.type, precision):
+            raise ValueError(why)
+        threads = torch.get_num_threads() if threads is None else threads
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        return threads
+
+
+class FileEngine(Engine):
+    """An engine that runs a file, with code of its own that may crash or hang.
+
+    So the two steps are apart: `write` makes the file, in the process where the network
+    is, and `load` makes a runner of it, in this process or in one that it may take down.
+    """
+
+    @abstractmethod
+    def any_batch(self, optimized: bool = False) -> bool:
+        """Whether one file of that form serves all batches, or only that of its example."""
+
+    @abstractmethod
+    def write(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        folder: Path,
+        *,
+        precision: str = "float32",
+        threads: int | None = None,
+        optimized: bool = False,
+    ) -> Path:
+        """Write what the engine runs into an empty folder.
+
+        Args:
+            model: as for `prepare`, like `example`, `precision` and `threads`.
+            example: images.
+            folder: where.
+            precision: of the engine.
+            threads: likewise.
+            optimized: put Mixture-of-Depths blocks into the form that suits the engine. What
+                PyTorch makes has the blocks that `model` has.
+
+        Returns:
+            The path of the file.
+        """
+
+    @abstractmethod
+    def load(
+        self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
+    ) -> Runner:
+        """A runner of a file that `write` made; `example` and the rest as for `prepare`."""
+
+    def prepare(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        precision: str = "float32",
+        threads: int | None = None,
+        optimized: bool = False,
+    ) -> Runner:
+        """Write a file, load it and drop it; see `Engine.prepare` and, for `optimized`, `write`."""
+        threads = self._check(example, precision, threads)
+        # What is loaded stays mapped on some systems, which then refuse to remove the file.
+        with tempfile.TemporaryDirectory(prefix="pliant-", ignore_cleanup_errors=True) as folder:
+            how: dict[str, Any] = {"precision": precision, "threads": threads}
+            path = self.write(model, example, Path(folder), optimized=optimized, **how)
+            return self.load(path, example, **how)
+
+
+def evaluated(model: nn.Module, precision: str) -> nn.Module:
+    """The network in evaluation and in a precision: itself, or a copy where it is otherwise."""
+    dtype = PRECISIONS[precision]
+    ready = not any(m.training for m in model.modules())
+    if ready and all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
+        return model
+    return copy.deepcopy(model).to(dtype).eval()
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """So many threads in PyTorch's pool, then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def torch_runner(network: Callable[[Tensor], Any], precision: str, threads: int) -> Runner:
+    """Run by PyTorch: in its precision, without gradients, on so many threads of its pool.
+
+    The pool is the process's and keeps that number.
+    """
+    dtype = PRECISIONS[precision]
+
+    def run(images: Tensor) -> Any:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        with torch.inference_mode():
+            return network(images.to(dtype))
+
+    return run
+
+
+def outputs(found: list[Tensor]) -> Any:
+    """What a network returns: its one output, or a tuple of several."""
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,35 @@
+"""PyTorch as it is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pliant.deploy.engines.base import Engine, Runner, evaluated, torch_runner
+
+
+class Eager(Engine):
+    """PyTorch's own operators, one after another.
+
+    In bfloat16, weights and images are (``model.to(torch.bfloat16)``), rather than that
+    autocast would convert weights in each forward.
+
+    Example:
+        >>> import torch
+        >>> run = Eager().prepare(nn.Conv2d(3, 8, 3), torch.randn(1, 3, 8, 8))
+        >>> run(torch.randn(1, 3, 8, 8)).shape
+        torch.Size([1, 8, 6, 6])
+    """
+
+    name = "eager"
+
+    def prepare(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        precision: str = "float32",
+        threads: int | None = None,
+    ) -> Runner:
+        """The network itself; see `Engine.prepare`."""
+        threads = self._check(example, precision, threads)
+        return torch_runner(evaluated(model, precision), precision, threads)

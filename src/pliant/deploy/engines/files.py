@@ -1,0 +1,48 @@
+"""The files of engines that take ONNX or what is made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.deploy.extras import require
+from pliant.methods.mixture_of_depths import MoDBlock
+
+
+def write_file(model: nn.Module, example: Tensor, path: Path, optimized: bool, dynamic_batch: bool) -> Path:
+    """Write a network as ONNX or OpenVINO file, by the ending of `path`.
+
+    A network with Mixture-of-Depths blocks goes as it is through PyTorch's exporter, unless
+    their best form is asked for; that, and every other network, is what `export` writes.
+
+    Args:
+        model: in evaluation mode.
+        example: images [B, C, H, W], float32.
+        path: of the file.
+        optimized: bring Mixture-of-Depths blocks into the form that suits the engine.
+        dynamic_batch: the file takes any number of images; otherwise that of `example`.
+    """
+    from pliant.deploy.export import export  # on use: it is not needed to import pliant
+
+    example = example.contiguous()
+    if optimized or not any(isinstance(m, MoDBlock) for m in model.modules()):
+        return export(model, path, example, dynamic_batch=dynamic_batch, batches=(1,))
+    onnx_path = path.with_suffix(".onnx")
+    _write_as_it_is(model, example, onnx_path)
+    if path != onnx_path:
+        openvino = require("openvino")
+        openvino.save_model(openvino.convert_model(str(onnx_path)), str(path), compress_to_fp16=False)
+    return path
+
+
+def _write_as_it_is(model: nn.Module, example: Tensor, path: Path) -> None:
+    """What PyTorch makes of a network, for any batch."""
+    images = example[:1].repeat(2, 1, 1, 1)  # of one image it would make a file for one image
+    batch: Any = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        torch.onnx.export(
+            model, (images,), str(path), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+        )

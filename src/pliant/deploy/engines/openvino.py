@@ -1,0 +1,87 @@
+"""OpenVINO, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
+from pliant.deploy.engines.files import write_file
+from pliant.deploy.extras import require
+
+HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class OpenVINO(FileEngine):
+    """A model compiled by OpenVINO for latency, for one shape of input.
+
+    In bfloat16 the file and the images stay float32 and the engine computes in bfloat16, by
+    its hint. That hint is always given: the default on a CPU that has bfloat16 is
+    bfloat16, whatever the file holds.
+
+    Example:
+        >>> OpenVINO().unfit("cuda", "float32")
+        'openvino is not supported on cuda, only on cpu'
+    """
+
+    name = "openvino"
+    devices = ("cpu",)
+    precisions = tuple(HINTS)
+    packages = ("openvino",)
+    by_pytorch = False
+
+    def any_batch(self, optimized: bool = False) -> bool:
+        """Of plain files: the best form of a block depends on the batch."""
+        return not optimized
+
+    def write(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        folder: Path,
+        *,
+        precision: str = "float32",
+        threads: int | None = None,
+        optimized: bool = False,
+    ) -> Path:
+        """An ``.xml`` file, with its ``.bin``, for any batch; see `FileEngine.write`."""
+        self._check(example, precision, threads)
+        path, dynamic = folder / "network.xml", self.any_batch(optimized)
+        return write_file(evaluated(model, "float32"), example.float(), path, optimized, dynamic)
+
+    def load(
+        self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
+    ) -> Runner:
+        """A compiled model; see `FileEngine.load`.
+
+        Raises:
+            ValueError: OpenVINO would run on other threads, or in another precision, than
+                it is told to: this CPU has not so many, or no bfloat16.
+        """
+        threads = self._check(example, precision, threads)
+        core = require("openvino").Core()
+        model = core.read_model(str(path))
+        model.reshape(list(example.shape))
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_HYPER_THREADING": True,  # or half of the threads are left out
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+        }
+        compiled = core.compile_model(model, "CPU", options)
+        if (held := compiled.get_property("INFERENCE_NUM_THREADS")) != threads:
+            raise ValueError(f"OpenVINO runs on {held} threads on this machine, not on {threads}")
+        if precision == "bfloat16" and "bfloat16" not in str(
+            held := compiled.get_property("INFERENCE_PRECISION_HINT")
+        ):
+            raise ValueError(f"OpenVINO has no bfloat16 on this machine: it would compute in {held}")
+        request = compiled.create_infer_request()
+
+        def run(images: Tensor) -> Any:
+            found = request.infer([self.images(images, precision).numpy()], share_inputs=True)
+            return outputs([torch.from_numpy(found[port]) for port in compiled.outputs])
+
+        return run

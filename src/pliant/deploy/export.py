@@ -1,0 +1,350 @@
+"""Write a network for the engines that people deploy, checked before it gets its name: `export`.
+
+Shapes: images [B, C, H, W] as the file takes them; outputs as the network gives them, float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from pliant import anatomy
+from pliant._version import __version__
+from pliant.deploy import onnx_file, openvino_file, placing, program
+from pliant.deploy.extras import require
+from pliant.deploy.facts import ExportReport, Facts, digest_of, report_path
+from pliant.deploy.folding import fold_norms
+from pliant.deploy.forms import Target, refuse_random, use_export_forms
+from pliant.deploy.inputs import Preparation, Prepared, Takes
+from pliant.deploy.parity import (
+    TOLERANCE,
+    Parity,
+    ParityError,
+    Run,
+    check_parity,
+    run_eager,
+    selectors,
+)
+from pliant.methods.mixture_of_depths import MoDBlock
+from pliant.surgery import conversions
+from pliant.switch import Depth
+
+Precision = Literal["float32", "float16", "bfloat16"]
+
+FORMATS: dict[str, Target] = {".pt2": "program", ".onnx": "onnx", ".xml": "openvino"}
+# OpenVINO computes in bfloat16 by a hint to the engine; ONNX Runtime's CPU cannot convolve in it.
+PACKAGES: dict[Target, tuple[str, ...]] = {
+    "program": (),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
+PRECISIONS: dict[Target, tuple[Precision, ...]] = {
+    "program": get_args(Precision),
+    "onnx": ("float32", "float16"),
+    "openvino": ("float32", "float16"),
+}
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What is to be written."""
+
+    path: Path
+    target: Target
+    network: nn.Module
+    preparation: Preparation
+    example: Tensor
+    batch: int | None
+    precision: Precision
+    opset: int
+    compiled: bool
+    portable: bool
+    facts: Facts
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    example: Tensor | None = None,
+    *,
+    dynamic_batch: bool = True,
+    opset: int = onnx_file.DEFAULT_OPSET,
+    precision: Precision = "float32",
+    takes: Takes = "normalised",
+    image_size: tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
+    compiled: bool = False,
+    portable: bool = True,
+    batches: Sequence[int] = (1, 2, 5),
+    check_images: str | Path | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a network as a file that an engine runs, after holding the file against the network.
+
+    The file is written under another name, run in its own engine on random and on real images,
+    at each of `batches`, and compared with the network in eager mode: outputs, best class, and
+    for Mixture-of-Depths the channels that each block selects. Only then it gets its name, and
+    beside it a report, ``FILE.json`` (`pliant.deploy.facts.read_report`).
+
+    Args:
+        model: a network, plain or converted, on any device; it stays as it is. Norms are folded
+            into convolutions. An adaptive network is refused: choose a depth by `pliant.subnet`.
+        path: the ending says the format: ``.pt2``, a PyTorch program; ``.onnx``; ``.xml``, for
+            OpenVINO (with a ``.bin``). A file that is there is replaced.
+        example: images [B, C, H, W] as the network takes them, of which only the shape counts;
+            by default of the size that the network states.
+        dynamic_batch: the file takes any number of images; otherwise the example's.
+        opset: of an ONNX file, and of what an OpenVINO file is made from.
+        precision: that the file computes in, ``float32``, ``float16``, or in a program
+            ``bfloat16``; held against the network in float32.
+        takes: ``"normalised"`` images, as the network does; ``"float"`` in [0, 1] or
+            ``"uint8"``, normalised in the file.
+        image_size: height and width of the images, which the file then resizes to the
+            network's (bilinear, without antialiasing).
+        mean: of each channel; by default what timm says of the network; so `std` and `classes`.
+        std: of each channel.
+        classes: their names, stated in the file.
+        compiled: of a ``.pt2``: machine code by AOTInductor, for this kind of machine. It does
+            not tell what it selected, so its outputs alone are compared.
+        portable: of an ``.onnx``: only what TensorRT's parser documents may be in the graph.
+        batches: sizes to check at (of a fixed batch, that alone).
+        check_images: folder of images to check with; by default scikit-learn's digits.
+        tolerance: largest relative error; by default 1e-4 in float32, 2e-2 in float16, 1e-1 in
+            bfloat16.
+        seed: of the random images.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ParityError: a ``ValueError``: the file does not compute what the network does; has the
+            numbers. No file is left.
+        ValueError: an ending, precision or opset that there is not; an adaptive network; a
+            selection that is drawn at random; an example that the network does not take; an
+            operator without a form in the format; a package that is missing
+            (`MissingExtraError`, with its install line).
+        OSError: the file cannot be written; what stood there before still does.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from pliant.deploy.facts import read_report
+        >>> model = timm.create_model("resnet20_cifar_mod").eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export(model, f"{folder}/net.pt2", takes="uint8")
+        ...     report = read_report(path)
+        >>> report.facts.takes, report.parity.batches, report.parity.max_rel_error < 1e-4
+        ('uint8', (1, 2, 5), True)
+    """
+    path = Path(path)
+    target = _target(path, precision, opset, compiled)
+    network = _plain_copy(model)
+    size = _size(network, example)
+    count = 1 if example is None else len(example)
+    if not batches or not all(isinstance(n, int) and n > 0 for n in batches):
+        raise ValueError(f"batches must hold numbers of images, such as (1, 2, 5), not {batches!r}")
+    config = getattr(network, "pretrained_cfg", None) or {}
+    preparation = Preparation(
+        takes,
+        (size[0], *(image_size or size[1:])),
+        size,
+        _stated(mean, config.get("mean"), size[0]),
+        _stated(std, config.get("std"), size[0]),
+    )
+    # Of one image, torch.export would make a program for one image.
+    images = preparation.random(2 if dynamic_batch else count, torch.Generator().manual_seed(seed))
+    truth = Prepared(network, preparation).eval()
+    outputs = _outputs(truth, images)
+    batch = None if dynamic_batch else count
+    names = classes if classes is not None else config.get("label_names")
+    facts = Facts(
+        format=path.suffix[1:] if target != "openvino" else "openvino",
+        network=str(config.get("architecture") or type(network).__name__),
+        methods=tuple(repr(c.method) for c in conversions(network)),
+        takes=takes,
+        input_size=preparation.size,
+        batch=batch,
+        network_size=size,
+        mean=preparation.mean,
+        std=preparation.std,
+        classes=None if names is None else tuple(map(str, names)),
+        outputs=tuple(f"output{n}" for n in range(outputs)) if outputs > 1 else ("output",),
+        precision=precision,
+        opset=None if target == "program" else opset,
+        compiled=compiled,
+        versions=_versions(target),
+    )
+    order = _Order(
+        path, target, network, preparation, images, batch, precision, opset, compiled, portable, facts
+    )
+    sizes = sorted(set(batches)) if dynamic_batch else [count]
+    generator = torch.Generator().manual_seed(seed + 1)
+    folder = None if check_images is None else Path(check_images)
+    checks = [
+        made for n in sizes for made in (preparation.random(n, generator), preparation.real(n, folder))
+    ]
+    with placing.workshop(path) as place:
+        files, run = _write(order, place)
+        admitted = TOLERANCE[precision] if tolerance is None else tolerance
+        parity = check_parity(truth, run, checks, admitted, _by_index(network))
+        if not parity.holds:
+            raise ParityError(f"{path} is not written: it is not the network: {parity}", parity)
+        files.append(_report(place / path.name, facts, parity, files))
+        placing.put_in_place(files, path.parent)
+    return path
+
+
+def _target(path: Path, precision: str, opset: int, compiled: bool) -> Target:
+    """The format that an ending says, if everything else fits it."""
+    target = FORMATS.get(path.suffix)
+    if target is None:
+        raise ValueError(f"{path.name}: the ending must be one of {', '.join(FORMATS)}")
+    if precision not in PRECISIONS[target]:
+        choices = ", ".join(PRECISIONS[target])
+        raise ValueError(f"precision must be one of {choices} for {path.suffix}; not {precision!r}")
+    if compiled and target != "program":
+        raise ValueError(f"compiled=True is for .pt2 files, not for {path.suffix}")
+    if target != "program":
+        onnx_file.check_opset(opset)
+        for name in PACKAGES[target]:
+            require(name)
+    return target
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float32, for inference, of a network that a file can hold."""
+    model = unwrap_model(model)
+    if any(isinstance(m, Depth) for m in model.modules()):
+        raise ValueError(
+            "this network switches its depth, and a file has one: export pliant.subnet(model, skip), or "
+            "several depths by pliant.deploy.manifest.export_depths"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, MoDBlock):
+            refuse_random(name, module)
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"the {type(model).__name__} has no weights: it is on the meta device")
+    network: nn.Module = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    return network.requires_grad_(False)
+
+
+def _size(network: nn.Module, example: Tensor | None) -> tuple[int, int, int]:
+    if example is not None:
+        if example.dim() != 4 or not len(example):
+            raise ValueError(f"example must be images [B, C, H, W], not of shape {tuple(example.shape)}")
+        return (example.shape[1], example.shape[2], example.shape[3])
+    config = getattr(network, "pretrained_cfg", None) or {}
+    size = anatomy.input_size(network) or config.get("input_size")
+    if size is None:
+        raise ValueError(
+            "nothing says which images this network takes; pass an example, such as "
+            "torch.zeros(1, 3, 224, 224)"
+        )
+    return (size[0], size[1], size[2])
+
+
+def _stated(given: Sequence[float] | None, known: Sequence[float] | None, channels: int) -> Any:
+    if given is not None:
+        return tuple(float(v) for v in given)
+    return tuple(known) if known is not None and len(known) in (1, channels) else None
+
+
+def _outputs(network: nn.Module, images: Tensor) -> int:
+    """How many outputs the network has for `images`."""
+    try:
+        found = run_eager(network, images).outputs
+    except Exception as error:  # the network's own
+        raise ValueError(f"the network takes no images of shape {tuple(images.shape)}: {error}") from error
+    if not all(isinstance(y, Tensor) for y in found):
+        raise ValueError("the network must give a tensor, or several in a tuple or list")
+    return len(found)
+
+
+def _by_index(network: nn.Module) -> frozenset[str]:
+    """Paths of the blocks for which the order of the scores does not matter."""
+    return frozenset(path for path, s in selectors(network).items() if s.order == "index")
+
+
+def _write(order: _Order, place: Path) -> tuple[list[Path], Run]:
+    """Write the files, the main one first, and say how they are run for the check."""
+    made = trace(
+        order.network, order.preparation, order.example, order.target, order.batch, order.precision
+    )
+    blocks = list(selectors(order.network))
+    path, facts = place / order.path.name, order.facts
+    if order.target == "program":
+        write = program.write_compiled if order.compiled else program.write
+        write(made, path, facts)
+        return [path], program.runner(path, blocks, order.compiled)
+    graph = onnx_file.build(made, facts.outputs, order.opset, blocks)
+    if order.target == "onnx":
+        if order.portable:
+            onnx_file.check_portable(graph)
+        files = onnx_file.write(graph, path, facts)
+        return files, onnx_file.runner(path, blocks)
+    between = path.with_suffix(".onnx")
+    onnx_file.write(graph, between, None)
+    files = openvino_file.write(between, path, facts)
+    return files, openvino_file.runner(path, blocks)
+
+
+def trace(
+    network: nn.Module,
+    preparation: Preparation,
+    example: Tensor,
+    target: Target,
+    batch: int | None,
+    precision: Precision = "float32",
+) -> ExportedProgram:
+    """The program of a network in the form that its engine likes.
+
+    Args:
+        network: in evaluation mode, on the CPU; it stays as it is.
+        preparation: of its images.
+        example: images as the file takes them; two or more for an open batch.
+        target: what will run it.
+        batch: images of each call; None: any number.
+        precision: that it computes in.
+
+    Raises:
+        ValueError: `torch.export` cannot trace the network.
+    """
+    with torch.no_grad():
+        inner = fold_norms(network, _as_seen(preparation, example))
+        dtype: torch.dtype = getattr(torch, precision)
+        formed = use_export_forms(inner.to(dtype), target, batch)
+        prepared = Prepared(formed, preparation, dtype).eval().requires_grad_(False)
+        shapes = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None
+        try:
+            return torch.export.export(prepared, (example,), dynamic_shapes=shapes)
+        except Exception as error:  # torch.export raises many kinds
+            raise ValueError(f"torch.export cannot trace the {type(network).__name__}: {error}") from error
+
+
+def _as_seen(preparation: Preparation, example: Tensor) -> Tensor:
+    """What reaches the network of `example`."""
+    x: Tensor = Prepared(nn.Identity(), preparation)(example)
+    return x
+
+
+def _versions(target: Target) -> dict[str, str]:
+    found = {"pliant": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
+    return {**found, **{name: str(require(name).__version__) for name in PACKAGES[target]}}
+
+
+def _report(path: Path, facts: Facts, parity: Parity, files: list[Path]) -> Path:
+    digests = {file.name: digest_of(file) for file in files}
+    place = report_path(path)
+    place.write_text(ExportReport(facts, parity, digests).to_json(), encoding="utf-8")
+    return place

@@ -1,0 +1,38 @@
+"""Optional packages: imported on use, and named with their install line where missing."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+EXTRA_OF = {
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+}
+
+
+class MissingExtraError(ImportError, ValueError):
+    """A package that an extra of pliant installs is not there; the message has the install line."""
+
+
+def require(name: str) -> ModuleType:
+    """The optional package `name`.
+
+    Raises:
+        MissingExtraError: an ``ImportError`` and ``ValueError``: it cannot be imported.
+
+    Example:
+        >>> require("onnx").__name__  # doctest: +SKIP
+        'onnx'
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if importlib.util.find_spec(name) is not None:  # it is there, and something else is wrong
+            raise MissingExtraError(f"{name} cannot be imported: {error}") from error
+        raise MissingExtraError(
+            f'this needs {name}, which is not installed: pip install "pliant[{EXTRA_OF[name]}]"'
+        ) from error

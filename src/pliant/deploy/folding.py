@@ -1,0 +1,227 @@
+"""Batch norms folded into the layers before them, in any network: `fold_norms`.
+
+In evaluation a batch norm multiplies each channel by a number and adds one, which the
+convolution before it can do itself: ``s (W x + b - m) + t = (s W) x + s (b - m) + t`` with
+``s = weight / sqrt(var + eps)``. Which norms follow which convolutions is watched in one
+forward, so no family of networks has to be known.
+
+Shapes: O output channels of a layer; weights [O, ...], of a CondConv layer [E, O, ...] for
+E experts; a norm's tensors [O].
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from timm.layers import BatchNormAct2d
+from timm.layers.conv2d_same import Conv2dSame, Conv2dSameExport
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from pliant.methods.adaptive_depth import SwitchableNorm
+from pliant.methods.conditional import CondConv2d, CondLinear
+from pliant.threaded import passes_along
+
+Network = TypeVar("Network", bound=nn.Module)
+
+# By exact type: a subclass may do something to its weight first (weight standardisation).
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Conv2dSameExport, nn.Linear)
+_CONDITIONAL = (CondConv2d, CondLinear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
+
+
+def fold_norms(model: Network, example: Tensor) -> Network:
+    """A copy for inference with batch norms folded into the layers before them.
+
+    A norm goes if all that it reads is what one convolution or linear layer wrote, and
+    nobody else reads that. It leaves an `nn.Identity`, or the activation that timm's norms
+    carry. What stays as it is: norms after anything else, those that adaptive depth
+    switches (its `subnet` has plain ones), norms and layers that are used twice, and
+    whatever the forward of `example` does not reach.
+
+    Args:
+        model: any network; it stays as it is.
+        example: an input [B, ...] to watch one forward of.
+
+    Returns:
+        The copy, in evaluation mode: the same function, up to rounding. It is to be run or
+        exported; its weights fit no other network, so save `model` instead.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("resnet18").eval()
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> folded = fold_norms(model, x)
+        >>> any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+        False
+        >>> bool(torch.allclose(folded(x), model(x), atol=1e-4))
+        True
+    """
+    folded = copy.deepcopy(model).eval()
+    seen = _watch(folded, example)
+    for norm, layer in _pairs(folded, seen):
+        _fold(layer, norm)
+        left = _what_is_left(norm)
+        for hook in norm._forward_hooks.values():
+            left.register_forward_hook(hook)
+        _replace(folded, norm, left)
+    return folded
+
+
+@dataclass
+class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What happened in one forward.
+
+    Attributes:
+        layers: each call of a layer that could take a norm up: it, what it wrote, and the
+            version of that (which counts the operations in place).
+        norms: each call of a norm: it, what it read, and its version.
+        readers: operations that read a tensor, by its id.
+    """
+
+    layers: list[tuple[nn.Module, Tensor, int]] = field(default_factory=list)
+    norms: list[tuple[nn.Module, Tensor, int]] = field(default_factory=list)
+    readers: Counter[int] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note which tensors an operation reads, and let it run."""
+        for tensor in {id(t): t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}.values():
+            self.readers[id(tensor)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def after_layer(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """A hook behind a layer. It keeps the output, so that no other tensor gets its id."""
+        if isinstance(output, Tensor):
+            self.readers[id(output)] = 0
+            self.layers.append((module, output, output._version))
+
+    def before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A hook before a norm."""
+        if args and isinstance(args[0], Tensor):
+            self.norms.append((module, args[0], args[0]._version))
+
+
+def _watch(model: nn.Module, example: Tensor) -> _Seen:
+    """Run `example` through and note what happens; the caller's generators are left alone."""
+    seen = _Seen()
+    gpus = [example.device] if example.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), torch.no_grad(), _hooked(model, seen), seen:
+        output = model(example)
+    for tensor in tree_iter(output):
+        if isinstance(tensor, Tensor):
+            seen.readers[id(tensor)] += 1  # the caller reads it
+    return seen
+
+
+@contextmanager
+def _hooked(model: nn.Module, seen: _Seen) -> Iterator[None]:
+    handles = []
+    for module in model.modules():
+        if _hooks(module):
+            continue  # what they do to inputs and outputs is not known
+        if type(module) in (*_PLAIN, *_CONDITIONAL):
+            handles.append(module.register_forward_hook(seen.after_layer))
+        elif type(module) in _NORMS:
+            handles.append(module.register_forward_pre_hook(seen.before_norm))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooks(module: nn.Module) -> bool:
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not all(passes_along(hook) for hook in hooks)
+
+
+def _pairs(model: nn.Module, seen: _Seen) -> list[tuple[_BatchNorm, nn.Module]]:
+    """Each norm that can go, with the layer before it."""
+    calls = Counter(id(module) for module, _, _ in (*seen.layers, *seen.norms))
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for m in set(model.modules()) for p in m._parameters.values() if p is not None)
+    switched = {id(n) for m in model.modules() if isinstance(m, SwitchableNorm) for n in (m.full, m.base)}
+    # By what they wrote; of layers that wrote one tensor (they call each other) none is right.
+    written = Counter(id(tensor) for _, tensor, _ in seen.layers)
+    writer = {id(t): (m, version) for m, t, version in seen.layers if written[id(t)] == 1}
+    found = []
+    for norm, read, version in seen.norms:
+        layer, as_written = writer.get(id(read), (None, None))
+        if (
+            layer is not None
+            and isinstance(norm, _BatchNorm)
+            and as_written == version
+            and seen.readers[id(read)] == 1
+            and calls[id(layer)] == calls[id(norm)] == 1
+            and places[id(layer)] == places[id(norm)] == 1
+            and all(owners[id(p)] == 1 for p in layer.parameters(recurse=False))
+            and id(norm) not in switched
+            and _fits(layer, norm, read)
+        ):
+            found.append((norm, layer))
+    return found
+
+
+def _fits(layer: nn.Module, norm: _BatchNorm, read: Tensor) -> bool:
+    """Whether the norm works on the layer's output channels, by statistics that it has."""
+    if norm.running_mean is None or norm.running_var is None:
+        return False
+    bias = getattr(layer, "bias", None)
+    if type(layer) in _CONDITIONAL and bias is not None and bias.dim() > 1:
+        return False  # the routing mixes the experts' biases, but not what a norm adds
+    # A linear layer works on the last dimension, a norm on the second.
+    return read.dim() == 2 or not isinstance(layer, (nn.Linear, CondLinear))
+
+
+def _fold(layer: Any, norm: _BatchNorm) -> None:
+    """Give `layer` the weight and the bias that make `norm` superfluous."""
+
+    def wide(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().double()
+
+    weight = wide(layer.weight)
+    conditional = type(layer) in _CONDITIONAL
+    mean, var = wide(norm.running_mean), wide(norm.running_var)
+    assert weight is not None
+    assert mean is not None
+    assert var is not None
+    # torch.nn.utils.fusion wants the output channels first.
+    weight, bias = fuse_conv_bn_weights(
+        weight.transpose(0, 1) if conditional else weight,
+        wide(layer.bias),
+        mean,
+        var,
+        norm.eps,
+        wide(norm.weight),
+        wide(norm.bias),
+    )
+    if conditional:
+        weight = weight.transpose(0, 1).contiguous()
+    for name, value in (("weight", weight), ("bias", bias)):
+        value = value.detach().to(layer.weight.dtype)
+        setattr(layer, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
+
+
+def _what_is_left(norm: nn.Module) -> nn.Module:
+    if not isinstance(norm, BatchNormAct2d):
+        return nn.Identity()
+    parts = [m for m in (norm.drop, norm.act) if not isinstance(m, nn.Identity)]
+    return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    path = next(path for path, module in model.named_modules() if module is old)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new.eval())

@@ -1,0 +1,338 @@
+"""Forms of layers for exported files: the same functions, in operators that engines run well.
+
+A `MoDBlock` gathers by broadcast indices, slices and concatenates; each engine wants something
+else (what was measured stands in ``docs/export.md``):
+
+- a PyTorch program: the fusion as an addition of padded channels, which Inductor fuses;
+- ONNX Runtime: the selector as 1x1 convolutions, one flat gather of whole channels, and the
+  fusion as a constant convolution and an addition, without slices;
+- OpenVINO: the same with padded channels; for one image, a first 1x1 convolution whose kernel
+  is spread to the channels that were selected, so that the feature map is not gathered.
+
+A CondConv layer that runs one image at a time convolves with its mixed kernel.
+
+Shapes in this file::
+
+    B  batch             x       [B, C, H, W]       feature map
+    C  channels          index   [B, k, 1, 1] or [k] channels that are processed
+    k  processed         picked  [B, k, H, W]       those channels
+    E  experts           y       [B, k, H, W]       the core's output
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from timm.layers import pad_same
+from torch import Tensor, nn
+
+from pliant.anatomy import Block
+from pliant.methods.conditional import ROUTING, CondConv2d
+from pliant.methods.mixing import mix
+from pliant.methods.mixture_of_depths import ChannelSelector, MoDBlock, RandomSelector
+from pliant.threaded import thread
+
+Network = TypeVar("Network", bound=nn.Module)
+Target = Literal["program", "onnx", "openvino"]
+
+
+def use_export_forms(model: Network, target: Target, batch: int | None) -> Network:
+    """Put export forms in the places of layers, in `model` itself.
+
+    Args:
+        model: a network in evaluation mode, without norms in the cores of its
+            Mixture-of-Depths blocks where those were folded.
+        target: what runs the file.
+        batch: images of each call; None: any number.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: a Mixture-of-Depths block draws its channels at random.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("resnet20_cifar_mod").eval()
+        >>> x = torch.randn(2, 3, 32, 32)
+        >>> expected = model(x)
+        >>> torch.allclose(use_export_forms(model, "onnx", None)(x), expected, atol=1e-4)
+        True
+    """
+    for path, module in list(model.named_modules()):
+        new: nn.Module
+        if isinstance(module, MoDBlock):
+            refuse_random(path, module)
+            if target == "program":
+                new = ProgramMoD(module)
+            else:
+                new = GraphMoD(module, batch, padded=target == "openvino" and batch != 1)
+                if target == "openvino" and batch == 1:
+                    new.spread_first_kernel()
+        elif isinstance(module, CondConv2d) and batch == 1:
+            new = OneImageConv(module)
+        else:
+            continue
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new.eval())
+    return model
+
+
+def refuse_random(path: str, block: MoDBlock) -> None:
+    """Refuse a block that draws anew in each forward.
+
+    Raises:
+        ValueError: it does; names it.
+    """
+    if isinstance(block.selector, RandomSelector) and block.selector.index is None:
+        raise ValueError(
+            f"{path} has selection='random': it draws other channels in each forward, so no file can be "
+            f"held against it; selection='fixed' is random too, and drawn once"
+        )
+
+
+class _ExportedMoD(Block):
+    """What the forms of a Mixture-of-Depths block share.
+
+    Args:
+        block: in evaluation mode; its parts are used.
+    """
+
+    def __init__(self, block: MoDBlock) -> None:
+        super().__init__(block.channels)
+        self.k, self.fusion, self.inner_shortcut = block.k, block.fusion, block.inner_shortcut
+        self.core, self.last_act = block.core, block.last_act
+        self.before = block.channels - block.k if block.fusion == "last" else 0
+        index = None
+        if block.selector is None:
+            index = torch.arange(block.k)
+        elif isinstance(block.selector, RandomSelector):
+            index = block.selector.index
+        # Constant channels; None where a selector picks them.
+        self.register_buffer("index", index)
+
+    def _process(self, y: Tensor, picked: Tensor | None) -> Tensor:
+        processed: Tensor = self.last_act(y if picked is None else y + picked)
+        return processed
+
+    def _pad(self, y: Tensor) -> Tensor:
+        """`y` in its place among zeros: [B, C, H, W]."""
+        after = self.channels - self.k - self.before
+        return F.pad(y, (0, 0, 0, 0, self.before, after))
+
+
+class ProgramMoD(_ExportedMoD):
+    """A Mixture-of-Depths block for PyTorch programs: the fusion adds padded channels.
+
+    Args:
+        block: whose parts it takes.
+    """
+
+    index: Tensor | None
+
+    def __init__(self, block: MoDBlock) -> None:
+        super().__init__(block)
+        self.selector = block.selector if self.index is None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output for `x`, of the same shape and dtype."""
+        scores: Tensor | None = None
+        if self.selector is not None:
+            scores, chosen = self.selector(x)
+        else:
+            assert self.index is not None
+            chosen = self.index.expand(x.shape[0], self.k)
+        where = chosen[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])
+        picked = x.gather(1, where) if self.index is None else x.index_select(1, self.index)
+        y = self._process(self.core(picked), picked if self.inner_shortcut else None).to(x.dtype)
+        if scores is not None:
+            y = y * scores.to(y.dtype)[:, :, None, None]
+        if self.fusion in ("first", "last"):
+            return x + self._pad(y)
+        return x.scatter_add(1, where, y) if self.fusion == "original" else x.scatter(1, where, y)
+
+
+class ConvSelector(nn.Module):
+    """`ChannelSelector` in 1x1 convolutions, which keep the layout of a feature map.
+
+    Args:
+        selector: whose weights it takes.
+    """
+
+    def __init__(self, selector: ChannelSelector) -> None:
+        super().__init__()
+        self.k = selector.k
+        self.fc1, self.fc2 = (_pointwise(layer) for layer in (selector.fc1, selector.fc2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The k largest logits and their channels for `x`, both [B, k, 1, 1], best first."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean = x.mean((2, 3), keepdim=True, dtype=wide)
+        logits = self.fc2(F.relu(self.fc1(mean)))
+        top, index = logits.topk(self.k, dim=1, sorted=True)
+        return top, index
+
+
+class GraphMoD(_ExportedMoD):
+    """A Mixture-of-Depths block for ONNX: flat gather, and a fusion without slices.
+
+    Args:
+        block: whose parts it takes.
+        batch: images of each call; None: any number.
+        padded: fuse by padding and adding; otherwise by a constant convolution and adding.
+    """
+
+    index: Tensor | None
+    place: Tensor | None
+    source: Tensor | None
+
+    def __init__(self, block: MoDBlock, batch: int | None, padded: bool) -> None:
+        super().__init__(block)
+        self.batch, self.padded = batch, padded
+        self.first_channels = block.selector is None
+        self.by_index = getattr(block.selector, "order", "score") == "index"
+        self.selector = (
+            ConvSelector(block.selector) if isinstance(block.selector, ChannelSelector) else None
+        )
+        self.register_buffer("place", self._place())
+        self.register_buffer("source", self._source())
+        self.spread = False
+
+    def spread_first_kernel(self) -> None:
+        """Convolve the feature map by the first kernel at the selected channels, where that pays.
+
+        For one image, and a core that begins with a 1x1 convolution: that then costs as much as
+        on all channels, which are few outputs; a larger kernel would cost as the block itself.
+        """
+        first = self.core[0] if isinstance(self.core, nn.Sequential) else None
+        needs_picked = self.inner_shortcut or self.fusion == "original" or self.selector is None
+        if not isinstance(first, nn.Conv2d) or needs_picked:
+            return
+        self.spread = first.kernel_size == (1, 1) and first.padding in ((0, 0), 0) and first.groups == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output for `x`, of the same shape and dtype."""
+        if self.selector is None:
+            assert self.index is not None
+            picked = x[:, : self.k] if self.first_channels else x.index_select(1, self.index)
+            y = self._process(self.core(picked), picked if self.inner_shortcut else None).to(x.dtype)
+            return self._fuse(x, y)
+        top, index = self.selector(x)
+        if self.by_index:
+            top, index = _sorted_by_index(top, index)
+        if self.spread:
+            y = self._process(self._core_of_selected(x, index), None)
+            return self._fuse_selected(x, y.to(x.dtype) * top.sigmoid().to(x.dtype), None, index)
+        picked = _gather(x, self._flat(x, index), self.k)
+        y = self._process(self.core(picked), picked if self.inner_shortcut else None)
+        return self._fuse_selected(x, y.to(x.dtype) * top.sigmoid().to(x.dtype), picked, index)
+
+    def _core_of_selected(self, x: Tensor, index: Tensor) -> Tensor:
+        """The core, its first kernel [O, k] spread to [O, C] at `index` [1, k, 1, 1]."""
+        assert isinstance(self.core, nn.Sequential)
+        first = self.core[0]
+        assert isinstance(first, nn.Conv2d)
+        where = F.one_hot(index.reshape(self.k), self.channels).to(first.weight.dtype)
+        kernel = (first.weight.flatten(1) @ where)[:, :, None, None]
+        y: Tensor = F.conv2d(x, kernel, first.bias)
+        for layer in list(self.core)[1:]:
+            y = layer(y)
+        return y
+
+    def _flat(self, x: Tensor, index: Tensor) -> Tensor:
+        """Rows of `x` as [B C, H, W] that `index` names: [B k]."""
+        if self.batch == 1:
+            return index.reshape(self.k)
+        first = torch.arange(x.shape[0], device=x.device)[:, None] * self.channels
+        return (index.reshape(-1, self.k) + first).reshape(-1)
+
+    def _fuse_selected(self, x: Tensor, y: Tensor, picked: Tensor | None, index: Tensor) -> Tensor:
+        if self.fusion in ("first", "last"):
+            return self._fuse(x, y)
+        if self.fusion == "original":
+            assert picked is not None
+            y = picked + y
+        rows = x.reshape(-1, x.shape[2], x.shape[3])
+        rows = rows.index_put((self._flat(x, index),), y.reshape(-1, x.shape[2], x.shape[3]))
+        return rows.reshape(-1, self.channels, x.shape[2], x.shape[3])
+
+    def _fuse(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y` into constant channels of `x`."""
+        if self.source is not None:  # to take their place
+            return torch.cat((x, y), 1).index_select(1, self.source)
+        if self.padded and self.fusion in ("first", "last"):
+            return x + self._pad(y)
+        assert self.place is not None
+        return x + F.conv2d(y, self.place.to(y.dtype))
+
+    def _place(self) -> Tensor | None:
+        """The kernel [C, k, 1, 1] that puts the core's channels in their places."""
+        if self.fusion == "replace" or (self.fusion == "original" and self.index is None):
+            return None
+        where = torch.arange(self.k) + self.before
+        if self.fusion == "original":
+            assert self.index is not None
+            where = self.index.cpu()
+        place = torch.zeros(self.channels, self.k, 1, 1)
+        place[where, torch.arange(self.k)] = 1
+        return place
+
+    def _source(self) -> Tensor | None:
+        """Where each of C channels comes from, in those of x followed by those of y."""
+        if self.fusion != "replace" or self.index is None:
+            return None
+        source = torch.arange(self.channels)
+        source[self.index.cpu()] = self.channels + torch.arange(self.k)
+        return source
+
+
+class OneImageConv(nn.Module):
+    """A `CondConv2d` for one image at a time: it mixes a kernel and convolves with it.
+
+    Args:
+        layer: whose weights and router it takes.
+    """
+
+    def __init__(self, layer: CondConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """As of the layer."""
+        return self.layer.stride
+
+    def forward(self, x: Tensor, routing: Tensor | None = None) -> Tensor:
+        """What the layer gives for `x` [1, C, H, W]."""
+        layer = self.layer
+        routing = layer._routing(x, routing)
+        if layer.same:
+            x = pad_same(x, layer.kernel_size, layer.geometry.stride, layer.geometry.dilation)
+        kernel = mix(layer.weight.view(layer._kernels), routing)[0].to(x.dtype)
+        bias = layer.bias
+        if bias is not None:
+            bias = (mix(bias, routing)[0] if bias.dim() == 2 else bias).to(x.dtype)
+        y = F.conv2d(x, kernel, bias, *layer.geometry)
+        return thread(y, ROUTING, routing) if layer.passes_on else y
+
+
+def _pointwise(layer: nn.Linear) -> nn.Conv2d:
+    """A linear layer as a 1x1 convolution, at least float32."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    conv = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=False)
+    conv.weight = nn.Parameter(layer.weight.detach()[:, :, None, None].to(dtype), requires_grad=False)
+    return conv
+
+
+def _sorted_by_index(top: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [B, k, 1, 1], in the order of the channels. Engines rank; few of them sort."""
+    falling, rank = (-index.to(torch.float32)).topk(index.shape[1], dim=1, sorted=True)
+    return top.gather(1, rank), (-falling).to(torch.int64)
+
+
+def _gather(x: Tensor, flat: Tensor, k: int) -> Tensor:
+    """The channels `flat` [B k] of `x` as [B C, H, W], as [B, k, H, W]."""
+    size = x.shape[2], x.shape[3]
+    return x.reshape(-1, *size).index_select(0, flat).reshape(-1, k, *size)

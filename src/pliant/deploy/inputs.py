@@ -1,0 +1,181 @@
+"""What an exported file takes: preparation that goes into the graph, and images to check it with.
+
+Shapes in this file::
+
+    B  batch       images  [B, C, H, W] as the file takes them: float32, or uint8
+    C  channels    x       [B, C, H', W'] as the network takes them: normalised
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Takes = Literal["normalised", "float", "uint8"]
+Size = tuple[int, int, int]
+
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How images become what the network takes.
+
+    Attributes:
+        takes: ``"normalised"``: images as training gives them, ``(image - mean) / std`` of values
+            in [0, 1]; ``"float"``: values in [0, 1]; ``"uint8"``: whole numbers, 0 to 255.
+        size: channels, height and width of the images.
+        network_size: those that the network sees; others are resized (bilinear, without
+            antialiasing).
+        mean: of each channel, subtracted.
+        std: of each channel, by which the difference is divided.
+
+    Raises:
+        ValueError: one does not fit another.
+    """
+
+    takes: Takes
+    size: Size
+    network_size: Size
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.takes not in get_args(Takes):
+            raise ValueError(f"takes must be one of {', '.join(get_args(Takes))}; not {self.takes!r}")
+        for name, size in (("size", self.size), ("network_size", self.network_size)):
+            whole = all(isinstance(n, int) and n > 0 for n in size)
+            if len(size) != 3 or not whole:
+                raise ValueError(f"{name} must be channels, height and width, not {size!r}")
+        if self.size[0] != self.network_size[0]:
+            raise ValueError(
+                f"images of {self.size[0]} channels do not fit a network of {self.network_size[0]}"
+            )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) not in (1, self.size[0]):
+                raise ValueError(f"{name} has {len(values)} values, and images {self.size[0]} channels")
+        if self.takes != "normalised" and (self.mean is None or self.std is None):
+            raise ValueError(
+                f"takes={self.takes!r} needs the normalisation, which this network does not state; pass "
+                f"mean and std"
+            )
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise ValueError(f"std must be above 0, not {self.std}")
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether images reach the network as they are."""
+        return self.takes == "normalised" and self.size == self.network_size
+
+    def random(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random images [count, C, H, W], as the file takes them."""
+        shape = (count, *self.size)
+        if self.takes == "uint8":
+            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        if self.takes == "float":
+            return torch.rand(shape, generator=generator)
+        return torch.randn(shape, generator=generator)
+
+    def real(self, count: int, folder: Path | None) -> Tensor:
+        """Real images [count, C, H, W], as the file takes them.
+
+        Args:
+            count: how many; where there are fewer, they are repeated.
+            folder: of image files; None: scikit-learn's digits.
+
+        Raises:
+            ValueError: the folder holds no image.
+        """
+        images = _digits(count, self.size) if folder is None else _read(folder, count, self.size)
+        images = images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
+        if self.takes == "uint8":
+            return (images * 255).round().to(torch.uint8)
+        if self.takes == "float" or self.mean is None or self.std is None:
+            return images
+        return (images - _channels(self.mean)) / _channels(self.std)
+
+
+class Prepared(nn.Module):
+    """A network behind the preparation of its images.
+
+    Args:
+        network: takes images [B, C, H', W'] of `dtype`.
+        preparation: what is done to them before.
+        dtype: that the network computes in; images and outputs are float32.
+
+    Example:
+        >>> baked = Preparation("uint8", (1, 4, 4), (1, 2, 2), (0.5,), (0.25,))
+        >>> Prepared(nn.Identity(), baked)(torch.full((1, 1, 4, 4), 255, dtype=torch.uint8))
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, network: nn.Module, preparation: Preparation, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+        self.resize = None if preparation.size == preparation.network_size else preparation.network_size[1:]
+        self.affine = preparation.takes != "normalised"
+        if self.affine:
+            assert preparation.mean is not None
+            assert preparation.std is not None
+            std = _channels(preparation.std) * (255 if preparation.takes == "uint8" else 1)
+            self.register_buffer("scale", 1 / std)
+            self.register_buffer("shift", -_channels(preparation.mean) / _channels(preparation.std))
+
+    def forward(self, images: Tensor) -> Any:
+        """The network's outputs for `images`, floating-point ones as float32."""
+        x = images.to(torch.float32)
+        if self.resize is not None:
+            x = F.interpolate(x, self.resize, mode="bilinear", align_corners=False)
+        if self.affine:
+            x = x * self.scale + self.shift
+        y = self.network(x.to(self.dtype))
+        if isinstance(y, Tensor):
+            return y.to(torch.float32)
+        return tuple(part.to(torch.float32) for part in y)
+
+
+def _channels(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None, None]
+
+
+def _digits(count: int, size: Size) -> Tensor:
+    """Scikit-learn's handwritten digits in [0, 1], resized: [count, C, H, W]."""
+    from sklearn.datasets import load_digits
+
+    pixels = torch.from_numpy(load_digits().images[:count]).float()[:, None] / 16
+    resized = F.interpolate(pixels, size[1:], mode="bilinear", align_corners=False)
+    return resized.expand(-1, size[0], -1, -1)
+
+
+def _read(folder: Path, count: int, size: Size) -> Tensor:
+    """The first images of a folder and those below it, in [0, 1], resized: [count, C, H, W]."""
+    from PIL import Image
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of images to check with")
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_FILES)
+    if not files:
+        raise ValueError(f"{folder} holds no image to check with ({', '.join(IMAGE_FILES)})")
+    images = []
+    for file in files[:count]:
+        with Image.open(file) as opened:
+            image = opened.convert("L" if size[0] == 1 else "RGB").resize(
+                (size[2], size[1]), Image.Resampling.BILINEAR
+            )
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        image_of = pixels.reshape(size[1], size[2], -1).permute(2, 0, 1).float() / 255
+        # Networks of other than 1 or 3 channels get these in turn.
+        images.append(image_of[torch.arange(size[0]) % len(image_of)])
+    return torch.stack(images)

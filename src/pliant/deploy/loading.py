@@ -1,0 +1,98 @@
+"""Run an exported file, whatever its format: `open_export`.
+
+Shapes: images [B, C, H, W] as the file takes them; outputs as the network gives them, float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pliant.deploy import onnx_file, openvino_file, program
+from pliant.deploy.facts import Facts
+from pliant.deploy.parity import as_tuple
+
+_FACTS: dict[str, Callable[[Path], Facts]] = {
+    ".pt2": program.facts_of,
+    ".onnx": onnx_file.facts_of,
+    ".xml": openvino_file.facts_of,
+}
+
+
+class ExportedNetwork:
+    """A file that `pliant.export` wrote, to be called with images.
+
+    Attributes:
+        path: of the file.
+        facts: what it says of itself.
+    """
+
+    def __init__(self, path: Path, facts: Facts, run: Callable[[Tensor], Any]) -> None:
+        self.path, self.facts, self._run = path, facts, run
+
+    def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The outputs for `images`: a tensor, or several in a tuple.
+
+        Raises:
+            ValueError: images of another shape or type than the file takes.
+        """
+        batch, size = self.facts.batch, self.facts.input_size
+        kind = torch.uint8 if self.facts.takes == "uint8" else torch.float32
+        fits = images.dim() == 4 and tuple(images.shape[1:]) == size and len(images) > 0
+        if not fits or batch not in (None, len(images)) or images.dtype != kind:
+            shape = ", ".join(map(str, ("any" if batch is None else batch, *size)))
+            raise ValueError(
+                f"{self.path.name} takes {kind} images of [{shape}], not {images.dtype} of "
+                f"{list(images.shape)}"
+            )
+        with torch.no_grad():
+            found = as_tuple(self._run(images.contiguous()))
+        return found[0] if len(found) == 1 else found
+
+
+def read_facts(path: str | Path) -> Facts:
+    """What an exported file says of itself.
+
+    Raises:
+        ValueError: another ending, or no file that `pliant.export` wrote.
+    """
+    path = Path(path)
+    if path.suffix not in _FACTS:
+        raise ValueError(f"{path.name}: the ending must be one of {', '.join(_FACTS)}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return _FACTS[path.suffix](path)
+
+
+def open_export(path: str | Path, *, threads: int | None = None) -> ExportedNetwork:
+    """Open a file that `pliant.export` wrote, in its own engine on the CPU.
+
+    Args:
+        path: of the ``.pt2``, ``.onnx`` or ``.xml``.
+        threads: of ONNX Runtime or OpenVINO; PyTorch has its own.
+
+    Raises:
+        ValueError: no such file, or a package is missing.
+
+    Example:
+        >>> import tempfile, timm, pliant
+        >>> model = timm.create_model("resnet20_cifar").eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     net = open_export(pliant.export(model, f"{folder}/net.pt2"))
+        >>> net(torch.zeros(3, 3, 32, 32)).shape
+        torch.Size([3, 10])
+    """
+    path = Path(path)
+    facts = read_facts(path)
+    run: Callable[[Tensor], Any]
+    if path.suffix == ".pt2":
+        run = program.load(path)
+    elif path.suffix == ".onnx":
+        run = onnx_file.load(path, threads)
+    else:
+        run = openvino_file.load(path, threads)
+    return ExportedNetwork(path, facts, run)

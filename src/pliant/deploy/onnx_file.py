@@ -1,0 +1,341 @@
+"""ONNX files: written from a program, made plain, checked, and run by ONNX Runtime.
+
+What the exporter leaves otherwise than engines like it is rewritten: means over all positions
+become `GlobalAveragePool` (a blocked layout goes through it), shapes that are known but for the
+batch become constants, and reshapes of reshapes one. Notes of the exporter, among them this
+machine's paths, are taken out. A selector's logits and channels get the names
+``BLOCK.selector.logits`` and ``BLOCK.selector.index``.
+
+Shapes: as in the network; the batch is a symbol where it is open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from pliant.deploy import tensorrt
+from pliant.deploy.extras import require
+from pliant.deploy.facts import Facts
+from pliant.deploy.parity import Result, Run, Selection
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OLDEST_OPSET = 18  # that PyTorch's exporter writes
+DEFAULT_OPSET = 18
+LARGEST_FILE = 2**31 - 2**20  # bytes of weights that one protobuf message can hold, and some room
+INPUT = "images"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def newest_opset() -> int:
+    """The newest opset that PyTorch's exporter writes here."""
+    from torch.onnx._constants import ONNX_MAX_OPSET
+
+    return int(ONNX_MAX_OPSET)
+
+
+def check_opset(opset: int) -> None:
+    """Refuse an opset that cannot be written.
+
+    Raises:
+        ValueError: names it, and those that can.
+    """
+    newest = newest_opset()
+    if not isinstance(opset, int) or isinstance(opset, bool) or not OLDEST_OPSET <= opset <= newest:
+        raise ValueError(
+            f"opset {opset!r} is not supported: PyTorch {torch.__version__} writes {OLDEST_OPSET} to "
+            f"{newest}"
+        )
+
+
+def build(program: ExportedProgram, outputs: tuple[str, ...], opset: int, blocks: list[str]) -> ir.Model:
+    """The ONNX graph of a program.
+
+    Args:
+        program: what `torch.export` made.
+        outputs: names of the outputs.
+        opset: version of the operators.
+        blocks: paths of Mixture-of-Depths blocks with a selector, to name their tensors.
+
+    Raises:
+        ValueError: an operator of the program has no ONNX form, or not in this opset.
+    """
+    check_opset(opset)
+    require("onnxscript")
+    try:
+        # The exporter prints and logs its steps.
+        with _quiet():
+            made = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=list(outputs),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(f"PyTorch could not write the network as ONNX, opset {opset}: {error}") from error
+    assert made is not None
+    model = made.model
+    if model.opset_imports.get("") != opset:
+        raise ValueError(
+            f"opset {opset} is not supported for this network: PyTorch wrote {model.opset_imports.get('')}"
+        )
+    _name_selections(model, blocks)
+    _simplify(model)
+    _name_batch(model)
+    _strip(model)
+    return model
+
+
+def check_portable(model: ir.Model) -> None:
+    """Refuse a graph with something that TensorRT's parser does not document.
+
+    Raises:
+        ValueError: names it.
+    """
+    found = tensorrt.objections(model)
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise ValueError(
+            f"the graph holds what TensorRT's parser does not document: {'; '.join(found[:3])}{more}; "
+            f"portable=False writes it all the same"
+        )
+
+
+def write(model: ir.Model, path: Path, facts: Facts | None) -> list[Path]:
+    """Write a graph with its facts, check it, and say which files it became.
+
+    Weights beyond what one protobuf message holds go to ``FILE.data`` beside it.
+
+    Raises:
+        ValueError: ONNX's checker refuses the graph.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    if facts is not None:
+        model.metadata_props.update(facts.to_metadata())
+    values = (value.const_value for value in model.graph.initializers.values())
+    size = sum(value.nbytes for value in values if value is not None)
+    data = f"{path.name}.data" if size > LARGEST_FILE else None
+    ir.save(model, path, external_data=data)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ValueError(f"ONNX's checker refuses the graph: {error}") from error
+    return [path] if data is None else [path, path.with_name(data)]
+
+
+def facts_of(path: str | Path) -> Facts:
+    """What an ONNX file says of itself.
+
+    Raises:
+        ValueError: it is no ONNX file of pliant's.
+    """
+    onnx = require("onnx")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own, of no common type
+        raise ValueError(f"{path} is no ONNX file: {error}") from error
+    return Facts.from_metadata({p.key: p.value for p in model.metadata_props})
+
+
+def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A function that runs the file by ONNX Runtime on the CPU.
+
+    Args:
+        path: of the file.
+        threads: of ONNX Runtime; None: as many as it takes.
+    """
+    session = _session(str(path), threads)
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.from_numpy, session.run(None, {INPUT: images.numpy()})))
+
+    return run
+
+
+def runner(path: Path, blocks: list[str]) -> Run:
+    """Runs the file, its selections as further outputs; these change nothing else in it."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    outputs = len(model.graph.output)
+    names = [name for block in blocks for name in selection_names(block)]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    probe = path.with_name(f"check-{path.name}")  # beside it, where its external data is found
+    probe.write_bytes(model.SerializeToString())
+    try:
+        session = _session(str(probe), 1)
+    finally:
+        probe.unlink()
+
+    def run(images: Tensor) -> Result:
+        found = tuple(map(torch.from_numpy, session.run(None, {INPUT: images.numpy()})))
+        pairs = zip(found[outputs::2], found[outputs + 1 :: 2], strict=True)
+        chosen = {b: Selection(x.flatten(1), i.flatten(1)) for b, (x, i) in zip(blocks, pairs, strict=True)}
+        return Result(found[:outputs], chosen)
+
+    return run
+
+
+def selection_names(block: str) -> tuple[str, str]:
+    """What a block's logits and channels are called in a graph."""
+    return f"{block}.selector.logits", f"{block}.selector.index"
+
+
+def _session(path: str, threads: int | None) -> Any:
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Nothing printed, logged or warned of below an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _name_selections(model: ir.Model, blocks: list[str]) -> None:
+    """Name the tensors of selectors, by the modules that the exporter noted at each node."""
+    named = set()
+    for node in model.graph:
+        if node.op_type != "TopK":
+            continue
+        scopes = _scopes(node)
+        for block in blocks:
+            if any(scope.endswith(f"{block}.selector") for scope in scopes):
+                logits, index = selection_names(block)
+                seen = node.inputs[0]
+                assert seen is not None
+                seen.name, node.outputs[1].name = logits, index
+                named.add(block)
+    if named != set(blocks):
+        missing = sorted(set(blocks) - named)
+        raise ValueError(f"the graph has no selection for {', '.join(missing)}, so it cannot be checked")
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    """Paths of the modules around a node."""
+    text = node.metadata_props.get(_SCOPES, "[]")
+    return [str(scope) for scope in json.loads(text.replace("'", '"'))]
+
+
+def _simplify(model: ir.Model) -> None:
+    from onnx_ir.passes import common
+
+    _cast_first(model)
+    for node in list(model.graph):
+        if node.op_type == "ReduceMean":
+            _as_global_pool(model, node)
+    for node in list(model.graph):
+        if node.op_type == "Reshape":
+            _reshape_plainly(model, node)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    model.graph.sort()
+
+
+def _cast_first(model: ir.Model) -> None:
+    """Whole numbers go into a cast and nowhere else: few engines take more of them."""
+    images = model.graph.inputs[0]
+    casts = [user for user, _ in images.uses() if user.op_type == "Cast"]
+    if casts:
+        for user, position in list(images.uses()):
+            if user.op_type == "Shape":
+                user.replace_input_with(position, casts[0].outputs[0])
+
+
+def _as_global_pool(model: ir.Model, node: ir.Node) -> None:
+    """A mean over height and width as a pool; flattened where the axes went."""
+    import onnx_ir as ir
+
+    x, y = node.inputs[0], node.outputs[0]
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    axes = None if given is None else ir.convenience.get_const_tensor(given)
+    if x is None or x.shape is None or len(x.shape) != 4 or axes is None:
+        return
+    if sorted(int(a) % 4 for a in axes.numpy().reshape(-1)) != [2, 3]:
+        return
+    pool = ir.node("GlobalAveragePool", [x], name=f"{node.name}_pool")
+    new, last = [pool], pool
+    pool.outputs[0].type = y.type
+    pool.outputs[0].shape = ir.Shape([x.shape[0], x.shape[1], 1, 1])
+    if not tensorrt.number(node, "keepdims", 1):
+        last = ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=f"{node.name}_flatten")
+        last.outputs[0].type, last.outputs[0].shape = y.type, y.shape
+        new.append(last)
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], new, [y], [last.outputs[0]])
+
+
+def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
+    """A constant target, where all but one dimension is known; from the first of many reshapes."""
+    import onnx_ir as ir
+
+    y = node.outputs[0]
+    if y.shape is None or (tensorrt.number(node, "allowzero", 0) and 0 in y.shape):
+        return
+    sizes = [size if isinstance(size, int) else -1 for size in y.shape]
+    if sizes.count(-1) > 1:
+        return
+    before = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if before is not None and before.op_type == "Reshape":
+        node.replace_input_with(0, before.inputs[0])
+    name = "shape_" + "_".join(str(size).replace("-1", "any") for size in sizes)
+    if name not in model.graph.initializers:
+        target = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
+        value = ir.Value(
+            name=name, const_value=target, shape=ir.Shape([len(sizes)]), type=ir.TensorType(target.dtype)
+        )
+        model.graph.register_initializer(value)
+    node.replace_input_with(1, model.graph.initializers[name])
+    node.attributes.pop("allowzero", None)
+
+
+def _name_batch(model: ir.Model) -> None:
+    """Call the open dimension of images and outputs what it is."""
+    import onnx_ir as ir
+
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and not isinstance(value.shape[0], int):
+            value.shape = ir.Shape(["batch", *list(value.shape)[1:]])
+
+
+def _strip(model: ir.Model) -> None:
+    """Take the exporter's notes out."""
+    from onnx_ir.passes import common
+
+    common.ClearMetadataAndDocStringPass()(model)
+    graph = model.graph
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()

@@ -1,0 +1,94 @@
+"""OpenVINO files: an ``.xml`` with its ``.bin``, made from an ONNX graph and run by OpenVINO.
+
+By way of ONNX, because then one graph is shaped and its tensors keep their names.
+
+Shapes: as in the network; the batch is open where it is in the graph.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pliant.deploy.extras import require
+from pliant.deploy.facts import Facts
+from pliant.deploy.onnx_file import selection_names
+from pliant.deploy.parity import Result, Run, Selection
+
+SECTION = "pliant"  # of the file's run-time information
+
+
+def write(onnx_path: Path, path: Path, facts: Facts) -> list[Path]:
+    """Convert an ONNX file, and write it with its facts: ``.xml`` and ``.bin``."""
+    openvino = require("openvino")
+    model = openvino.convert_model(str(onnx_path))
+    for key, value in facts.to_metadata().items():
+        model.set_rt_info(value, [SECTION, key.removeprefix("pliant.")])
+    openvino.save_model(model, str(path), compress_to_fp16=False)
+    return [path, path.with_suffix(".bin")]
+
+
+def facts_of(path: str | Path) -> Facts:
+    """What an OpenVINO file says of itself; OpenVINO is not needed for it.
+
+    Raises:
+        ValueError: it is no OpenVINO file of pliant's.
+    """
+    try:
+        section = ElementTree.parse(path).getroot().find(f"rt_info/{SECTION}")
+    except (ElementTree.ParseError, OSError) as error:
+        raise ValueError(f"{path} is no OpenVINO file: {error}") from error
+    entries = [] if section is None else list(section)
+    return Facts.from_metadata({f"pliant.{e.tag}": e.get("value", "") for e in entries})
+
+
+def load(
+    path: str | Path, threads: int | None = None, precision: str = "f32"
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A function that runs the file by OpenVINO on the CPU.
+
+    Args:
+        path: of the ``.xml``.
+        threads: of OpenVINO; None: as many as it takes.
+        precision: that it computes in, ``f32``, ``bf16`` or ``f16``. OpenVINO's own default on
+            a CPU with bfloat16 is that, which changes which channels are selected.
+    """
+    compiled = _compile(require("openvino").Core().read_model(str(path)), threads, precision)
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        found = compiled(images.numpy())
+        return tuple(torch.from_numpy(found[n].copy()) for n in range(len(compiled.outputs)))
+
+    return run
+
+
+def runner(path: Path, blocks: list[str]) -> Run:
+    """Runs the file, its selections as further outputs; these change nothing else in it."""
+    model = require("openvino").Core().read_model(str(path))
+    outputs = len(model.outputs)
+    for block in blocks:
+        model.add_outputs(list(selection_names(block)))
+    compiled = _compile(model, 1, "f32")
+
+    def run(images: Tensor) -> Result:
+        found = compiled(images.numpy())
+        tensors = [torch.from_numpy(found[n].copy()) for n in range(len(compiled.outputs))]
+        chosen = {}
+        for n, block in enumerate(blocks):
+            logits, index = tensors[outputs + 2 * n : outputs + 2 * n + 2]
+            chosen[block] = Selection(logits.flatten(1), index.flatten(1).to(torch.int64))
+        return Result(tuple(tensors[:outputs]), chosen)
+
+    return run
+
+
+def _compile(model: Any, threads: int | None, precision: str) -> Any:
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return require("openvino").Core().compile_model(model, "CPU", settings)

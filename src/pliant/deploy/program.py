@@ -1,0 +1,122 @@
+"""PyTorch programs, ``.pt2``: written, compiled ahead of time, and run.
+
+A program is what `torch.export` made of the network: PyTorch runs or compiles it anywhere,
+without pliant. A compiled one (AOTInductor) is machine code for this kind of machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from pliant.deploy.facts import Facts
+from pliant.deploy.parity import Result, Run, Selection, as_tuple
+
+EXTRA = "pliant.json"
+
+
+def write(program: ExportedProgram, path: Path, facts: Facts) -> None:
+    """Write a program with its facts."""
+    torch.export.save(program, path, extra_files={EXTRA: json.dumps(facts.to_metadata())})
+
+
+def write_compiled(program: ExportedProgram, path: Path, facts: Facts) -> None:
+    """Compile a program ahead of time, and write it with its facts.
+
+    Raises:
+        ValueError: this machine cannot compile it; says what the compiler says.
+    """
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import InductorError
+
+    options = {"aot_inductor.metadata": facts.to_metadata(), "freezing": True}
+    try:
+        with torch.no_grad():
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+    except (InductorError, RuntimeError) as error:
+        raise ValueError(
+            f"AOTInductor could not compile the network (it needs a C++ compiler, g++ or clang++): {error}"
+        ) from error
+
+
+def load(path: str | Path) -> Callable[[Tensor], Any]:
+    """A function that runs the program in `path`, compiled or not.
+
+    Raises:
+        ValueError: it is no program.
+    """
+    if facts_of(path).compiled:
+        from torch._inductor import aoti_load_package
+
+        runner: Callable[[Tensor], Any] = aoti_load_package(str(path))
+        return runner
+    return torch.export.load(str(path)).module()
+
+
+def facts_of(path: str | Path) -> Facts:
+    """What a program says of itself.
+
+    Raises:
+        ValueError: it is no program of pliant's.
+    """
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            extra = [n for n in names if n.endswith(f"/{EXTRA}")]
+            compiled = [n for n in names if n.endswith("_metadata.json")]
+            text = archive.read((extra or compiled)[0]).decode()
+    except (zipfile.BadZipFile, OSError, IndexError) as error:
+        raise ValueError(f"{path} is no PyTorch program that pliant exported: {error}") from error
+    return Facts.from_metadata(json.loads(text))
+
+
+def runner(path: Path, blocks: list[str], compiled: bool) -> Run:
+    """Runs the program in `path`; tells what `blocks` selected, unless it is compiled."""
+    if compiled:
+        from torch._inductor import aoti_load_package
+
+        package = aoti_load_package(str(path))
+
+        def run_package(images: Tensor) -> Result:
+            with torch.no_grad():
+                return Result(as_tuple(package(images)), None)
+
+        return run_package
+    program = torch.export.load(str(path))
+
+    def run(images: Tensor) -> Result:
+        watching = _Watching(program, blocks)
+        with torch.no_grad():
+            outputs = watching.run(images)
+        return Result(as_tuple(outputs), watching.selections)
+
+    return run
+
+
+class _Watching(torch.fx.Interpreter):
+    """Runs a program's graph, and keeps what the selectors of `blocks` saw and chose."""
+
+    def __init__(self, program: ExportedProgram, blocks: list[str]) -> None:
+        super().__init__(program.module())
+        self.blocks = blocks
+        self.selections: dict[str, Selection] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.target is torch.ops.aten.topk.default:
+            scopes = [scope for scope, _ in n.meta.get("nn_module_stack", {}).values()]
+            for block in self.blocks:
+                if any(scope.endswith(f"network.{block}.selector") for scope in scopes):
+                    seen = n.args[0]
+                    assert isinstance(seen, torch.fx.Node)
+                    logits = self.env[seen]
+                    self.selections[block] = Selection(logits, value[1])
+        return value

@@ -1,0 +1,232 @@
+"""One run of networks in one engine: prepared one after another, then timed in turn.
+
+Shapes: images [B, C, H, W].
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.deploy.engines import PRECISIONS, Engine, FileEngine, named
+from pliant.deploy.folding import fold_norms
+from pliant.measuring.clock import clock, warm
+from pliant.measuring.entrants import Entrant, attempt
+from pliant.measuring.isolation import Isolated
+from pliant.measuring.macs import count_macs, count_parameters
+from pliant.measuring.rows import AS_BUILT, OPTIMIZED
+
+FEWEST_ROUNDS = 3  # that `max_run_time` leaves
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What holds for all networks of a run.
+
+    Attributes:
+        batch: images a forward.
+        device: where they are.
+        precision: name of a dtype.
+        channels_last: memory format of networks and images.
+        engine: what runs them.
+        threads: on which.
+    """
+
+    batch: int
+    device: torch.device
+    precision: str
+    channels_last: bool
+    engine: Engine
+    threads: int
+
+    @property
+    def unfit(self) -> str:
+        """Why the engine cannot run this; empty if it can."""
+        return self.engine.unfit(self.device.type, self.precision)
+
+    def place(self, x: Any) -> Any:
+        """A network, or images, on the device, in memory format and, for PyTorch, in dtype."""
+        form = torch.channels_last if self.channels_last else torch.contiguous_format
+        dtype = PRECISIONS[self.precision] if self.engine.by_pytorch else torch.float32
+        return x.to(device=self.device, dtype=dtype, memory_format=form)
+
+
+def setting_of(
+    batch: int,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    channels_last: bool,
+    engine: str,
+    threads: int | None,
+) -> Setting:
+    """A setting of what `pliant.measure` takes; an engine of its own layout has no other.
+
+    Raises:
+        ValueError: one of them does not exist, is not here, or makes no sense.
+
+    Example:
+        >>> setting_of(1, "cpu", "float32", True, "eager", 2).threads
+        2
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    for name, number in {"batch": batch, "threads": threads}.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
+    (how,) = named([engine])
+    precision = str(dtype).removeprefix("torch.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"no dtype {dtype!r} here; the dtypes are {', '.join(PRECISIONS)}")
+    try:
+        place = torch.device(device)
+    except RuntimeError as e:
+        raise ValueError(f"no device {device!r}; give cpu or cuda") from e
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(device)!r} is not supported here; give cpu or cuda")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} is not available: PyTorch sees no GPU; give cpu")
+    return Setting(batch, place, precision, channels_last and how.by_pytorch, how, threads)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a run takes; each as the argument of `pliant.measure`."""
+
+    rounds: int
+    min_run_time: float
+    max_run_time: float | None
+    max_prepare_time: float | None
+    timeout: float
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files that one engine runs, by the number of the network.
+
+    Attributes:
+        folder: that holds them.
+        written: those that are there.
+    """
+
+    folder: Path
+    written: dict[int, Path] = field(default_factory=dict)
+
+    def of(self, number: int, engine: FileEngine, network: nn.Module, images: Tensor, **how: Any) -> Path:
+        """Write the file of a network, unless it is there and serves any batch."""
+        if number not in self.written or not engine.any_batch(how["optimized"]):
+            place = self.folder / str(number)
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            self.written[number] = engine.write(network, images, place, **how)
+        return self.written[number]
+
+
+def run(
+    entrants: list[Entrant],
+    setting: Setting,
+    limits: Limits,
+    files: Files,
+    report: Callable[[int, str], None],
+) -> None:
+    """Prepare all entrants, then time them in turn, round after round; each keeps its times.
+
+    Args:
+        entrants: in their order; those with an error stay out.
+        setting: what holds for all.
+        limits: of the time that it takes.
+        files: for an engine that runs files.
+        report: called with steps done and what comes next; an entrant is a step in the
+            preparation, and in each round.
+    """
+    engine = setting.engine
+    child = Isolated(engine, limits.timeout) if isinstance(engine, FileEngine) else None
+    if engine.by_pytorch and any(e.form == OPTIMIZED for e in entrants):
+        from pliant.ops import building
+
+        building.ready()  # a minute or two the first time, which are no network's own
+    with child or nullcontext():
+        start = time.monotonic()
+        for i, entrant in enumerate(entrants):
+            entrant.error = entrant.error or setting.unfit
+            report(i, f"preparing {entrant.label}")
+            most = limits.max_prepare_time
+            if i and most is not None and time.monotonic() - start >= most:
+                entrant.error = entrant.error or f"left out: preparing took over {most:g} s"
+            least = limits.min_run_time
+            attempt(entrant, partial(_prepare, setting=setting, n=i, files=files, child=child, least=least))
+        # An engine that quietly compiled anew, or gave up, would spoil the times.
+        with torch.compiler.set_stance("fail_on_recompile"):
+            _race(entrants, limits, report)
+
+
+def _prepare(
+    entrant: Entrant, setting: Setting, n: int, files: Files, child: Isolated | None, least: float
+) -> None:
+    """Count, bring into form, move and warm up: afterwards the clock is ready."""
+    assert entrant.network is not None
+    assert entrant.size is not None
+    # Its own copy: the caller's network stays as it is, where it is.
+    network = copy.deepcopy(entrant.network)
+    entrant.network = None
+    entrant.parameters = count_parameters(network)
+    entrant.macs = count_macs(network, entrant.size)
+    engine = setting.engine
+    how: dict[str, Any] = {"precision": setting.precision, "threads": setting.threads}
+    images = engine.images(setting.place(torch.randn(setting.batch, *entrant.size)), setting.precision)
+    network = _formed(network.eval(), entrant, setting, images)
+    if child is None:
+        entrant.clock = clock(engine.prepare(network, images, **how), images, setting.threads)
+        seconds = warm(entrant.clock)
+    else:
+        assert isinstance(engine, FileEngine)
+        path = files.of(n, engine, network, images, optimized=entrant.form == OPTIMIZED, **how)
+        loaded, seconds = child.load(path, images, **how)
+        entrant.clock = partial(child.time, loaded)
+    entrant.calls = max(1, math.ceil(least / seconds))
+
+
+def _formed(network: nn.Module, entrant: Entrant, setting: Setting, images: Tensor) -> nn.Module:
+    """The network as the engine gets it: in its form, and in place.
+
+    An engine that is not PyTorch's is told of the best blocks when it writes its file.
+    """
+    if entrant.form != AS_BUILT:
+        like = next(network.parameters(), images)
+        network = fold_norms(network, images[:1].to(like.device, like.dtype))
+    network = setting.place(network)
+    if entrant.form == OPTIMIZED and setting.engine.by_pytorch:
+        from pliant.deploy.optimize import optimize, unfused
+        from pliant.ops import building
+
+        network = optimize(network, images[:1], channels_last=setting.channels_last)
+        reasons = dict.fromkeys([*unfused(network).values(), building.why_not()])
+        if told := "; ".join(filter(None, reasons)):
+            entrant.note = f"blocks run in PyTorch's operators: {told}"
+    return network
+
+
+def _race(entrants: list[Entrant], limits: Limits, report: Callable[[int, str], None]) -> None:
+    """Time all entrants in turn, round after round."""
+    start = time.monotonic()
+    for i in range(limits.rounds):
+        for j, entrant in enumerate(entrants):
+            report(len(entrants) * (1 + i) + j, f"round {i + 1} of {limits.rounds}")
+            attempt(entrant, _time)
+        spent = time.monotonic() - start
+        if limits.max_run_time is not None and spent >= limits.max_run_time and i + 1 >= FEWEST_ROUNDS:
+            return
+
+
+def _time(entrant: Entrant) -> None:
+    assert entrant.clock is not None
+    entrant.seconds.append(entrant.clock(entrant.calls))

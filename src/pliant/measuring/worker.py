@@ -1,0 +1,57 @@
+"""The child of `isolation.Isolated`: loads networks, and times them when it is asked.
+
+A request is a line of JSON on standard input, its answer one on standard output.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pliant.measuring.clock import Clock, clock, warm
+from pliant.measuring.entrants import reason
+
+
+def serve() -> None:
+    """Answer requests until there are no more."""
+    # What an engine prints is no answer.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    print(json.dumps({}), file=answers, flush=True)
+    clocks: dict[int, Clock] = {}
+    for line in sys.stdin:
+        answer: dict[str, Any] = {}
+        try:
+            answer = {"seconds": _done(json.loads(line), clocks)}
+        except Exception as e:  # whatever an engine raises is an answer, too
+            answer = {"error": reason(e)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _done(request: dict[str, Any], clocks: dict[int, Clock]) -> float:
+    number = request["number"]
+    if request["do"] == "load":
+        clocks[number] = _load(request)
+        return warm(clocks[number])
+    return clocks[number](request["calls"])
+
+
+def _load(request: dict[str, Any]) -> Clock:
+    module, _, name = request["engine"].partition(":")
+    engine = getattr(importlib.import_module(module), name)()
+    threads, precision = request["threads"], request["precision"]
+    torch.set_num_threads(threads)
+    like = {"dtype": getattr(torch, request["dtype"]), "device": request["device"]}
+    images = torch.empty_strided(request["shape"], request["strides"], **like).normal_()
+    run = engine.load(Path(request["path"]), images, precision=precision, threads=threads)
+    return clock(run, images, threads)
+
+
+if __name__ == "__main__":
+    serve()

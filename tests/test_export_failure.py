@@ -1,0 +1,234 @@
+"""Export that cannot be: one clear error, and never a half-written file under a final name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import _export
+import pliant
+from pliant.deploy import placing
+from pliant.deploy.extras import MissingExtraError, require
+from pliant.deploy.facts import read_report
+from pliant.deploy.loading import open_export, read_facts
+from test_cli import fails, run
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("net.tflite", {}, r"net.tflite: the ending must be one of .pt2, .onnx, .xml"),
+        ("net", {}, "the ending must be one of"),
+        ("net.pt2", {"precision": "int8"}, "precision must be one of float32, float16, bfloat16 for .pt2"),
+        ("net.onnx", {"precision": "bfloat16"}, "precision must be one of float32, float16 for .onnx"),
+        ("net.onnx", {"compiled": True}, "compiled=True is for .pt2"),
+        ("net.pt2", {"batches": ()}, "batches must hold"),
+        ("net.pt2", {"batches": (0,)}, "batches must hold"),
+        ("net.pt2", {"takes": "jpeg"}, "takes must be one of"),
+        ("net.pt2", {"check_images": "nowhere"}, "nowhere is no folder"),
+        ("net.pt2", {"example": torch.zeros(3, 16, 16)}, "must be images"),
+        ("net.pt2", {"example": torch.zeros(1, 4, 16, 16)}, r"takes no images of shape \(2, 4, 16, 16\)"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(tmp_path, name, options, message):
+    if name.endswith(".onnx"):
+        pytest.importorskip("onnxruntime")
+    with pytest.raises(ValueError, match=message):
+        pliant.export(_export.plain(), tmp_path / name, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("opset", [9, 17, 99, "18"])
+def test_an_unsupported_opset(tmp_path, opset):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    with pytest.raises(
+        ValueError, match=rf"opset {opset!r} is not supported: PyTorch .* writes 18 to \d\d"
+    ):
+        pliant.export(_export.plain(), tmp_path / "n.onnx", opset=opset)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_switches_its_depth(tmp_path):
+    with pytest.raises(ValueError, match=r"export pliant.subnet\(model, skip\)"):
+        pliant.export(_export.adaptive(), tmp_path / "net.pt2")
+
+
+def test_a_network_that_draws_its_channels(tmp_path):
+    with pytest.raises(ValueError, match="selection='random'"):
+        pliant.export(_export.mod(selection="random"), tmp_path / "net.pt2")
+
+
+def test_a_network_without_weights_or_size(tmp_path):
+    with pytest.raises(ValueError, match="no weights"):
+        pliant.export(_export.plain().to("meta"), tmp_path / "net.pt2")
+    with pytest.raises(ValueError, match="pass an example"):
+        pliant.export(nn.Flatten(), tmp_path / "net.pt2")
+
+
+def test_a_network_that_cannot_be_traced(tmp_path):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"torch\.export cannot trace the Branches"):
+        pliant.export(Branches(), tmp_path / "net.pt2", torch.zeros(1, 3, 4, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_place_of_the_file(tmp_path):
+    (tmp_path / "net.pt2").mkdir()
+    with pytest.raises(ValueError, match=r"net.pt2 is a folder; name a file in it"):
+        pliant.export(_export.plain(), tmp_path / "net.pt2")
+
+
+def test_a_read_only_folder(tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=r"net.pt2 could not be written.*Permission denied"):
+        pliant.export(_export.plain(), tmp_path / "net.pt2")
+
+
+def test_a_file_where_a_folder_should_be(tmp_path):
+    (tmp_path / "place").write_text("a file")
+    with pytest.raises(OSError, match="could not be written, and nothing is left of it"):
+        pliant.export(_export.plain(), tmp_path / "place" / "net.pt2")
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    old = pliant.export(_export.plain().eval(), tmp_path / "net.pt2", batches=(1,))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(_program, path, _facts):
+        path.write_bytes(b"half of")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pliant.deploy.program.write", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        pliant.export(_export.mod(), old)
+    assert caught.value.errno == errno.ENOSPC
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
+def test_files_appear_together_or_not_at_all(tmp_path, monkeypatch, at):
+    """Whichever rename fails, what stood there stands."""
+    for name in ("net.xml", "net.bin"):
+        (tmp_path / name).write_text(f"old {name}")
+    calls, replace = [], Path.replace
+
+    def failing(self, target):
+        calls.append(self.name)
+        if len(calls) == at + 1:
+            raise OSError(errno.EIO, "broken")
+        return replace(self, target)
+
+    outcome = pytest.raises(OSError, match="broken") if at < 4 else contextlib.nullcontext()
+    with outcome, placing.workshop(tmp_path / "net.xml") as f:
+        for name in ("net.xml", "net.bin"):
+            (f / name).write_text(f"new {name}")
+        monkeypatch.setattr(Path, "replace", failing)
+        placing.put_in_place([f / "net.xml", f / "net.bin"], tmp_path)
+    age = "old" if at < 4 else "new"
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        name: f"{age} {name}" for name in ("net.xml", "net.bin")
+    }
+    if at == 4:
+        assert calls[-2:] == ["net.bin", "net.xml"]
+
+
+@pytest.mark.parametrize(
+    ("package", "ending", "extra"),
+    [("onnxruntime", ".onnx", "onnx"), ("onnxscript", ".onnx", "onnx"), ("openvino", ".xml", "openvino")],
+)
+def test_a_missing_extra_is_named_with_its_install_line(tmp_path, monkeypatch, package, ending, extra):
+    for name in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        if name != package:
+            monkeypatch.setitem(sys.modules, name, sys)  # is there, whatever it is
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(MissingExtraError, match=rf'needs {package}.*pip install "pliant\[{extra}\]"'):
+        pliant.export(_export.plain(), tmp_path / f"net{ending}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_extra_that_is_broken_says_how(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    with pytest.raises(MissingExtraError, match="onnx cannot be imported"):
+        require("onnx")
+
+
+def test_opening_what_is_no_exported_file(tmp_path):
+    (tmp_path / "x.pt2").write_text("no archive")
+    (tmp_path / "x.xml").write_text("<net/>")
+    (tmp_path / "y.xml").write_text("no xml")
+    for name, message in [
+        ("x.pt2", "no PyTorch program that pliant exported"),
+        ("x.xml", "no file that pliant exported"),
+        ("y.xml", "no OpenVINO file"),
+        ("z.xml", "there is no file"),
+        ("x.txt", "the ending must be one of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read_facts(tmp_path / name)
+
+
+def test_no_onnx_file(tmp_path):
+    pytest.importorskip("onnx")
+    (tmp_path / "x.onnx").write_text("no protobuf")
+    with pytest.raises(ValueError, match=r"is no ONNX file|no file that pliant exported"):
+        read_facts(tmp_path / "x.onnx")
+
+
+def test_an_input_of_the_wrong_shape(tmp_path):
+    net = open_export(pliant.export(_export.plain().eval(), tmp_path / "net.pt2", batches=(1,)))
+    for images in (torch.zeros(1, 3, 15, 16), torch.zeros(3, 16, 16), torch.zeros(0, 3, 16, 16)):
+        with pytest.raises(ValueError, match=r"net.pt2 takes torch.float32 images of \[any, 3, 16, 16\]"):
+            net(images)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_file(tmp_path):
+    pliant.save(timm.create_model("resnet20_cifar_mod"), tmp_path / "m")
+    printed = run(
+        "export", tmp_path / "m", tmp_path / "net.pt2", "--takes", "uint8", "--resize-from", "40x48"
+    )
+    assert "largest error" in printed
+    facts = read_report(tmp_path / "net.pt2").facts
+    assert (facts.takes, facts.input_size, facts.network) == ("uint8", (3, 40, 48), "resnet20_cifar_mod")
+
+
+@pytest.mark.slow
+def test_the_command_writes_depths(tmp_path):
+    name = "resnet20_cifar_adn"
+    printed = run("export", name, tmp_path / "d", "--depths", "TTT", "--format", "pt2", "--pixels", 16)
+    assert "depth-TTT.pt2" in printed
+    assert "1 depths and manifest.json" in printed
+    run("export", name, tmp_path / "one.pt2", "--depth", "TFT", "--batch", 1, "--pixels", 16)
+    assert read_facts(tmp_path / "one.pt2").batch == 1
+
+
+def test_the_command_fails_in_one_sentence(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "n.pt2"
+    for arguments, message in [
+        (("resnet_none", path), "no model named 'resnet_none'"),
+        (("resnet20_cifar", tmp_path / "n.tf"), "the ending must be"),
+        (("resnet20_cifar_adn", path), "switches its depth"),
+        (("resnet20_cifar_adn", path, "--depth", "TX"), "'TX' is no depth"),
+        (("resnet20_cifar_adn", path, "--depth", "T", "--depths", "all"), "not both"),
+        (("resnet20_cifar", path, "--resize-from", "40"), "not of the form HEIGHTxWIDTH"),
+    ]:
+        assert message in fails(monkeypatch, capsys, "export", *arguments)
+    assert list(tmp_path.iterdir()) == []
