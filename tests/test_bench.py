@@ -115,6 +115,14 @@ def test_a_rehearsal_is_small_and_has_files_of_its_own(tmp_path: Path, console: 
     ]
 
 
+def test_a_rehearsal_sees_each_engine_once() -> None:
+    for name, engines in (("mod", {e.name for e in named("all")}), ("condconv", {"eager", "compiled"})):
+        rehearsed = bench._rehearsed(SUITES[name]["cpu"])
+        settings = [s for suite in rehearsed for s in suite.settings]
+        assert {(s.engine, s.batch) for s in settings} == {(e, 1) for e in engines}
+        assert all(len(suite.models) == 1 for suite in rehearsed)
+
+
 def test_a_suite_in_which_nothing_can_be_timed_says_so(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

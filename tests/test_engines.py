@@ -392,6 +392,18 @@ def test_forms_stand_beside_each_other(clock: SimpleNamespace) -> None:
     assert [r.macs for r in rows[2:4]] == [as_built.macs] * 2
 
 
+def test_blocks_without_a_fused_form_are_noted(
+    clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh("resnet20_cifar_mod", selection="first")
+    rows = measure({"a": model}, engines=["eager"], rounds=1, tax=False)
+    said = "blocks run in PyTorch's operators: its channels are not chosen by a learned selector"
+    assert [r.note for r in rows] == ["", said]
+    monkeypatch.setattr("pliant.ops.building._outcome", "no compiler")
+    rows = measure("resnet20_cifar_mod", engines=["eager"], rounds=1, tax=False)
+    assert [r.note for r in rows] == ["", "blocks run in PyTorch's operators: no compiler"]
+
+
 def test_a_form_is_held_against_the_same_form(clock: SimpleNamespace) -> None:
     # As built and plain: baseline, network, network without blocks.
     clock.times = lambda entrant, turn: (2.0, 1.0, 3.0, 1.5, 2.0, 1.0)[entrant]
@@ -511,3 +523,21 @@ def test_the_command_takes_engines_batches_and_forms(tmp_path: Path, clock: Simp
     assert str(refused.exception).startswith("no engine 'tvm'; the engines are eager, compile, aoti,")
     refused = CliRunner().invoke(cli.app, ["measure", "resnet20_cifar", "--forms", "best"])
     assert str(refused.exception) == "no form 'best'; the forms are as built, plain, optimized"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["eager", "compile", "aoti"])
+def test_engines_on_a_gpu(name: str) -> None:
+    rows = measure(
+        "resnet20_cifar_mod",
+        against="resnet20_cifar",
+        device="cuda",
+        engines=[name],
+        batch=4,
+        dtype=("float32", "bfloat16"),
+        rounds=3,
+    )
+    assert [r.error for r in rows] == [""] * 8
+    assert all(r.median_ms is not None and r.median_ms > 0 for r in rows)
+    assert [r.tax is not None for r in rows] == [False, True, True, False] * 2
+    assert {r.gpu for r in rows} == {torch.cuda.get_device_name()}

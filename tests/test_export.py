@@ -171,6 +171,26 @@ def test_tensorrt_documents_all_that_is_in_the_graph(made):
         assert objections(ir.load(str(made(name, ".onnx")[0]))) == []
 
 
+def test_weights_too_large_for_one_message_lie_beside_the_graph(made, tmp_path, monkeypatch):
+    ir = pytest.importorskip("onnx_ir")
+    from pliant.deploy import onnx_file
+
+    path, network = made("mod", ".onnx")
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE", 1000)
+    files = onnx_file.write(ir.load(str(path)), tmp_path / "net.onnx", read_facts(path))
+    assert [file.name for file in files] == ["net.onnx", "net.onnx.data"]
+    assert files[0].stat().st_size < path.stat().st_size / 2
+    result = onnx_file.runner(files[0], ["layer1.1", "layer2.1"])(x := images(2))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    assert {b: s.channels.shape for b, s in result.selections.items()} == {
+        "layer1.1": (2, 4),
+        "layer2.1": (2, 6),
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(result.outputs[0], network(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(open_export(files[0])(x), result.outputs[0])
+
+
 def test_what_tensorrt_does_not_document_is_named():
     ir = pytest.importorskip("onnx_ir")
     from pliant.deploy.tensorrt import objections

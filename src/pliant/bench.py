@@ -246,7 +246,7 @@ def run_bench(
     chosen = (suite,) if suite else SUITES[name].get(kind)
     if chosen is None:
         raise ValueError(f"no benchmark for device {device!r}; there is one for {', '.join(SUITES[name])}")
-    chosen = tuple(c.quick() for c in chosen) if quick else chosen
+    chosen = _rehearsed(chosen) if quick else chosen
     chosen = tuple(c.patient() for c in chosen) if patient else chosen
     console = console or Console()
     stem = Path(results) / f"{_STEMS[name]}-{kind}{'-quick' if quick else ''}"
@@ -298,6 +298,16 @@ time over that of the same network without its MoD blocks, minus one. Absolute t
 machine; ratios are taken within a round. Exporting and compiling are not in the time. Weights are
 random. Where norms are folded, they are in all networks of the table; "optimized" is a network whose
 MoD blocks have the form that suits the engine."""
+
+
+def _rehearsed(suites: Sequence[Suite]) -> tuple[Suite, ...]:
+    """Each engine once, in the first suite that has it, on one network."""
+    found, seen = [], set[str]()
+    for suite in suites:
+        settings = tuple(s for s in suite.settings if s.engine not in seen)
+        seen |= {s.engine for s in settings}
+        found += [replace(suite, settings=settings).quick()] if settings else []
+    return tuple(found)
 
 
 def _together(settings: Sequence[Setting]) -> list[list[Setting]]:

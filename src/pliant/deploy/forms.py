@@ -169,7 +169,7 @@ class ConvSelector(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The k largest logits and their channels for `x`, both [B, k, 1, 1], best first."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        mean = x.mean((2, 3), keepdim=True, dtype=wide)
+        mean = x.to(wide).mean((2, 3), keepdim=True)
         logits = self.fc2(F.relu(self.fc1(mean)))
         top, index = logits.topk(self.k, dim=1, sorted=True)
         return top, index

@@ -74,6 +74,7 @@ def build(program: ExportedProgram, outputs: tuple[str, ...], opset: int, blocks
     """
     check_opset(opset)
     require("onnxscript")
+    _drop_idle_dtypes(program)
     try:
         # The exporter prints and logs its steps.
         with _quiet():
@@ -218,6 +219,16 @@ def _quiet() -> Any:
             yield
     finally:
         logging.disable(before)
+
+
+def _drop_idle_dtypes(program: ExportedProgram) -> None:
+    """Take the dtype from means that have it already: older onnxscript knows none there."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.mean.dim and "dtype" in node.kwargs:
+            seen = node.args[0].meta["val"]
+            if seen.dtype == node.kwargs["dtype"]:
+                node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
+    program.graph_module.recompile()
 
 
 def _name_selections(model: ir.Model, blocks: list[str]) -> None:

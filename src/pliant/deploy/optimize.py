@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +100,7 @@ def _put(network: Network, path: str, block: MoDBlock) -> Network:
     for hook in block._forward_hooks.values():
         new.register_forward_hook(hook)
     if not path:
-        whole: Any = new  # the network is this one block
-        return whole  # type: ignore[no-any-return]
+        return cast("Network", new)  # the network is this one block
     parent, _, name = path.rpartition(".")
     setattr(network.get_submodule(parent), name, new)
     return network

@@ -150,7 +150,8 @@ def run(
     """
     engine = setting.engine
     child = Isolated(engine, limits.timeout) if isinstance(engine, FileEngine) else None
-    if engine.by_pytorch and any(e.form == OPTIMIZED for e in entrants):
+    on_cpu = setting.device.type == "cpu"
+    if on_cpu and engine.by_pytorch and any(e.form == OPTIMIZED for e in entrants):
         from pliant.ops import building
 
         building.ready()  # a minute or two the first time, which are no network's own
@@ -209,7 +210,8 @@ def _formed(network: nn.Module, entrant: Entrant, setting: Setting, images: Tens
         from pliant.ops import building
 
         network = optimize(network, images[:1], channels_last=setting.channels_last)
-        reasons = dict.fromkeys([*unfused(network).values(), building.why_not()])
+        unbuilt = building.why_not() if setting.device.type == "cpu" else ""
+        reasons = dict.fromkeys([*unfused(network).values(), unbuilt])
         if told := "; ".join(filter(None, reasons)):
             entrant.note = f"blocks run in PyTorch's operators: {told}"
     return network

@@ -21,6 +21,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,8 +100,9 @@ def cache() -> Path:
 
 
 def _load(path: Path) -> None:
+    operators: Any = torch.ops
     try:
-        torch.ops.load_library(path)
+        operators.load_library(path)
     except (OSError, RuntimeError) as error:
         raise BuildError(f"{path.name} was built and cannot be loaded ({error})") from error
 

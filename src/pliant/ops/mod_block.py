@@ -17,7 +17,7 @@ Shapes in this file::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from pliant.methods.precision import full_precision, pooled
 
-_LIBRARY = torch.library.Library("pliant", "FRAGMENT")
+_LIBRARY = cast("Any", torch.library).Library("pliant", "FRAGMENT")
 _LIBRARY.define(
     "mod_block_(Tensor(a!) x, Tensor down, Tensor up, Tensor weight1, Tensor bias1, Tensor weight2, "
     "Tensor bias2, Tensor? weight3, Tensor? bias3, int dilation, str order, str fusion) -> ()",

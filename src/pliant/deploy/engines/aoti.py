@@ -72,7 +72,7 @@ class AOTInductor(FileEngine):
         import pliant.ops.building as operators  # a package may hold calls of them
 
         network = torch._inductor.aoti_load_package(str(path))
-        if network.get_metadata().get(OPERATORS) == str(True):
+        if example.device.type == "cpu" and network.get_metadata().get(OPERATORS) == str(True):
             operators.ready()
         last = example.is_contiguous(memory_format=torch.channels_last)
         form = torch.channels_last if last and not example.is_contiguous() else torch.contiguous_format
