@@ -10,7 +10,7 @@ FAST := -m "not slow and not gpu"
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
 # What make gpu times; with one of them, a loan of a few minutes is enough.
-GPU_SUITES ?= mod condconv forms
+GPU_SUITES ?= mod condconv forms steps
 export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-quickstart: setup ## train plain, Mixture-of-Depths and CondConv networks on real images, five minutes
+quickstart: setup ## train plain networks and those of all three methods on real images, five minutes
 	$(BIN)/python -m pliant quickstart
 
 lint: setup ## ruff and mypy
@@ -75,7 +75,8 @@ gpu: ## GPU tests and timings by the Python at hand; DATA=folder of CIFAR-10 add
 	step $(PYTHON) -m pytest -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py); \
 	for suite in $(GPU_SUITES); do step $(PYTHON) -m pliant bench --device cuda --suite $$suite; done; \
 	if [ -n "$(DATA)" ]; then step $(PYTHON) -m pliant compare cifar10.resnet18 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-cuda.csv; \
-	step $(PYTHON) -m pliant compare cifar10.mobilenetv1_w025 --method condconv path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-condconv-cuda.csv; fi; \
+	step $(PYTHON) -m pliant compare cifar10.mobilenetv1_w025 --method condconv path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-condconv-cuda.csv; \
+	step $(PYTHON) -m pliant compare cifar10.resnet50 --method adn --seeds 3 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-adn-cuda.csv; fi; \
 	if [ -n "$$failed" ]; then echo "failed:$${failed#;}" >&2; exit 1; fi
 
 clean: ## remove what make made
