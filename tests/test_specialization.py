@@ -26,6 +26,7 @@ from pliant.recipes import get_recipe, list_recipes
 from pliant.train import Recipe, evaluate, evaluate_depths, fit, override, read_run
 from pliant.train.objectives import CrossEntropy, Joint, Specialization, divergence, make_objective
 from pliant.train.passes import BothPasses, Feature, channel_dim, run_both, stage_outputs
+from pliant.train.tasks import Classification
 from pliant.train.weights import load_weights
 
 TINY = Recipe(
@@ -500,6 +501,25 @@ def test_val_loss_is_the_objective_on_validation_images(tiny):
             terms = objective(objective.run(tiny.model, x), y)
             losses += [float(sum(terms.values()))] * len(y)
     assert sum(losses) / len(losses) == pytest.approx(tiny.history[tiny.best_epoch]["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [([], 1), (["objective=joint"], 1), (["model=resnet20_cifar", "objective=cross_entropy"], 0)],
+)
+def test_the_best_epoch_is_that_of_both_depths_where_both_are_trained(tmp_path, monkeypatch, changes, best):
+    """As after a start from trained weights: the whole network falls a little, its base rises."""
+    whole, base = (0.95, 0.94, 0.90), (0.20, 0.80, 0.81)
+    logged = Classification.log
+
+    def log(self, name, value, **options):
+        n = self.current_epoch
+        told = {"val_accuracy": whole[n], "val_both": (whole[n] + base[n]) / 2}
+        logged(self, name, told.get(name, value), **options)
+
+    monkeypatch.setattr(Classification, "log", log)
+    run = fit(override(TINY, ["epochs=3", "warmup=0", *changes]), tmp_path / "run", progress=False)
+    assert run.best_epoch == best
 
 
 def test_a_resumed_run_ends_in_the_same_bits(tiny, tmp_path):

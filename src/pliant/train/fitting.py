@@ -177,8 +177,10 @@ def _train(
         "save_on_train_epoch_end": True,  # after the epoch's row is in the history
         "enable_version_counter": False,
     }
+    # One set of weights is kept, so it has to be good at both depths that are trained.
+    monitor = "val_both" if isinstance(objective, Joint) else "val_accuracy"
     own: list[Callback] = [
-        ModelCheckpoint(filename="best", monitor="val_accuracy", mode="max", **keep),
+        ModelCheckpoint(filename="best", monitor=monitor, mode="max", **keep),
         ModelCheckpoint(filename=LAST.stem, **keep),
     ]
     if recipe.ema is not None:

@@ -43,7 +43,8 @@ class Run:
         recipe: what was run.
         model: the network of the best epoch, in evaluation mode, on the CPU.
         history: one row an epoch; see `pliant.train.tasks.Classification`.
-        best_epoch: the first with the highest validation accuracy; an index into `history`.
+        best_epoch: the first with the highest validation accuracy (of an adaptive network
+            that is trained at both depths, the mean of theirs); an index into `history`.
         val_accuracy: of that epoch, in [0, 1].
         test_accuracy: of `model` on the test set, scored once, in float32; None where
             the data has no test set.

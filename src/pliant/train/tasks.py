@@ -189,6 +189,8 @@ class Classification(pl.LightningModule):
         for name, value in row.items():
             if name not in ("epoch", "seconds"):
                 self.log(name, value, rank_zero_only=True)
+        if base:  # what the best epoch is chosen by
+            self.log("val_both", (val + base["val_accuracy_base"]) / 2, logger=False, rank_zero_only=True)
         self.log("val", val, prog_bar=True, logger=False, rank_zero_only=True)  # a bar is short
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
