@@ -411,7 +411,11 @@ def test_the_table_of_published_counts_is_what_is_counted(counts_of, method):
 
 @pytest.mark.parametrize(
     ("page", "rows"),
-    [("condconv", "cifar10-condconv"), ("adaptive-depth", "cifar10-adn")],
+    [
+        ("condconv", "cifar10-condconv"),
+        ("adaptive-depth", "cifar10-adn"),
+        ("adaptive-depth", "cifar10-adn-specialized"),
+    ],
 )
 def test_the_accuracies_of_a_page_are_those_of_the_rows(page, rows):
     text = (ROOT / "docs" / f"{page}.md").read_text()
