@@ -432,3 +432,12 @@ def test_the_accuracies_of_a_page_are_those_of_the_rows(page, rows):
             f"{int(s['macs']) / 1e6:.2f} M",
         )
         assert f"| {' | '.join(cells)} |" in table, s["label"]
+
+
+def test_the_accuracies_of_the_vision_transformer_are_those_of_the_rows():
+    with (ROOT / "results" / "vit-adn.csv").open(newline="") as file:
+        scores = {(s["data"], s["label"]): float(s["test_accuracy"]) for s in csv.DictReader(file)}
+    text = (ROOT / "docs" / "adaptive-depth.md").read_text()
+    for data in ("digits", "imagenet"):
+        both = [scores[data, f"ADN, {end}-net"] for end in ("super", "base")]
+        assert f"| {both[0]:.1f} | {both[1]:.1f} |" in text
