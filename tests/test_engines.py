@@ -314,6 +314,7 @@ def test_one_child_runs_all_and_ends(fakes: Any, tmp_path: Path) -> None:
     assert process.returncode is not None
 
 
+@pytest.mark.slow
 def test_a_worker_by_hand(tmp_path: Path, fakes: Any) -> None:
     (tmp_path / "network").write_text("1")
     load = {
@@ -418,6 +419,7 @@ def test_a_form_is_held_against_the_same_form(clock: SimpleNamespace) -> None:
         measure("resnet20_cifar_mod", forms=["best"])
 
 
+@pytest.mark.slow
 def test_a_row_for_each_engine_batch_and_precision(
     clock: SimpleNamespace, fakes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

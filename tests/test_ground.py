@@ -400,6 +400,7 @@ def test_every_paper_has_a_page_for_its_counts():
     assert COUNT_PAGES.keys() == PAPERS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", COUNT_PAGES)
 def test_the_table_of_published_counts_is_what_is_counted(counts_of, method):
     if method == "mod":
