@@ -242,8 +242,12 @@ def run_at(run: Run, skip: Sequence[bool]) -> Run:
 
     Returns:
         The run with the network cut out. The whole network's is what was logged; of any other
-        depth accuracies are scored now, in float32, and the history has one row, the best
-        epoch's (which was chosen by the whole network).
+        depth accuracies are scored now, in float32 on the CPU, and the history has one row, the
+        best epoch's (the same one: `Run.best_epoch`).
+
+    Raises:
+        ValueError: the run's network has no adaptive depth, or another number of flags.
+        FileNotFoundError: the images that it was trained on are no longer there.
     """
     network = subnet(run.model, skip)
     if not any(skip):

@@ -36,3 +36,18 @@ def require(name: str) -> ModuleType:
         raise MissingExtraError(
             f'this needs {name}, which is not installed: pip install "pliant[{EXTRA_OF[name]}]"'
         ) from error
+
+
+def onnx_runtime() -> ModuleType:
+    """ONNX Runtime, told to keep no record of what runs and to send none.
+
+    Raises:
+        MissingExtraError: as `require`.
+
+    Example:
+        >>> onnx_runtime().__name__  # doctest: +SKIP
+        'onnxruntime'
+    """
+    runtime = require("onnxruntime")
+    runtime.disable_telemetry_events()
+    return runtime

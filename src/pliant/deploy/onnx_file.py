@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from pliant.deploy import tensorrt
-from pliant.deploy.extras import require
+from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts
 from pliant.deploy.parity import Result, Run, Selection
 
@@ -200,7 +200,7 @@ def selection_names(block: str) -> tuple[str, str]:
 
 
 def _session(path: str, threads: int | None) -> Any:
-    runtime = require("onnxruntime")
+    runtime = onnx_runtime()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:

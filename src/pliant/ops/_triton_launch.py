@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton.runtime.jit import JITFunction
 
 from pliant.ops._triton_kernels import basic, bottleneck, pool, rank
+from pliant.ops.mod_block import flops
 
 # Under TRITON_INTERPRET=1 kernels run as Python on the CPU, and there is nothing to capture;
 # PyTorch's function of this name refuses them before 2.13.
@@ -187,23 +188,6 @@ def _even(tensor: Tensor) -> Tensor:
     return tensor if last else tensor.contiguous()
 
 
-def _flops(
-    x: Sequence[int],
-    down: Sequence[int],
-    _up: Sequence[int],
-    weight1: Sequence[int],
-    _bias1: Sequence[int],
-    weight2: Sequence[int],
-    _bias2: Sequence[int],
-    weight3: Sequence[int] | None,
-    *_: Any,
-    **_named: Any,
-) -> int:
-    """Of the convolutions and the two matrix products, as those of the plain form."""
-    batch, channels, height, width = x
-    kernels = [w[0] * w[1] * w[2] * w[3] for w in (weight1, weight2, weight3) if w is not None]
-    return 2 * batch * (height * width * sum(kernels) + 2 * channels * down[1])
-
-
-register_flop_formula(torch.ops.pliant.mod_block_triton)(_flops)
-register_flop_formula(torch.ops.pliant.mod_block_triton_)(_flops)
+# Their arguments begin as those of the operator for the CPU, and so do their counts.
+register_flop_formula(torch.ops.pliant.mod_block_triton)(flops)
+register_flop_formula(torch.ops.pliant.mod_block_triton_)(flops)

@@ -128,8 +128,7 @@ _LIBRARY.impl("mod_block_", _autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("pliant::mod_block_", _fake, lib=_LIBRARY)
 
 
-@register_flop_formula(torch.ops.pliant.mod_block_)
-def _flops(
+def flops(
     x: Sequence[int],
     down: Sequence[int],
     _up: Sequence[int],
@@ -141,7 +140,13 @@ def _flops(
     *_: Any,
     **_named: Any,
 ) -> int:
-    """Of the convolutions and the two matrix products, as those of the plain form."""
+    """Operations, twice the multiply-accumulates, as those of the plain form.
+
+    Takes the shapes of the operator's arguments, of which the biases and `up` are not looked at.
+    """
     batch, channels, height, width = x
     kernels = [w[0] * w[1] * w[2] * w[3] for w in (weight1, weight2, weight3) if w is not None]
     return 2 * batch * (height * width * sum(kernels) + 2 * channels * down[1])
+
+
+register_flop_formula(torch.ops.pliant.mod_block_)(flops)

@@ -59,6 +59,7 @@ def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
 
     from pliant.anatomy import RemovedBlock, stages
     from pliant.depth import get_depth, subnet
+    from pliant.measuring.macs import count_parameters
     from pliant.methods.adaptive_depth import AdaptiveDepth
     from pliant.surgery import convert
 
@@ -77,7 +78,7 @@ def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
                 alone = timm.create_model(model, **found)
             except (TypeError, AssertionError):  # RegNet's builder asserts
                 continue
-            if sum(p.numel() for p in alone.parameters()) == sum(p.numel() for p in cut.parameters()):
+            if count_parameters(alone) == count_parameters(cut):
                 return found
     raise ValueError(f"{model} has no argument that gives it the base network's {sum(left)} blocks")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
 from pliant.deploy.engines.files import write_file
-from pliant.deploy.extras import require
+from pliant.deploy.extras import onnx_runtime
 
 
 class ONNXRuntime(FileEngine):
@@ -53,8 +53,7 @@ class ONNXRuntime(FileEngine):
     ) -> Runner:
         """A session; see `FileEngine.load`."""
         threads = self._check(example, precision, threads)
-        ort = require("onnxruntime")
-        ort.disable_telemetry_events()  # or it keeps a record of what runs
+        ort = onnx_runtime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
