@@ -6,8 +6,8 @@ else (what was measured stands in ``docs/export.md``):
 - a PyTorch program: the fusion as an addition of padded channels, which Inductor fuses;
 - ONNX Runtime: the selector as 1x1 convolutions, one flat gather of whole channels, and the
   fusion as a constant convolution and an addition, without slices;
-- OpenVINO: the same with padded channels; for one image, a first 1x1 convolution whose kernel
-  is spread to the channels that were selected, so that the feature map is not gathered.
+- OpenVINO: the same; for one image, a first 1x1 convolution whose kernel is spread to the
+  channels that were selected, so that the feature map is not gathered.
 
 A CondConv layer that runs one image at a time convolves with its mixed kernel.
 
@@ -68,7 +68,7 @@ def use_export_forms(model: Network, target: Target, batch: int | None) -> Netwo
             if target == "program":
                 new = ProgramMoD(module)
             else:
-                new = GraphMoD(module, batch, padded=target == "openvino" and batch != 1)
+                new = GraphMoD(module, batch)
                 if target == "openvino" and batch == 1:
                     new.spread_first_kernel()
         elif isinstance(module, CondConv2d) and batch == 1:
@@ -117,11 +117,6 @@ class _ExportedMoD(Block):
         processed: Tensor = self.last_act(y if picked is None else y + picked)
         return processed
 
-    def _pad(self, y: Tensor) -> Tensor:
-        """`y` in its place among zeros: [B, C, H, W]."""
-        after = self.channels - self.k - self.before
-        return F.pad(y, (0, 0, 0, 0, self.before, after))
-
 
 class ProgramMoD(_ExportedMoD):
     """A Mixture-of-Depths block for PyTorch programs: the fusion adds padded channels.
@@ -150,7 +145,8 @@ class ProgramMoD(_ExportedMoD):
         if scores is not None:
             y = y * scores.to(y.dtype)[:, :, None, None]
         if self.fusion in ("first", "last"):
-            return x + self._pad(y)
+            after = self.channels - self.k - self.before
+            return x + F.pad(y, (0, 0, 0, 0, self.before, after))
         return x.scatter_add(1, where, y) if self.fusion == "original" else x.scatter(1, where, y)
 
 
@@ -181,16 +177,15 @@ class GraphMoD(_ExportedMoD):
     Args:
         block: whose parts it takes.
         batch: images of each call; None: any number.
-        padded: fuse by padding and adding; otherwise by a constant convolution and adding.
     """
 
     index: Tensor | None
     place: Tensor | None
     source: Tensor | None
 
-    def __init__(self, block: MoDBlock, batch: int | None, padded: bool) -> None:
+    def __init__(self, block: MoDBlock, batch: int | None) -> None:
         super().__init__(block)
-        self.batch, self.padded = batch, padded
+        self.batch = batch
         self.first_channels = block.selector is None
         self.by_index = getattr(block.selector, "order", "score") == "index"
         self.selector = (
@@ -234,9 +229,11 @@ class GraphMoD(_ExportedMoD):
         assert isinstance(self.core, nn.Sequential)
         first = self.core[0]
         assert isinstance(first, nn.Conv2d)
-        where = F.one_hot(index.reshape(self.k), self.channels).to(first.weight.dtype)
-        kernel = (first.weight.flatten(1) @ where)[:, :, None, None]
-        y: Tensor = F.conv2d(x, kernel, first.bias)
+        narrow = first.weight.flatten(1)
+        # One operator; a product with one-hot rows would be four.
+        spread = narrow.new_zeros(len(narrow), self.channels)
+        spread = spread.scatter(1, index.reshape(1, self.k).expand(len(narrow), self.k), narrow)
+        y: Tensor = F.conv2d(x, spread[:, :, None, None], first.bias)
         for layer in list(self.core)[1:]:
             y = layer(y)
         return y
@@ -262,8 +259,6 @@ class GraphMoD(_ExportedMoD):
         """`y` into constant channels of `x`."""
         if self.source is not None:  # to take their place
             return torch.cat((x, y), 1).index_select(1, self.source)
-        if self.padded and self.fusion in ("first", "last"):
-            return x + self._pad(y)
         assert self.place is not None
         return x + F.conv2d(y, self.place.to(y.dtype))
 
