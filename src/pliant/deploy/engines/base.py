@@ -36,6 +36,8 @@ class Engine(ABC):
             the last one runs networks.
         by_pytorch: whether PyTorch runs it, so that images come in the precision and in a
             memory format; other engines take contiguous float32 and do with it what they want.
+        has_native: whether its ``write`` knows ``native=True``: Mixture-of-Depths blocks as an
+            operator of its own, in its own layout, for this machine.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Engine(ABC):
     precisions: ClassVar[tuple[str, ...]] = tuple(PRECISIONS)
     packages: ClassVar[tuple[str, ...]] = ()
     by_pytorch: ClassVar[bool] = True
+    has_native: ClassVar[bool] = False
 
     @property
     def missing(self) -> str:

@@ -12,7 +12,14 @@ from pliant.deploy.extras import require
 from pliant.methods.mixture_of_depths import MoDBlock
 
 
-def write_file(model: nn.Module, example: Tensor, path: Path, optimized: bool, dynamic_batch: bool) -> Path:
+def write_file(
+    model: nn.Module,
+    example: Tensor,
+    path: Path,
+    optimized: bool,
+    dynamic_batch: bool,
+    compiled: bool = False,
+) -> Path:
     """Write a network as ONNX or OpenVINO file, by the ending of `path`.
 
     A network with Mixture-of-Depths blocks goes as it is through PyTorch's exporter, unless
@@ -24,12 +31,14 @@ def write_file(model: nn.Module, example: Tensor, path: Path, optimized: bool, d
         path: of the file.
         optimized: bring Mixture-of-Depths blocks into the form that suits the engine.
         dynamic_batch: the file takes any number of images; otherwise that of `example`.
+        compiled: as `export` takes it; that is then the best form.
     """
     from pliant.deploy.export import export  # on use: it is not needed to import pliant
 
     example = example.contiguous()
-    if optimized or not any(isinstance(m, MoDBlock) for m in model.modules()):
-        return export(model, path, example, dynamic_batch=dynamic_batch, batches=(1,))
+    if optimized or compiled or not any(isinstance(m, MoDBlock) for m in model.modules()):
+        how: dict[str, Any] = {"dynamic_batch": dynamic_batch, "compiled": compiled}
+        return export(model, path, example, batches=(1,), **how)
     onnx_path = path.with_suffix(".onnx")
     _write_as_it_is(model, example, onnx_path)
     if path != onnx_path:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
 from pliant.deploy.engines.files import write_file
-from pliant.deploy.extras import onnx_runtime
+from pliant.deploy.onnx_file import open_session
 
 
 class ONNXRuntime(FileEngine):
@@ -28,6 +28,7 @@ class ONNXRuntime(FileEngine):
     precisions = ("float32",)
     packages = ("onnx", "onnxscript", "onnxruntime")
     by_pytorch = False
+    has_native = True
 
     def any_batch(self, optimized: bool = False) -> bool:
         """Yes."""
@@ -42,23 +43,23 @@ class ONNXRuntime(FileEngine):
         precision: str = "float32",
         threads: int | None = None,
         optimized: bool = False,
+        native: bool = False,
     ) -> Path:
-        """An ``.onnx`` file for any batch; see `FileEngine.write`."""
+        """An ``.onnx`` file for any batch; see `FileEngine.write`.
+
+        With `native`, compiled for this machine (`pliant.deploy.onnx_native`).
+        """
         self._check(example, precision, threads)
         path = folder / "network.onnx"
-        return write_file(evaluated(model, precision), example, path, optimized, dynamic_batch=True)
+        network = evaluated(model, precision)
+        return write_file(network, example, path, optimized, dynamic_batch=True, compiled=native)
 
     def load(
         self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
     ) -> Runner:
         """A session; see `FileEngine.load`."""
         threads = self._check(example, precision, threads)
-        ort = onnx_runtime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(path, threads)
         (name,) = (i.name for i in session.get_inputs())
 
         def run(images: Tensor) -> Any:
