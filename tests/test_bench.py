@@ -142,7 +142,7 @@ def test_suites_name_networks_and_settings_that_exist() -> None:
     for suite in (s for name in ("mod", "mod-bfloat16") for some in SUITES[name].values() for s in some):
         assert set(suite.models) == {"resnet50_mod", "resnet75_mod", "resnet86_mod"}
         assert (suite.against, suite.lower_resolution) == ("resnet50", 176)
-        assert suite.forms == ("plain", "optimized")
+        assert suite.forms == ("plain", "optimized", "native")
     settings = {
         device: [(s.engine, s.batch, s.dtype) for suite in suites for s in suite.settings]
         for device, suites in SUITES["mod"].items()
@@ -258,6 +258,13 @@ def speeds(**same: Any) -> list[Measurement]:
     plain = replace(BASE, model="net_mod", time_ratio=0.8, tax=0.1, form="plain", **same)
     best = replace(plain, form="optimized", time_ratio=0.75, tax=-0.004)
     return [replace(BASE, **same), low, plain, best, replace(plain, variant=NO_BLOCKS, tax=None)]
+
+
+def test_the_speed_table_has_a_third_step_where_there_is_a_native_form() -> None:
+    native = replace(speeds()[3], form="native", time_ratio=0.5, tax=0.01)
+    head, _, *table = speed_table([*speeds(), native]).splitlines()
+    assert head.endswith("plain blocks → optimized → native")
+    assert table[-1].endswith("| 1.25x (10 %) → 1.33x (0 %) → 2.00x (1 %) |")
 
 
 def test_the_speed_table_has_a_line_for_each_engine_and_batch() -> None:

@@ -415,7 +415,9 @@ def test_a_form_is_held_against_the_same_form(clock: SimpleNamespace) -> None:
     ]
     assert [r.time_ratio for r in rows] == [1.0, 1.0, 1.5, 1.5, 1.0, 1.0]
     assert [r.tax for r in rows] == [None, None, 0.5, 0.5, None, None]
-    with pytest.raises(ValueError, match="no form 'best'; the forms are as built, plain, optimized"):
+    with pytest.raises(
+        ValueError, match="no form 'best'; the forms are as built, plain, optimized, native"
+    ):
         measure("resnet20_cifar_mod", forms=["best"])
 
 
@@ -460,6 +462,7 @@ def test_all_forms_are_measured(name: str) -> None:
         "resnet20_cifar_mod",
         against="resnet20_cifar",
         engines=["eager", name],
+        forms=["plain", "optimized"],
         batch=2,
         rounds=2,
         min_run_time=0,
@@ -524,7 +527,7 @@ def test_the_command_takes_engines_batches_and_forms(tmp_path: Path, clock: Simp
     refused = CliRunner().invoke(cli.app, ["measure", "resnet20_cifar", "--engines", "eager,tvm"])
     assert str(refused.exception).startswith("no engine 'tvm'; the engines are eager, compile, aoti,")
     refused = CliRunner().invoke(cli.app, ["measure", "resnet20_cifar", "--forms", "best"])
-    assert str(refused.exception) == "no form 'best'; the forms are as built, plain, optimized"
+    assert str(refused.exception) == "no form 'best'; the forms are as built, plain, optimized, native"
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from pliant.measuring.latency import measure
 from pliant.measuring.provenance import provenance
 from pliant.measuring.rows import (
     AS_BUILT,
+    NATIVE,
     OPTIMIZED,
     PLAIN,
     Measurement,
@@ -107,7 +108,7 @@ def _mod(engines: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], 
         against="resnet50",
         lower_resolution=176,
         settings=settings,
-        forms=(PLAIN, OPTIMIZED),
+        forms=(PLAIN, OPTIMIZED, NATIVE),
         **limits,
     )
 
@@ -297,7 +298,8 @@ timed in turn in each round; time and MAC ratios are to the baseline in the same
 time over that of the same network without its MoD blocks, minus one. Absolute times drift on a shared
 machine; ratios are taken within a round. Exporting and compiling are not in the time. Weights are
 random. Where norms are folded, they are in all networks of the table; "optimized" is a network whose
-MoD blocks have the form that suits the engine."""
+MoD blocks have the form that suits the engine, "native" one compiled for this machine, whose MoD
+blocks are an operator in the engine's own layout."""
 
 
 def _rehearsed(suites: Sequence[Suite]) -> tuple[Suite, ...]:

@@ -28,12 +28,13 @@ def measure(
     engines: Annotated[
         str | None,
         typer.Option(
-            help="instead: networks as deployed (norms folded, channels_last, MoD blocks plain and "
-            "optimized) in all, or some of eager,compile,aoti,onnxruntime,openvino"
+            help="instead: networks as deployed (norms folded, channels_last, MoD blocks plain, "
+            "optimized and native) in all, or some of eager,compile,aoti,onnxruntime,openvino"
         ),
     ] = None,
     forms: Annotated[
-        str | None, typer.Option(help="some of: as built,plain,optimized; of --engines the last two")
+        str | None,
+        typer.Option(help="some of: as built,plain,optimized,native; with --engines the last three"),
     ] = None,
     channels_last: Annotated[
         bool | None, typer.Option(help="memory format; the default only with --engines")

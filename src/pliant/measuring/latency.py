@@ -29,7 +29,16 @@ import torch
 from pliant.deploy.engines import named
 from pliant.measuring.entrants import Entrant, Model, Size, add_baseline, by_name, variants
 from pliant.measuring.provenance import Provenance, provenance
-from pliant.measuring.rows import AS_BUILT, AS_IS, FORMS, NO_BLOCKS, OPTIMIZED, PLAIN, Measurement
+from pliant.measuring.rows import (
+    AS_BUILT,
+    AS_IS,
+    FORMS,
+    NATIVE,
+    NO_BLOCKS,
+    OPTIMIZED,
+    PLAIN,
+    Measurement,
+)
 from pliant.measuring.running import Files, Limits, Setting, run, setting_of
 
 Progress = Callable[[int, int, str], None]
@@ -72,7 +81,8 @@ def measure(
 
     With `engines`, networks are as one would deploy them, all equally optimised: norms
     folded, channels_last; and a Mixture-of-Depths network is there twice, with its blocks
-    as they are written (``plain``) and in the engine's best form (``optimized``).
+    as they are written (``plain``) and in the engine's best form (``optimized``), in ONNX
+    Runtime a third time, compiled for this machine (``native``).
 
     Args:
         models: names that ``timm.create_model`` knows (random weights), or networks,
@@ -92,7 +102,8 @@ def measure(
         engines: instead of it, names in `pliant.deploy.engines.ENGINES`, or ``"all"``. One
             that is not installed, or cannot do a dtype, gives rows that say so.
         forms: of the networks: ``as built`` (the default with `engine`), ``plain``,
-            ``optimized`` (the defaults with `engines`).
+            ``optimized``, and ``native``, which only ONNX Runtime has (the defaults with
+            `engines`).
         threads: of PyTorch's pool and of each engine's. By default `torch.get_num_threads`.
         rounds: how often each network is timed.
         min_run_time: seconds that one network runs in one round, at least.
@@ -125,7 +136,7 @@ def measure(
     """
     deployed = engines is not None
     last = deployed if channels_last is None else channels_last
-    wanted = tuple(forms) if forms is not None else (PLAIN, OPTIMIZED) if deployed else (AS_BUILT,)
+    wanted = tuple(forms) if forms is not None else (PLAIN, OPTIMIZED, NATIVE) if deployed else (AS_BUILT,)
     limits = Limits(rounds, min_run_time, max_run_time, max_prepare_time, timeout)
     # What shares files stands together: an engine in one dtype.
     groups = [
@@ -155,7 +166,11 @@ def measure(
                 files = Files(Path(folder))
                 for setting in group:
                     told = partial(_told, report, len(settings) * steps, settings.index(setting) * steps)
-                    entrants = [replace(entrant, seconds=[]) for entrant in lineup]
+                    entrants = [
+                        replace(entrant, seconds=[])
+                        for entrant in lineup
+                        if entrant.form != NATIVE or setting.engine.has_native
+                    ]
                     run(entrants, setting, limits, files, told)
                     origin = provenance(setting.device)
                     found += [_row(e, entrants, base, setting, origin) for e in entrants]
@@ -181,6 +196,8 @@ def _check(limits: Limits, forms: Sequence[str], settings: Sequence[Setting]) ->
             raise ValueError(f"no form {form!r}; the forms are {', '.join(FORMS)}")
     if not forms or not settings:
         raise ValueError("forms, batch and dtype must name at least one each")
+    if set(forms) == {NATIVE} and not any(setting.engine.has_native for setting in settings):
+        raise ValueError(f"none of these engines has the form {NATIVE!r}; onnxruntime has")
     unfit = [setting.unfit for setting in settings]
     if all(unfit):
         raise ValueError("; ".join(dict.fromkeys(unfit)))

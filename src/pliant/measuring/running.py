@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from pliant.measuring.clock import clock, warm
 from pliant.measuring.entrants import Entrant, attempt
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.macs import count_macs, count_parameters
-from pliant.measuring.rows import AS_BUILT, OPTIMIZED
+from pliant.measuring.rows import AS_BUILT, NATIVE, OPTIMIZED
 
 FEWEST_ROUNDS = 3  # that `max_run_time` leaves
 
@@ -155,6 +155,11 @@ def run(
         from pliant.ops import building
 
         building.ready()  # a minute or two the first time, which are no network's own
+    if any(e.form == NATIVE for e in entrants):
+        from pliant.ops import building
+
+        with suppress(building.BuildError):  # the networks that need it will say so
+            building.library(building.ORT_SOURCE)
     with child or nullcontext():
         start = time.monotonic()
         for i, entrant in enumerate(entrants):
@@ -190,7 +195,8 @@ def _prepare(
         seconds = warm(entrant.clock)
     else:
         assert isinstance(engine, FileEngine)
-        path = files.of(n, engine, network, images, optimized=entrant.form == OPTIMIZED, **how)
+        form = {"native": True} if entrant.form == NATIVE else {}
+        path = files.of(n, engine, network, images, optimized=entrant.form == OPTIMIZED, **form, **how)
         loaded, seconds = child.load(path, images, **how)
         entrant.clock = partial(child.time, loaded)
     entrant.calls = max(1, math.ceil(least / seconds))
