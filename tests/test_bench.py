@@ -142,7 +142,7 @@ def test_suites_name_networks_and_settings_that_exist() -> None:
     for suite in (s for name in ("mod", "mod-bfloat16") for some in SUITES[name].values() for s in some):
         assert set(suite.models) == {"resnet50_mod", "resnet75_mod", "resnet86_mod"}
         assert (suite.against, suite.lower_resolution) == ("resnet50", 176)
-        assert suite.forms == ("plain", "optimized", "native")
+        assert "optimized" in suite.forms
     settings = {
         device: [(s.engine, s.batch, s.dtype) for suite in suites for s in suite.settings]
         for device, suites in SUITES["mod"].items()

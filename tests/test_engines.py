@@ -43,8 +43,8 @@ from pliant.deploy.engines import FileEngine
 class Fake(FileEngine):
     name = "fake"
 
-    def any_batch(self, optimized=False):
-        return True
+    def shared(self, optimized=False, native=False):
+        return "fake"
 
     def write(self, model, example, folder, **how):
         path = folder / "network"
@@ -453,6 +453,26 @@ def test_a_row_for_each_engine_batch_and_precision(
     assert len(written) == 2  # one file serves both batches
     assert told[-1] == (32, 32, "done")
     assert [t[0] for t in told] == sorted(t[0] for t in told)
+
+
+def test_a_file_serves_all_batches_and_engines_that_say_so(
+    clock: SimpleNamespace, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(fakes.Fake):
+        name = "other"
+
+    names = [use(engine, monkeypatch) for engine in (fakes.Fake(), Other())]
+    monkeypatch.setattr(Other, "__module__", fakes.__name__)
+    monkeypatch.setattr(fakes, "Other", Other, raising=False)
+    written: list[str] = []
+    write = fakes.Fake.write
+    monkeypatch.setattr(fakes.Fake, "write", lambda e, *a, **k: written.append(e.name) or write(e, *a, **k))
+    measure({"a": conv()}, input_size=SMALL, engines=names, batch=(1, 3), rounds=1, min_run_time=0)
+    assert written == ["fake"]
+
+    monkeypatch.setattr(Other, "shared", lambda engine, **form: "")
+    measure({"a": conv()}, input_size=SMALL, engines=names, batch=(1, 3), rounds=1, min_run_time=0)
+    assert written == ["fake", "fake", "other", "other"]
 
 
 @pytest.mark.slow

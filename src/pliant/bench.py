@@ -99,6 +99,7 @@ class Suite:
 
 
 _RESNETS = ("resnet50_mod", "resnet75_mod", "resnet86_mod")
+_SHORT: dict[str, Any] = {"min_run_time": 0.1, "max_run_time": 32.0}
 
 
 def _mod(engines: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], **limits: Any) -> Suite:
@@ -108,7 +109,7 @@ def _mod(engines: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], 
         against="resnet50",
         lower_resolution=176,
         settings=settings,
-        forms=(PLAIN, OPTIMIZED, NATIVE),
+        forms=limits.pop("forms", (PLAIN, OPTIMIZED, NATIVE)),
         **limits,
     )
 
@@ -137,28 +138,15 @@ def _condconv(*settings: Setting, **limits: Any) -> tuple[Suite, ...]:
 
 
 # The limits keep `make bench` (Mixture-of-Depths on a CPU, and training steps) under 20 minutes
-# on 2 cores, and CondConv under 30: compiling takes most of the time. AOTInductor keeps nothing
-# of one network for the next, so the paper's middle one comes first there.
+# on 2 cores, and CondConv under 30: exporting and compiling take most of the time, so AOTInductor,
+# which keeps nothing of one network for the next, and bfloat16 get the best form of blocks alone.
 SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
     "mod": {
         "cpu": (
-            _mod(("eager",), (1, 16), ("float32",), max_run_time=50.0),
-            _mod(
-                ("onnxruntime", "openvino"),
-                (1, 16),
-                ("float32",),
-                max_run_time=45.0,
-                max_prepare_time=100.0,
-            ),
-            _mod(("compile",), (1, 16), ("float32",), max_run_time=45.0, max_prepare_time=110.0),
-            _mod(
-                ("aoti",),
-                (1, 16),
-                ("float32",),
-                models=("resnet75_mod", "resnet50_mod", "resnet86_mod"),
-                max_run_time=30.0,
-                max_prepare_time=80.0,
-            ),
+            _mod(("eager",), (1, 16), ("float32",), **_SHORT),
+            _mod(("onnxruntime", "openvino"), (1, 16), ("float32",), **_SHORT),
+            _mod(("compile",), (1, 16), ("float32",), **_SHORT),
+            _mod(("aoti",), (1, 16), ("float32",), forms=(OPTIMIZED,), **_SHORT),
         ),
         "cuda": (
             _mod(
@@ -173,7 +161,7 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
         ),
     },
     "mod-bfloat16": {
-        "cpu": (_mod(("eager", "compile", "openvino"), (1, 16), ("bfloat16",), max_run_time=60.0),),
+        "cpu": (_mod(("eager", "compile"), (1, 16), ("bfloat16",), forms=(OPTIMIZED,), **_SHORT),),
     },
     "condconv": {
         "cpu": _condconv(
@@ -259,12 +247,12 @@ def run_bench(
         overall = progress.add_task("benchmark", total=len(runs))
         for one, settings in runs:
             left = [s for s in settings if (*s.key, one.against) not in finished]
-            if why := ENGINES[left[0].engine].missing if left else "":
+            for why in {ENGINES[s.engine].missing: None for s in left if ENGINES[s.engine].missing}:
                 console.print(f"left out: {why}", markup=False)
-            elif left:
-                title = f"{one.against}, {left[0]}"
+            for some in _in_one_call([s for s in left if not ENGINES[s.engine].missing]):
+                title = f"{one.against}, {' and '.join(dict.fromkeys(map(str, some)))}"
                 task = progress.add_task(title, total=None)
-                rows += _run(one, left, device, threads, partial(_advance, progress, task, title))
+                rows += _run(one, some, device, threads, partial(_advance, progress, task, title))
                 write(stem, rows)
                 progress.remove_task(task)
             progress.advance(overall)
@@ -313,11 +301,24 @@ def _rehearsed(suites: Sequence[Suite]) -> tuple[Suite, ...]:
 
 
 def _together(settings: Sequence[Setting]) -> list[list[Setting]]:
-    """Settings by what shares files: one engine, dtype and layout, in several batches."""
+    """Settings by what shares files: in one dtype and layout, an engine of PyTorch's, or the others."""
     groups: dict[Any, list[Setting]] = {}
     for setting in settings:
-        groups.setdefault((setting.engine, setting.dtype, setting.channels_last), []).append(setting)
+        own = setting.engine if ENGINES[setting.engine].by_pytorch else ""
+        groups.setdefault((own, setting.dtype, setting.channels_last), []).append(setting)
     return list(groups.values())
+
+
+def _in_one_call(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """All of a group, where it is each of its engines at each of its batches; else by engine.
+
+    A run that is resumed may have left something else.
+    """
+    by_engine: dict[str, list[Setting]] = {}
+    for setting in settings:
+        by_engine.setdefault(setting.engine, []).append(setting)
+    alike = len({tuple(s.batch for s in some) for some in by_engine.values()}) == 1
+    return [list(settings)] if alike else list(by_engine.values())
 
 
 def _key(row: Measurement) -> tuple[str, int, str, bool, str]:
@@ -343,11 +344,11 @@ def _run(
     rows = measure(
         models,
         against=suite.against,
-        batch=[setting.batch for setting in settings],
+        batch=list(dict.fromkeys(setting.batch for setting in settings)),
         device=device,
         dtype=settings[0].dtype,
         channels_last=settings[0].channels_last,
-        engine=settings[0].engine,
+        engines=list(dict.fromkeys(setting.engine for setting in settings)),
         forms=suite.forms,
         threads=threads,
         rounds=suite.rounds,

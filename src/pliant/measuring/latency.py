@@ -138,12 +138,13 @@ def measure(
     last = deployed if channels_last is None else channels_last
     wanted = tuple(forms) if forms is not None else (PLAIN, OPTIMIZED, NATIVE) if deployed else (AS_BUILT,)
     limits = Limits(rounds, min_run_time, max_run_time, max_prepare_time, timeout)
-    # What shares files stands together: an engine in one dtype.
-    groups = [
-        [setting_of(b, device, d, last, e.name, threads) for b in _several(batch)]
-        for e, d in product(named(engine if engines is None else engines), _several(dtype))
+    # An engine's batches stand together: what it compiled for one is at hand for the next.
+    settings = [
+        setting_of(b, device, d, last, e.name, threads)
+        for e, d, b in product(
+            named(engine if engines is None else engines), _several(dtype), _several(batch)
+        )
     ]
-    settings = [setting for group in groups for setting in group]
     _check(limits, wanted, settings)
     models_by_name = by_name(models)
     base = None if against is None else add_baseline(models_by_name, against)
@@ -160,20 +161,19 @@ def measure(
             lineup += variants(name, model, input_size, low, tax, wanted)
         steps = len(lineup) * (1 + rounds)
         report = progress or (lambda _done, _total, _what: None)
-        for group in groups:
-            # What an engine has mapped cannot be removed everywhere.
-            with tempfile.TemporaryDirectory(prefix="pliant-", ignore_cleanup_errors=True) as folder:
-                files = Files(Path(folder))
-                for setting in group:
-                    told = partial(_told, report, len(settings) * steps, settings.index(setting) * steps)
-                    entrants = [
-                        replace(entrant, seconds=[])
-                        for entrant in lineup
-                        if entrant.form != NATIVE or setting.engine.has_native
-                    ]
-                    run(entrants, setting, limits, files, told)
-                    origin = provenance(setting.device)
-                    found += [_row(e, entrants, base, setting, origin) for e in entrants]
+        # What an engine has mapped cannot be removed everywhere.
+        with tempfile.TemporaryDirectory(prefix="pliant-", ignore_cleanup_errors=True) as folder:
+            files = Files(Path(folder))
+            for n, setting in enumerate(settings):
+                told = partial(_told, report, len(settings) * steps, n * steps)
+                entrants = [
+                    replace(entrant, seconds=[])
+                    for entrant in lineup
+                    if entrant.form != NATIVE or setting.engine.has_native
+                ]
+                run(entrants, setting, limits, files, told)
+                origin = provenance(setting.device)
+                found += [_row(e, entrants, base, setting, origin) for e in entrants]
         report(len(settings) * steps, len(settings) * steps, "done")
     return found
 

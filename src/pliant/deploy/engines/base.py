@@ -124,9 +124,16 @@ class FileEngine(Engine):
     is, and `load` makes a runner of it, in this process or in one that it may take down.
     """
 
-    @abstractmethod
-    def any_batch(self, optimized: bool = False) -> bool:
-        """Whether one file of that form serves all batches, or only that of its example."""
+    def shared(self, optimized: bool = False, native: bool = False) -> str:
+        """What its file is known by, where that serves any batch, in every engine of the same answer.
+
+        Empty where a file is for the batch of its example, and for this engine, alone.
+
+        Args:
+            optimized: as for `write`.
+            native: likewise.
+        """
+        return ""
 
     @abstractmethod
     def write(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.deploy.extras import require
 from pliant.methods.mixture_of_depths import MoDBlock
 
 
@@ -22,7 +21,7 @@ def write_file(
 ) -> Path:
     """Write a network as ONNX or OpenVINO file, by the ending of `path`.
 
-    A network with Mixture-of-Depths blocks goes as it is through PyTorch's exporter, unless
+    A network with Mixture-of-Depths blocks goes as it is through PyTorch's exporter, as ONNX, unless
     their best form is asked for; that, and every other network, is what `export` writes.
 
     Args:
@@ -39,19 +38,10 @@ def write_file(
     if optimized or compiled or not any(isinstance(m, MoDBlock) for m in model.modules()):
         how: dict[str, Any] = {"dynamic_batch": dynamic_batch, "compiled": compiled}
         return export(model, path, example, batches=(1,), **how)
-    onnx_path = path.with_suffix(".onnx")
-    _write_as_it_is(model, example, onnx_path)
-    if path != onnx_path:
-        openvino = require("openvino")
-        openvino.save_model(openvino.convert_model(str(onnx_path)), str(path), compress_to_fp16=False)
-    return path
-
-
-def _write_as_it_is(model: nn.Module, example: Tensor, path: Path) -> None:
-    """What PyTorch makes of a network, for any batch."""
     images = example[:1].repeat(2, 1, 1, 1)  # of one image it would make a file for one image
     batch: Any = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         torch.onnx.export(
             model, (images,), str(path), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
         )
+    return path

@@ -30,9 +30,9 @@ class ONNXRuntime(FileEngine):
     by_pytorch = False
     has_native = True
 
-    def any_batch(self, optimized: bool = False) -> bool:
-        """Yes."""
-        return True
+    def shared(self, optimized: bool = False, native: bool = False) -> str:
+        """An ONNX file is for any batch; see `FileEngine.shared`."""
+        return f"onnx{' optimized' * optimized}{' native' * native}"
 
     def write(
         self,

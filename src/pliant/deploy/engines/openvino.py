@@ -33,9 +33,9 @@ class OpenVINO(FileEngine):
     packages = ("openvino",)
     by_pytorch = False
 
-    def any_batch(self, optimized: bool = False) -> bool:
-        """Of plain files: the best form of a block depends on the batch."""
-        return not optimized
+    def shared(self, optimized: bool = False, native: bool = False) -> str:
+        """A plain network's ONNX file is ONNX Runtime's too; the best form depends on the batch."""
+        return "" if optimized else "onnx"
 
     def write(
         self,
@@ -47,10 +47,11 @@ class OpenVINO(FileEngine):
         threads: int | None = None,
         optimized: bool = False,
     ) -> Path:
-        """An ``.xml`` file, with its ``.bin``, for any batch; see `FileEngine.write`."""
+        """An ``.onnx`` file for any batch or, optimized, an ``.xml`` with its ``.bin`` for one."""
         self._check(example, precision, threads)
-        path, dynamic = folder / "network.xml", self.any_batch(optimized)
-        return write_file(evaluated(model, "float32"), example.float(), path, optimized, dynamic)
+        path = folder / ("network.xml" if optimized else "network.onnx")
+        network = evaluated(model, "float32")
+        return write_file(network, example.float(), path, optimized, dynamic_batch=not optimized)
 
     def load(
         self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
