@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,6 +44,7 @@ class Place(nn.Module):
     """Stands for a block in a graph: the identity, as a pool of one position.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(1, 16, 4, 4)
         >>> torch.equal(Place()(x), x)
         True
@@ -115,7 +115,7 @@ def take_blocks(network: nn.Module) -> dict[str, FusedMoDBlock]:
         ValueError: there is none; says why.
 
     Example:
-        >>> import timm
+        >>> import timm, torch
         >>> from pliant.deploy.folding import fold_norms
         >>> model = timm.create_model("resnet20_cifar_mod").eval()
         >>> list(take_blocks(fold_norms(model, torch.randn(1, 3, 32, 32))))
