@@ -41,7 +41,14 @@ _PROBED = 64  # channels
 
 
 class Place(nn.Module):
-    """Stands for a block in a graph: the identity, as a pool of one position."""
+    """Stands for a block in a graph: the identity, as a pool of one position.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(1, 16, 4, 4)
+        >>> torch.equal(Place()(x), x)
+        True
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, C, H, W]."""
@@ -106,6 +113,13 @@ def take_blocks(network: nn.Module) -> dict[str, FusedMoDBlock]:
 
     Raises:
         ValueError: there is none; says why.
+
+    Example:
+        >>> import timm, torch
+        >>> from pliant.deploy.folding import fold_norms
+        >>> model = timm.create_model("resnet20_cifar_mod").eval()
+        >>> list(take_blocks(fold_norms(model, torch.randn(1, 3, 32, 32))))
+        ['layer1.1', 'layer2.1', 'layer3.1']
     """
     blocks = {path: m for path, m in network.named_modules() if isinstance(m, MoDBlock)}
     reasons = {path: fusable(block) for path, block in blocks.items()}

@@ -2,9 +2,9 @@
 
 The built library is kept in the user's cache (``$XDG_CACHE_HOME/pliant`` or
 ``~/.cache/pliant``) under a name that holds all it depends on: pliant's version, the
-source, PyTorch's version and the processor. So it is built once a machine, and a library
-that it finds there needs no compiler. What fails is told once, with its reason, and the
-operators then run in their PyTorch form, whose results are the same.
+source, the processor and, for PyTorch's operator, its version. So it is built once a machine,
+and a library that it finds there needs no compiler. What fails is told once, with its reason,
+and PyTorch's operators then run in their PyTorch form, whose results are the same.
 
 No tensors here.
 """
