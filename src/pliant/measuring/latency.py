@@ -84,8 +84,8 @@ def measure(
         batch: images a forward; several are a run each.
         device: ``cpu`` or ``cuda``.
         dtype: ``float32``, ``bfloat16`` or ``float16``: of weights and images where
-            PyTorch runs the network, else that in which the engine computes. Several are
-            a run each.
+            PyTorch runs the network, else that in which the engine computes; ``int8`` in
+            ONNX Runtime and OpenVINO (`pliant.deploy.int8`). Several are a run each.
         channels_last: memory format of weights and images; by default only with `engines`.
         engine: the one engine in which networks are timed as they are, such as ``eager`` or
             ``compiled`` (`torch.compile`; with CUDA graphs on a GPU).

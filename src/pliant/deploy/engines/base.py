@@ -22,7 +22,13 @@ from pliant.deploy.extras import EXTRA_OF
 
 Runner = Callable[[Tensor], Any]
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What PyTorch holds of a network. An engine that computes in int8 makes its file of one in float32.
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.float32,
+}
 
 
 class Engine(ABC):
@@ -40,7 +46,7 @@ class Engine(ABC):
 
     name: str
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
-    precisions: ClassVar[tuple[str, ...]] = tuple(PRECISIONS)
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     packages: ClassVar[tuple[str, ...]] = ()
     by_pytorch: ClassVar[bool] = True
 
@@ -64,7 +70,7 @@ class Engine(ABC):
 
         Args:
             device: ``cpu`` or ``cuda``.
-            precision: ``float32``, ``bfloat16`` or ``float16``.
+            precision: ``float32``, ``bfloat16``, ``float16`` or ``int8``.
         """
         if device not in self.devices:
             return f"{self.name} is not supported on {device}, only on {', '.join(self.devices)}"
@@ -92,7 +98,7 @@ class Engine(ABC):
                 is to be optimised in it beforehand is the caller's, as `pliant.measure` does.
             example: images [B, C, H, W] of the shape, on the device and in the memory
                 format that the runner will get.
-            precision: ``float32``, or ``bfloat16`` where the engine can.
+            precision: ``float32``, or another where the engine can.
             threads: of the engine's pool; by default as many as PyTorch's has.
 
         Returns:

@@ -38,6 +38,18 @@ def write_file(model: nn.Module, example: Tensor, path: Path, optimized: bool, d
     return path
 
 
+def write_int8(model: nn.Module, example: Tensor, folder: Path, optimized: bool) -> Path:
+    """Write a network as ONNX file in 8-bit integers, for any batch (`pliant.deploy.int8`).
+
+    Its ranges are those of random images: it is for timing. ONNX Runtime and OpenVINO run the same
+    file; the arguments are those of `write_file`.
+    """
+    from pliant.deploy.int8 import quantise, random_images
+
+    source = write_file(model, example, folder / "float32.onnx", optimized, dynamic_batch=True)
+    return quantise(source, folder / "network.onnx", random_images(example))
+
+
 def _write_as_it_is(model: nn.Module, example: Tensor, path: Path) -> None:
     """What PyTorch makes of a network, for any batch."""
     images = example[:1].repeat(2, 1, 1, 1)  # of one image it would make a file for one image

@@ -9,23 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
-from pliant.deploy.engines.files import write_file
+from pliant.deploy.engines.files import write_file, write_int8
 from pliant.deploy.extras import onnx_runtime
 
 
 class ONNXRuntime(FileEngine):
     """A session of ONNX Runtime with all of its graph optimisations.
 
-    It runs a float model as it is, in float32: it has no bfloat16 for the CPU.
+    It runs a float model as it is, in float32: it has no bfloat16 for the CPU. In int8 it runs a
+    file that its own static quantisation made (`pliant.deploy.int8`).
 
     Example:
         >>> ONNXRuntime().unfit("cpu", "bfloat16")
-        'bfloat16 is not supported by onnxruntime, only float32'
+        'bfloat16 is not supported by onnxruntime, only float32, int8'
     """
 
     name = "onnxruntime"
     devices = ("cpu",)
-    precisions = ("float32",)
+    precisions = ("float32", "int8")
     packages = ("onnx", "onnxscript", "onnxruntime")
     by_pytorch = False
 
@@ -45,8 +46,11 @@ class ONNXRuntime(FileEngine):
     ) -> Path:
         """An ``.onnx`` file for any batch; see `FileEngine.write`."""
         self._check(example, precision, threads)
+        network = evaluated(model, precision)
+        if precision == "int8":
+            return write_int8(network, example, folder, optimized)
         path = folder / "network.onnx"
-        return write_file(evaluated(model, precision), example, path, optimized, dynamic_batch=True)
+        return write_file(network, example, path, optimized, dynamic_batch=True)
 
     def load(
         self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
