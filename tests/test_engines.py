@@ -43,7 +43,7 @@ from pliant.deploy.engines import FileEngine
 class Fake(FileEngine):
     name = "fake"
 
-    def shared(self, optimized=False, native=False):
+    def shared(self, precision, optimized=False, native=False):
         return "fake"
 
     def write(self, model, example, folder, **how):
@@ -166,9 +166,11 @@ def test_openvino_says_what_it_would_not_do(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_what_an_engine_cannot_do_is_said() -> None:
     x = torch.zeros(1, *SMALL)
-    with pytest.raises(ValueError, match="bfloat16 is not supported by onnxruntime, only float32"):
+    with pytest.raises(ValueError, match="bfloat16 is not supported by onnxruntime, only float32, int8"):
         ENGINES["onnxruntime"].prepare(conv(), x, precision="bfloat16")
-    with pytest.raises(ValueError, match="no precision 'int8'; there are float32,"):
+    with pytest.raises(ValueError, match="no precision 'int4'; there are float32,"):
+        ENGINES["eager"].prepare(conv(), x, precision="int4")
+    with pytest.raises(ValueError, match="int8 is not supported by eager, only float32, bfloat16"):
         ENGINES["eager"].prepare(conv(), x, precision="int8")
     with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
         ENGINES["eager"].prepare(conv(), x, threads=0)
@@ -446,7 +448,7 @@ def test_a_row_for_each_engine_batch_and_precision(
     assert [(r.engine, r.dtype, r.batch, r.model) for r in rows] == [
         (e, d, b, m) for e in ("eager", name) for d in ("float32", "bfloat16") for b in (1, 3) for m in "ab"
     ]
-    refused = f"bfloat16 is not supported by {name}, only float32"
+    refused = f"bfloat16 is not supported by {name}, only {', '.join(ENGINES[name].precisions)}"
     assert [r.error for r in rows] == [""] * 12 + [refused] * 4
     assert [r.rounds for r in rows] == [1] * 12 + [0] * 4
     assert all(r.time_ratio is not None for r in rows[:12])
@@ -470,7 +472,7 @@ def test_a_file_serves_all_batches_and_engines_that_say_so(
     measure({"a": conv()}, input_size=SMALL, engines=names, batch=(1, 3), rounds=1, min_run_time=0)
     assert written == ["fake"]
 
-    monkeypatch.setattr(Other, "shared", lambda engine, **form: "")
+    monkeypatch.setattr(Other, "shared", lambda engine, precision, **form: "")
     measure({"a": conv()}, input_size=SMALL, engines=names, batch=(1, 3), rounds=1, min_run_time=0)
     assert written == ["fake", "fake", "other", "other"]
 

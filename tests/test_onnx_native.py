@@ -334,7 +334,7 @@ def test_what_cannot_be_compiled_is_refused_by_name(layout, tmp_path, monkeypatc
 
 
 def test_only_onnx_runtime_has_a_native_form():
-    assert [name for name, engine in ENGINES.items() if engine.has_native] == ["onnxruntime"]
+    assert [name for name, engine in ENGINES.items() if engine.native_precisions] == ["onnxruntime"]
     with pytest.raises(ValueError, match="none of these engines has the form 'native'; onnxruntime has"):
         measure("resnet20_cifar_mod", forms=[NATIVE])
     rows = measure(

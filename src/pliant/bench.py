@@ -105,7 +105,7 @@ _SHORT: dict[str, Any] = {"min_run_time": 0.1, "max_run_time": 32.0}
 def _mod(engines: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], **limits: Any) -> Suite:
     settings = tuple(Setting(engine=e, batch=b, dtype=d) for e in engines for d in dtypes for b in batches)
     return Suite(
-        models=limits.pop("models", _RESNETS),
+        models=_RESNETS,
         against="resnet50",
         lower_resolution=176,
         settings=settings,
@@ -163,6 +163,17 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
     "mod-bfloat16": {
         "cpu": (_mod(("eager", "compile"), (1, 16), ("bfloat16",), forms=(OPTIMIZED,), **_SHORT),),
     },
+    "mod-int8": {
+        "cpu": (
+            _mod(
+                ("onnxruntime", "openvino"),
+                (1, 16),
+                ("int8",),
+                forms=(PLAIN, OPTIMIZED),
+                **_SHORT,
+            ),
+        ),
+    },
     "condconv": {
         "cpu": _condconv(
             *(Setting(engine="eager", batch=b, channels_last=c) for b in (1, 32) for c in (False, True)),
@@ -183,7 +194,12 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
     },
 }
 
-_STEMS = {"mod": "latency", "mod-bfloat16": "latency-bfloat16", "condconv": "condconv-latency"}
+_STEMS = {
+    "mod": "latency",
+    "mod-bfloat16": "latency-bfloat16",
+    "mod-int8": "latency-int8",
+    "condconv": "condconv-latency",
+}
 
 
 def run_bench(
@@ -202,16 +218,17 @@ def run_bench(
     """Run the suites of a device; write their rows, a table and a figure.
 
     Files: ``latency-DEVICE.csv``, ``.md`` and ``.svg`` in `results` (of other suites
-    ``latency-bfloat16-DEVICE.*`` and ``condconv-latency-DEVICE.*``), replaced when the first
-    engine is done and completed after each further one. A rehearsal's files are
-    ``latency-DEVICE-quick.*``, so that it never stands in for the real figures.
+    ``latency-bfloat16-DEVICE.*``, ``latency-int8-DEVICE.*`` and
+    ``condconv-latency-DEVICE.*``), replaced when the first engine is done and completed after each
+    further one. A rehearsal's files are ``latency-DEVICE-quick.*``, so that it never stands in for
+    the real figures.
 
     Args:
         device: ``cpu`` or ``cuda``.
         results: folder of the files; made if missing.
         quick: a rehearsal (`Suite.quick`).
         name: ``mod`` for Mixture-of-Depths in all engines that are installed, ``mod-bfloat16``,
-            or ``condconv``.
+            ``mod-int8`` or ``condconv``.
         resume: keep the runs that the CSV file has from this commit on this machine, and
             do the others.
         patient: without limits of time (`Suite.patient`).

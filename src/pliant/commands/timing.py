@@ -20,7 +20,7 @@ def measure(
     device: Device = "cpu",
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="float32 (as it is), bfloat16 or float16; repeat for several"),
+        typer.Option(help="float32 (as it is), bfloat16, float16 or int8; repeat for several"),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="runs networks as they are: eager, compiled, or another of --engines")
@@ -126,7 +126,7 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="mod (in all engines), mod-bfloat16 or condconv networks, forms of a mixed "
+            help="mod (in all engines), mod-bfloat16, mod-int8 or condconv networks, forms of a mixed "
             "convolution, or training steps"
         ),
     ] = "mod",

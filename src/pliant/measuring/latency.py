@@ -94,8 +94,8 @@ def measure(
         batch: images a forward; several are a run each.
         device: ``cpu`` or ``cuda``.
         dtype: ``float32``, ``bfloat16`` or ``float16``: of weights and images where
-            PyTorch runs the network, else that in which the engine computes. Several are
-            a run each.
+            PyTorch runs the network, else that in which the engine computes; ``int8`` in
+            ONNX Runtime and OpenVINO (`pliant.deploy.int8`). Several are a run each.
         channels_last: memory format of weights and images; by default only with `engines`.
         engine: the one engine in which networks are timed as they are, such as ``eager`` or
             ``compiled`` (`torch.compile`; with CUDA graphs on a GPU).
@@ -169,7 +169,7 @@ def measure(
                 entrants = [
                     replace(entrant, seconds=[])
                     for entrant in lineup
-                    if entrant.form != NATIVE or setting.engine.has_native
+                    if entrant.form != NATIVE or setting.has_native
                 ]
                 run(entrants, setting, limits, files, told)
                 origin = provenance(setting.device)
@@ -196,7 +196,7 @@ def _check(limits: Limits, forms: Sequence[str], settings: Sequence[Setting]) ->
             raise ValueError(f"no form {form!r}; the forms are {', '.join(FORMS)}")
     if not forms or not settings:
         raise ValueError("forms, batch and dtype must name at least one each")
-    if set(forms) == {NATIVE} and not any(setting.engine.has_native for setting in settings):
+    if set(forms) == {NATIVE} and not any(setting.has_native for setting in settings):
         raise ValueError(f"none of these engines has the form {NATIVE!r}; onnxruntime has")
     unfit = [setting.unfit for setting in settings]
     if all(unfit):

@@ -56,6 +56,11 @@ class Setting:
         """Why the engine cannot run this; empty if it can."""
         return self.engine.unfit(self.device.type, self.precision)
 
+    @property
+    def has_native(self) -> bool:
+        """Whether the engine has an operator of its own layout for Mixture-of-Depths blocks."""
+        return self.precision in self.engine.native_precisions
+
     def place(self, x: Any) -> Any:
         """A network, or images, on the device, in memory format and, for PyTorch, in dtype."""
         form = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -127,7 +132,7 @@ class Files:
     ) -> Path:
         """Write the file of a network, unless one is there that serves this engine and any batch."""
         form = {"optimized": entrant.form == OPTIMIZED, "native": entrant.form == NATIVE}
-        shared = engine.shared(**form)
+        shared = engine.shared(how["precision"], **form)
         key = (entrant.model, entrant.variant, entrant.form, shared or engine.name)
         if key not in self.written or not shared:
             if key in self.written:  # of another batch

@@ -38,6 +38,7 @@ def write_file(
     if optimized or compiled or not any(isinstance(m, MoDBlock) for m in model.modules()):
         how: dict[str, Any] = {"dynamic_batch": dynamic_batch, "compiled": compiled}
         return export(model, path, example, batches=(1,), **how)
+    # What PyTorch makes of it, for any batch.
     images = example[:1].repeat(2, 1, 1, 1)  # of one image it would make a file for one image
     batch: Any = torch.export.Dim("batch", min=1)
     with torch.no_grad():
@@ -45,3 +46,15 @@ def write_file(
             model, (images,), str(path), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
         )
     return path
+
+
+def write_int8(model: nn.Module, example: Tensor, folder: Path, optimized: bool) -> Path:
+    """Write a network as ONNX file in 8-bit integers, for any batch (`pliant.deploy.int8`).
+
+    Its ranges are those of random images: it is for timing. ONNX Runtime and OpenVINO run the same
+    file; the arguments are those of `write_file`.
+    """
+    from pliant.deploy.int8 import quantise, random_images
+
+    source = write_file(model, example, folder / "float32.onnx", optimized, dynamic_batch=True)
+    return quantise(source, folder / "network.onnx", random_images(example))

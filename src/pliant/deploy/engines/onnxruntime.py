@@ -9,30 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
-from pliant.deploy.engines.files import write_file
+from pliant.deploy.engines.files import write_file, write_int8
 from pliant.deploy.onnx_file import open_session
 
 
 class ONNXRuntime(FileEngine):
     """A session of ONNX Runtime with all of its graph optimisations.
 
-    It runs a float model as it is, in float32: it has no bfloat16 for the CPU.
+    It runs a float model as it is, in float32: it has no bfloat16 for the CPU. In int8 it runs a
+    file that its own static quantisation made (`pliant.deploy.int8`).
 
     Example:
         >>> ONNXRuntime().unfit("cpu", "bfloat16")
-        'bfloat16 is not supported by onnxruntime, only float32'
+        'bfloat16 is not supported by onnxruntime, only float32, int8'
     """
 
     name = "onnxruntime"
     devices = ("cpu",)
-    precisions = ("float32",)
+    precisions = ("float32", "int8")
     packages = ("onnx", "onnxscript", "onnxruntime")
     by_pytorch = False
-    has_native = True
+    native_precisions = ("float32",)
 
-    def shared(self, optimized: bool = False, native: bool = False) -> str:
+    def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
         """An ONNX file is for any batch; see `FileEngine.shared`."""
-        return f"onnx{' optimized' * optimized}{' native' * native}"
+        return f"{precision} onnx{' optimized' * optimized}{' native' * native}"
 
     def write(
         self,
@@ -50,8 +51,10 @@ class ONNXRuntime(FileEngine):
         With `native`, compiled for this machine (`pliant.deploy.onnx_native`).
         """
         self._check(example, precision, threads)
-        path = folder / "network.onnx"
         network = evaluated(model, precision)
+        if precision == "int8":
+            return write_int8(network, example, folder, optimized)
+        path = folder / "network.onnx"
         return write_file(network, example, path, optimized, dynamic_batch=True, compiled=native)
 
     def load(
