@@ -139,10 +139,12 @@ def test_suites_name_networks_and_settings_that_exist() -> None:
     for suite in (suite for suites in SUITES.values() for some in suites.values() for suite in some):
         assert all(timm.is_model(name) for name in (*suite.models, suite.against))
         assert len(set(suite.settings)) == len(suite.settings)
-    for suite in (s for name in ("mod", "mod-bfloat16") for some in SUITES[name].values() for s in some):
+    for suite in (
+        s for name in ("mod", "mod-bfloat16", "mod-int8") for some in SUITES[name].values() for s in some
+    ):
         assert set(suite.models) == {"resnet50_mod", "resnet75_mod", "resnet86_mod"}
         assert (suite.against, suite.lower_resolution) == ("resnet50", 176)
-        assert suite.forms == ("plain", "optimized")
+        assert "optimized" in suite.forms
     settings = {
         device: [(s.engine, s.batch, s.dtype) for suite in suites for s in suite.settings]
         for device, suites in SUITES["mod"].items()
@@ -166,7 +168,9 @@ def test_suites_name_networks_and_settings_that_exist() -> None:
 def test_no_suite_for_a_device_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no benchmark for device 'tpu'; there is one for cpu, cuda"):
         run_bench("tpu", tmp_path)
-    with pytest.raises(ValueError, match="no benchmark 'adn'; there are mod, mod-bfloat16, condconv"):
+    with pytest.raises(
+        ValueError, match="no benchmark 'adn'; there are mod, mod-bfloat16, mod-int8, condconv"
+    ):
         run_bench("cpu", tmp_path, name="adn")
     assert list(tmp_path.iterdir()) == []
 
@@ -186,7 +190,7 @@ def test_the_command_names_all_suites_and_refuses_what_one_does_not_do(
 
     assert (
         said("--suite", "form")
-        == "no benchmark 'form'; there are mod, mod-bfloat16, condconv, forms, steps"
+        == "no benchmark 'form'; there are mod, mod-bfloat16, mod-int8, condconv, forms, steps"
     )
     assert said("--suite", "steps", "--patient") == "--patient is for networks, not for --suite steps"
     assert said("--suite", "forms", "--resume").startswith("--resume is for networks")
@@ -258,6 +262,13 @@ def speeds(**same: Any) -> list[Measurement]:
     plain = replace(BASE, model="net_mod", time_ratio=0.8, tax=0.1, form="plain", **same)
     best = replace(plain, form="optimized", time_ratio=0.75, tax=-0.004)
     return [replace(BASE, **same), low, plain, best, replace(plain, variant=NO_BLOCKS, tax=None)]
+
+
+def test_the_speed_table_has_a_third_step_where_there_is_a_native_form() -> None:
+    native = replace(speeds()[3], form="native", time_ratio=0.5, tax=0.01)
+    head, _, *table = speed_table([*speeds(), native]).splitlines()
+    assert head.endswith("plain blocks → optimized → native")
+    assert table[-1].endswith("| 1.25x (10 %) → 1.33x (0 %) → 2.00x (1 %) |")
 
 
 def test_the_speed_table_has_a_line_for_each_engine_and_batch() -> None:

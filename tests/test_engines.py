@@ -43,8 +43,8 @@ from pliant.deploy.engines import FileEngine
 class Fake(FileEngine):
     name = "fake"
 
-    def any_batch(self, optimized=False):
-        return True
+    def shared(self, precision, optimized=False, native=False):
+        return "fake"
 
     def write(self, model, example, folder, **how):
         path = folder / "network"
@@ -166,9 +166,11 @@ def test_openvino_says_what_it_would_not_do(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_what_an_engine_cannot_do_is_said() -> None:
     x = torch.zeros(1, *SMALL)
-    with pytest.raises(ValueError, match="bfloat16 is not supported by onnxruntime, only float32"):
+    with pytest.raises(ValueError, match="bfloat16 is not supported by onnxruntime, only float32, int8"):
         ENGINES["onnxruntime"].prepare(conv(), x, precision="bfloat16")
-    with pytest.raises(ValueError, match="no precision 'int8'; there are float32,"):
+    with pytest.raises(ValueError, match="no precision 'int4'; there are float32,"):
+        ENGINES["eager"].prepare(conv(), x, precision="int4")
+    with pytest.raises(ValueError, match="int8 is not supported by eager, only float32, bfloat16"):
         ENGINES["eager"].prepare(conv(), x, precision="int8")
     with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
         ENGINES["eager"].prepare(conv(), x, threads=0)
@@ -415,7 +417,9 @@ def test_a_form_is_held_against_the_same_form(clock: SimpleNamespace) -> None:
     ]
     assert [r.time_ratio for r in rows] == [1.0, 1.0, 1.5, 1.5, 1.0, 1.0]
     assert [r.tax for r in rows] == [None, None, 0.5, 0.5, None, None]
-    with pytest.raises(ValueError, match="no form 'best'; the forms are as built, plain, optimized"):
+    with pytest.raises(
+        ValueError, match="no form 'best'; the forms are as built, plain, optimized, native"
+    ):
         measure("resnet20_cifar_mod", forms=["best"])
 
 
@@ -444,13 +448,33 @@ def test_a_row_for_each_engine_batch_and_precision(
     assert [(r.engine, r.dtype, r.batch, r.model) for r in rows] == [
         (e, d, b, m) for e in ("eager", name) for d in ("float32", "bfloat16") for b in (1, 3) for m in "ab"
     ]
-    refused = f"bfloat16 is not supported by {name}, only float32"
+    refused = f"bfloat16 is not supported by {name}, only {', '.join(ENGINES[name].precisions)}"
     assert [r.error for r in rows] == [""] * 12 + [refused] * 4
     assert [r.rounds for r in rows] == [1] * 12 + [0] * 4
     assert all(r.time_ratio is not None for r in rows[:12])
     assert len(written) == 2  # one file serves both batches
     assert told[-1] == (32, 32, "done")
     assert [t[0] for t in told] == sorted(t[0] for t in told)
+
+
+def test_a_file_serves_all_batches_and_engines_that_say_so(
+    clock: SimpleNamespace, fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(fakes.Fake):
+        name = "other"
+
+    names = [use(engine, monkeypatch) for engine in (fakes.Fake(), Other())]
+    monkeypatch.setattr(Other, "__module__", fakes.__name__)
+    monkeypatch.setattr(fakes, "Other", Other, raising=False)
+    written: list[str] = []
+    write = fakes.Fake.write
+    monkeypatch.setattr(fakes.Fake, "write", lambda e, *a, **k: written.append(e.name) or write(e, *a, **k))
+    measure({"a": conv()}, input_size=SMALL, engines=names, batch=(1, 3), rounds=1, min_run_time=0)
+    assert written == ["fake"]
+
+    monkeypatch.setattr(Other, "shared", lambda engine, precision, **form: "")
+    measure({"a": conv()}, input_size=SMALL, engines=names, batch=(1, 3), rounds=1, min_run_time=0)
+    assert written == ["fake", "fake", "other", "other"]
 
 
 @pytest.mark.slow
@@ -460,6 +484,7 @@ def test_all_forms_are_measured(name: str) -> None:
         "resnet20_cifar_mod",
         against="resnet20_cifar",
         engines=["eager", name],
+        forms=["plain", "optimized"],
         batch=2,
         rounds=2,
         min_run_time=0,
@@ -524,7 +549,7 @@ def test_the_command_takes_engines_batches_and_forms(tmp_path: Path, clock: Simp
     refused = CliRunner().invoke(cli.app, ["measure", "resnet20_cifar", "--engines", "eager,tvm"])
     assert str(refused.exception).startswith("no engine 'tvm'; the engines are eager, compile, aoti,")
     refused = CliRunner().invoke(cli.app, ["measure", "resnet20_cifar", "--forms", "best"])
-    assert str(refused.exception) == "no form 'best'; the forms are as built, plain, optimized"
+    assert str(refused.exception) == "no form 'best'; the forms are as built, plain, optimized, native"
 
 
 @pytest.mark.gpu

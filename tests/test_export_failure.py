@@ -28,7 +28,7 @@ from test_cli import fails, run
         ("net", {}, "the ending must be one of"),
         ("net.pt2", {"precision": "int8"}, "precision must be one of float32, float16, bfloat16 for .pt2"),
         ("net.onnx", {"precision": "bfloat16"}, "precision must be one of float32, float16 for .onnx"),
-        ("net.onnx", {"compiled": True}, "compiled=True is for .pt2"),
+        ("net.xml", {"compiled": True}, "compiled=True is for .pt2 and .onnx files, not for .xml"),
         ("net.pt2", {"batches": ()}, "batches must hold"),
         ("net.pt2", {"batches": (0,)}, "batches must hold"),
         ("net.pt2", {"takes": "jpeg"}, "takes must be one of"),

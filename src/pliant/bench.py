@@ -22,6 +22,7 @@ from pliant.measuring.latency import measure
 from pliant.measuring.provenance import provenance
 from pliant.measuring.rows import (
     AS_BUILT,
+    NATIVE,
     OPTIMIZED,
     PLAIN,
     Measurement,
@@ -98,16 +99,17 @@ class Suite:
 
 
 _RESNETS = ("resnet50_mod", "resnet75_mod", "resnet86_mod")
+_SHORT: dict[str, Any] = {"min_run_time": 0.1, "max_run_time": 32.0}
 
 
 def _mod(engines: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], **limits: Any) -> Suite:
     settings = tuple(Setting(engine=e, batch=b, dtype=d) for e in engines for d in dtypes for b in batches)
     return Suite(
-        models=limits.pop("models", _RESNETS),
+        models=_RESNETS,
         against="resnet50",
         lower_resolution=176,
         settings=settings,
-        forms=(PLAIN, OPTIMIZED),
+        forms=limits.pop("forms", (PLAIN, OPTIMIZED, NATIVE)),
         **limits,
     )
 
@@ -136,28 +138,15 @@ def _condconv(*settings: Setting, **limits: Any) -> tuple[Suite, ...]:
 
 
 # The limits keep `make bench` (Mixture-of-Depths on a CPU, and training steps) under 20 minutes
-# on 2 cores, and CondConv under 30: compiling takes most of the time. AOTInductor keeps nothing
-# of one network for the next, so the paper's middle one comes first there.
+# on 2 cores, and CondConv under 30: exporting and compiling take most of the time, so AOTInductor,
+# which keeps nothing of one network for the next, and bfloat16 get the best form of blocks alone.
 SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
     "mod": {
         "cpu": (
-            _mod(("eager",), (1, 16), ("float32",), max_run_time=50.0),
-            _mod(
-                ("onnxruntime", "openvino"),
-                (1, 16),
-                ("float32",),
-                max_run_time=45.0,
-                max_prepare_time=100.0,
-            ),
-            _mod(("compile",), (1, 16), ("float32",), max_run_time=45.0, max_prepare_time=110.0),
-            _mod(
-                ("aoti",),
-                (1, 16),
-                ("float32",),
-                models=("resnet75_mod", "resnet50_mod", "resnet86_mod"),
-                max_run_time=30.0,
-                max_prepare_time=80.0,
-            ),
+            _mod(("eager",), (1, 16), ("float32",), **_SHORT),
+            _mod(("onnxruntime", "openvino"), (1, 16), ("float32",), **_SHORT),
+            _mod(("compile",), (1, 16), ("float32",), **_SHORT),
+            _mod(("aoti",), (1, 16), ("float32",), forms=(OPTIMIZED,), **_SHORT),
         ),
         "cuda": (
             _mod(
@@ -172,7 +161,18 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
         ),
     },
     "mod-bfloat16": {
-        "cpu": (_mod(("eager", "compile", "openvino"), (1, 16), ("bfloat16",), max_run_time=60.0),),
+        "cpu": (_mod(("eager", "compile"), (1, 16), ("bfloat16",), forms=(OPTIMIZED,), **_SHORT),),
+    },
+    "mod-int8": {
+        "cpu": (
+            _mod(
+                ("onnxruntime", "openvino"),
+                (1, 16),
+                ("int8",),
+                forms=(PLAIN, OPTIMIZED),
+                **_SHORT,
+            ),
+        ),
     },
     "condconv": {
         "cpu": _condconv(
@@ -194,7 +194,12 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
     },
 }
 
-_STEMS = {"mod": "latency", "mod-bfloat16": "latency-bfloat16", "condconv": "condconv-latency"}
+_STEMS = {
+    "mod": "latency",
+    "mod-bfloat16": "latency-bfloat16",
+    "mod-int8": "latency-int8",
+    "condconv": "condconv-latency",
+}
 
 
 def run_bench(
@@ -213,16 +218,17 @@ def run_bench(
     """Run the suites of a device; write their rows, a table and a figure.
 
     Files: ``latency-DEVICE.csv``, ``.md`` and ``.svg`` in `results` (of other suites
-    ``latency-bfloat16-DEVICE.*`` and ``condconv-latency-DEVICE.*``), replaced when the first
-    engine is done and completed after each further one. A rehearsal's files are
-    ``latency-DEVICE-quick.*``, so that it never stands in for the real figures.
+    ``latency-bfloat16-DEVICE.*``, ``latency-int8-DEVICE.*`` and
+    ``condconv-latency-DEVICE.*``), replaced when the first engine is done and completed after each
+    further one. A rehearsal's files are ``latency-DEVICE-quick.*``, so that it never stands in for
+    the real figures.
 
     Args:
         device: ``cpu`` or ``cuda``.
         results: folder of the files; made if missing.
         quick: a rehearsal (`Suite.quick`).
         name: ``mod`` for Mixture-of-Depths in all engines that are installed, ``mod-bfloat16``,
-            or ``condconv``.
+            ``mod-int8`` or ``condconv``.
         resume: keep the runs that the CSV file has from this commit on this machine, and
             do the others.
         patient: without limits of time (`Suite.patient`).
@@ -258,12 +264,12 @@ def run_bench(
         overall = progress.add_task("benchmark", total=len(runs))
         for one, settings in runs:
             left = [s for s in settings if (*s.key, one.against) not in finished]
-            if why := ENGINES[left[0].engine].missing if left else "":
+            for why in {ENGINES[s.engine].missing: None for s in left if ENGINES[s.engine].missing}:
                 console.print(f"left out: {why}", markup=False)
-            elif left:
-                title = f"{one.against}, {left[0]}"
+            for some in _in_one_call([s for s in left if not ENGINES[s.engine].missing]):
+                title = f"{one.against}, {' and '.join(dict.fromkeys(map(str, some)))}"
                 task = progress.add_task(title, total=None)
-                rows += _run(one, left, device, threads, partial(_advance, progress, task, title))
+                rows += _run(one, some, device, threads, partial(_advance, progress, task, title))
                 write(stem, rows)
                 progress.remove_task(task)
             progress.advance(overall)
@@ -297,7 +303,8 @@ timed in turn in each round; time and MAC ratios are to the baseline in the same
 time over that of the same network without its MoD blocks, minus one. Absolute times drift on a shared
 machine; ratios are taken within a round. Exporting and compiling are not in the time. Weights are
 random. Where norms are folded, they are in all networks of the table; "optimized" is a network whose
-MoD blocks have the form that suits the engine."""
+MoD blocks have the form that suits the engine, "native" one compiled for this machine, whose MoD
+blocks are an operator in the engine's own layout."""
 
 
 def _rehearsed(suites: Sequence[Suite]) -> tuple[Suite, ...]:
@@ -311,11 +318,24 @@ def _rehearsed(suites: Sequence[Suite]) -> tuple[Suite, ...]:
 
 
 def _together(settings: Sequence[Setting]) -> list[list[Setting]]:
-    """Settings by what shares files: one engine, dtype and layout, in several batches."""
+    """Settings by what shares files: in one dtype and layout, an engine of PyTorch's, or the others."""
     groups: dict[Any, list[Setting]] = {}
     for setting in settings:
-        groups.setdefault((setting.engine, setting.dtype, setting.channels_last), []).append(setting)
+        own = setting.engine if ENGINES[setting.engine].by_pytorch else ""
+        groups.setdefault((own, setting.dtype, setting.channels_last), []).append(setting)
     return list(groups.values())
+
+
+def _in_one_call(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """All of a group, where it is each of its engines at each of its batches; else by engine.
+
+    A run that is resumed may have left something else.
+    """
+    by_engine: dict[str, list[Setting]] = {}
+    for setting in settings:
+        by_engine.setdefault(setting.engine, []).append(setting)
+    alike = len({tuple(s.batch for s in some) for some in by_engine.values()}) == 1
+    return [list(settings)] if alike else list(by_engine.values())
 
 
 def _key(row: Measurement) -> tuple[str, int, str, bool, str]:
@@ -341,11 +361,11 @@ def _run(
     rows = measure(
         models,
         against=suite.against,
-        batch=[setting.batch for setting in settings],
+        batch=list(dict.fromkeys(setting.batch for setting in settings)),
         device=device,
         dtype=settings[0].dtype,
         channels_last=settings[0].channels_last,
-        engine=settings[0].engine,
+        engines=list(dict.fromkeys(setting.engine for setting in settings)),
         forms=suite.forms,
         threads=threads,
         rounds=suite.rounds,

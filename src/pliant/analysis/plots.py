@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pliant.analysis._figure import check_suffix, write_figure
-from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION, NO_BLOCKS, OPTIMIZED, Measurement
+from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION, NO_BLOCKS, OF_BLOCKS, Measurement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "baseline, lower resolution": ("D", "#E69F00"),
     "Mixture-of-Depths": ("o", "#0072B2"),
     "Mixture-of-Depths, optimized": ("o", "#D55E00"),
+    "Mixture-of-Depths, native": ("o", "#CC79A7"),
     "its MoD blocks removed": ("o", "#56B4E9"),
     "other": ("^", "#009E73"),
 }
@@ -106,8 +107,8 @@ def _kind(row: Measurement) -> str:
         return "its MoD blocks removed"
     if row.model == row.against:
         return "baseline"
-    if row.form == OPTIMIZED:
-        return "Mixture-of-Depths, optimized"
+    if row.form in OF_BLOCKS:
+        return f"Mixture-of-Depths, {row.form}"
     return "Mixture-of-Depths" if row.tax is not None or "_mod" in row.model else "other"
 
 

@@ -28,7 +28,7 @@ def export(
         str | None, typer.Option(help="HEIGHTxWIDTH of the images, resized in the file")
     ] = None,
     opset: Annotated[int | None, typer.Option(help="of ONNX")] = None,
-    compiled: Annotated[bool, typer.Option("--compiled", help="of .pt2: machine code")] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="for this machine: .pt2 or .onnx")] = False,
     portable: Annotated[bool, typer.Option(help="of .onnx: only what TensorRT's parser documents")] = True,
     check_images: Annotated[
         Path | None, typer.Option(help="folder of images to check with, if not the digits")

@@ -20,7 +20,7 @@ def measure(
     device: Device = "cpu",
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="float32 (as it is), bfloat16 or float16; repeat for several"),
+        typer.Option(help="float32 (as it is), bfloat16, float16 or int8; repeat for several"),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="runs networks as they are: eager, compiled, or another of --engines")
@@ -28,12 +28,13 @@ def measure(
     engines: Annotated[
         str | None,
         typer.Option(
-            help="instead: networks as deployed (norms folded, channels_last, MoD blocks plain and "
-            "optimized) in all, or some of eager,compile,aoti,onnxruntime,openvino"
+            help="instead: networks as deployed (norms folded, channels_last, MoD blocks plain, "
+            "optimized and native) in all, or some of eager,compile,aoti,onnxruntime,openvino"
         ),
     ] = None,
     forms: Annotated[
-        str | None, typer.Option(help="some of: as built,plain,optimized; of --engines the last two")
+        str | None,
+        typer.Option(help="some of: as built,plain,optimized,native; with --engines the last three"),
     ] = None,
     channels_last: Annotated[
         bool | None, typer.Option(help="memory format; the default only with --engines")
@@ -125,7 +126,7 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="mod (in all engines), mod-bfloat16 or condconv networks, forms of a mixed "
+            help="mod (in all engines), mod-bfloat16, mod-int8 or condconv networks, forms of a mixed "
             "convolution, or training steps"
         ),
     ] = "mod",

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from pliant import anatomy
 from pliant._version import __version__
-from pliant.deploy import onnx_file, openvino_file, placing, program
+from pliant.deploy import onnx_file, onnx_native, openvino_file, placing, program
 from pliant.deploy.extras import require
 from pliant.deploy.facts import ExportReport, Facts, digest_of, report_path
 from pliant.deploy.folding import fold_norms
@@ -35,6 +35,7 @@ from pliant.deploy.parity import (
     selectors,
 )
 from pliant.methods.mixture_of_depths import MoDBlock
+from pliant.ops.fused import FusedMoDBlock
 from pliant.surgery import conversions
 from pliant.switch import Depth
 
@@ -117,8 +118,11 @@ def export(
         std: of each channel.
         classes: their names, stated in the file.
         compiled: of a ``.pt2``: machine code by AOTInductor, for this kind of machine. It does
-            not tell what it selected, so its outputs alone are compared.
-        portable: of an ``.onnx``: only what TensorRT's parser documents may be in the graph.
+            not tell what it selected, so its outputs alone are compared. Of an ``.onnx``: the
+            graph as ONNX Runtime optimises it here, each learned Mixture-of-Depths block one
+            operator, whose library, ``FILE.so``, is written beside it (`onnx_native`); in float32.
+        portable: of an ``.onnx`` that is not compiled: only what TensorRT's parser documents may
+            be in the graph.
         batches: sizes to check at (of a fixed batch, that alone).
         check_images: folder of images to check with; by default scikit-learn's digits.
         tolerance: largest relative error; by default 1e-4 in float32, 2e-2 in float16, 1e-1 in
@@ -134,7 +138,7 @@ def export(
         ValueError: an ending, precision or opset that there is not; an adaptive network; a
             selection that is drawn at random; an example that the network does not take; an
             operator without a form in the format; a package that is missing
-            (`MissingExtraError`, with its install line).
+            (`MissingExtraError`, with its install line); no compiler for what is compiled.
         OSError: the file cannot be written; what stood there before still does.
 
     Example:
@@ -183,6 +187,7 @@ def export(
         precision=precision,
         opset=None if target == "program" else opset,
         compiled=compiled,
+        machine=onnx_native.machine() if compiled and target == "onnx" else "",
         versions=_versions(target),
     )
     order = _Order(
@@ -213,8 +218,10 @@ def _target(path: Path, precision: str, opset: int, compiled: bool) -> Target:
     if precision not in PRECISIONS[target]:
         choices = ", ".join(PRECISIONS[target])
         raise ValueError(f"precision must be one of {choices} for {path.suffix}; not {precision!r}")
-    if compiled and target != "program":
-        raise ValueError(f"compiled=True is for .pt2 files, not for {path.suffix}")
+    if compiled and target == "openvino":
+        raise ValueError(f"compiled=True is for .pt2 and .onnx files, not for {path.suffix}")
+    if compiled and target == "onnx" and precision != "float32":
+        raise ValueError(f"compiled=True of an .onnx is for float32, not for {precision}")
     if target != "program":
         onnx_file.check_opset(opset)
         for name in PACKAGES[target]:
@@ -278,16 +285,21 @@ def _by_index(network: nn.Module) -> frozenset[str]:
 
 def _write(order: _Order, place: Path) -> tuple[list[Path], Run]:
     """Write the files, the main one first, and say how they are run for the check."""
-    made = trace(
-        order.network, order.preparation, order.example, order.target, order.batch, order.precision
-    )
-    blocks = list(selectors(order.network))
-    path, facts = place / order.path.name, order.facts
+    path, facts, network = place / order.path.name, order.facts, order.network
+    native: dict[str, FusedMoDBlock] = {}
+    if order.target == "onnx" and order.compiled:
+        network = fold_norms(network, _as_seen(order.preparation, order.example))
+        native = onnx_native.take_blocks(network)
+    made = trace(network, order.preparation, order.example, order.target, order.batch, order.precision)
+    blocks = list(selectors(network))
     if order.target == "program":
         write = program.write_compiled if order.compiled else program.write
         write(made, path, facts)
         return [path], program.runner(path, blocks, order.compiled)
-    graph = onnx_file.build(made, facts.outputs, order.opset, blocks)
+    graph = onnx_file.build(made, facts.outputs, order.opset, blocks, native)
+    if native:
+        files = onnx_native.write(graph, native, path, facts)
+        return files, onnx_native.runner(path, list(native), blocks)
     if order.target == "onnx":
         if order.portable:
             onnx_file.check_portable(graph)

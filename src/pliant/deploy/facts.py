@@ -36,6 +36,8 @@ class Facts:
         precision: of weights and computation: ``float32``, ``float16`` or ``bfloat16``.
         opset: of an ONNX file, or of the one that an OpenVINO file was made from.
         compiled: the file holds machine code for the kind of machine it was made on.
+        machine: that machine, where the file is tied to it more than by its code: of a compiled
+            ONNX file the processor, and the channels in a block of its layout; else empty.
         versions: of pliant, and of what wrote the file.
     """
 
@@ -53,6 +55,7 @@ class Facts:
     precision: str
     opset: int | None
     compiled: bool
+    machine: str
     versions: Mapping[str, str]
 
     def to_metadata(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pliant.deploy import onnx_file, openvino_file, program
+from pliant.deploy import onnx_file, onnx_native, openvino_file, program
 from pliant.deploy.facts import Facts
 from pliant.deploy.parity import as_tuple
 
@@ -76,7 +76,8 @@ def open_export(path: str | Path, *, threads: int | None = None) -> ExportedNetw
         threads: of ONNX Runtime or OpenVINO; PyTorch has its own.
 
     Raises:
-        ValueError: no such file, or a package is missing.
+        ValueError: no such file, a package is missing, or the file was compiled for another
+            machine or another ONNX Runtime.
 
     Example:
         >>> import tempfile, timm, pliant
@@ -92,6 +93,8 @@ def open_export(path: str | Path, *, threads: int | None = None) -> ExportedNetw
     if path.suffix == ".pt2":
         run = program.load(path)
     elif path.suffix == ".onnx":
+        if facts.compiled:
+            onnx_native.check_here(path, facts)
         run = onnx_file.load(path, threads)
     else:
         run = openvino_file.load(path, threads)

@@ -16,7 +16,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,13 @@ def check_opset(opset: int) -> None:
         )
 
 
-def build(program: ExportedProgram, outputs: tuple[str, ...], opset: int, blocks: list[str]) -> ir.Model:
+def build(
+    program: ExportedProgram,
+    outputs: tuple[str, ...],
+    opset: int,
+    blocks: list[str],
+    places: Collection[str] = (),
+) -> ir.Model:
     """The ONNX graph of a program.
 
     Args:
@@ -68,6 +74,7 @@ def build(program: ExportedProgram, outputs: tuple[str, ...], opset: int, blocks
         outputs: names of the outputs.
         opset: version of the operators.
         blocks: paths of Mixture-of-Depths blocks with a selector, to name their tensors.
+        places: paths of modules that are a pool, and in the graph a node of their name.
 
     Raises:
         ValueError: an operator of the program has no ONNX form, or not in this opset.
@@ -96,6 +103,7 @@ def build(program: ExportedProgram, outputs: tuple[str, ...], opset: int, blocks
             f"opset {opset} is not supported for this network: PyTorch wrote {model.opset_imports.get('')}"
         )
     _name_selections(model, blocks)
+    _name_places(model, places)
     _simplify(model)
     _name_batch(model)
     _strip(model)
@@ -162,7 +170,7 @@ def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], tup
         path: of the file.
         threads: of ONNX Runtime; None: as many as it takes.
     """
-    session = _session(str(path), threads)
+    session = open_session(Path(path), threads)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(torch.from_numpy, session.run(None, {INPUT: images.numpy()})))
@@ -170,23 +178,36 @@ def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], tup
     return run
 
 
-def runner(path: Path, blocks: list[str]) -> Run:
-    """Runs the file, its selections as further outputs; these change nothing else in it."""
+def runner(path: Path, blocks: list[str], tell: Callable[[Any], None] | None = None) -> Run:
+    """Runs the file, its selections as further outputs; these change nothing else in it.
+
+    Args:
+        path: of the file.
+        blocks: those with a selector; where the graph lacks a tensor of one, nothing is told.
+        tell: makes nodes of the model give more of what they compute.
+    """
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
+    if tell is not None:
+        tell(model)
     outputs = len(model.graph.output)
     names = [name for block in blocks for name in selection_names(block)]
+    there = {name for node in model.graph.node for name in node.output}
+    told = there.issuperset(names)
+    names = names if told else []
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     probe = path.with_name(f"check-{path.name}")  # beside it, where its external data is found
     probe.write_bytes(model.SerializeToString())
     try:
-        session = _session(str(probe), 1)
+        session = open_session(probe, 1, library_path(path))
     finally:
         probe.unlink()
 
     def run(images: Tensor) -> Result:
         found = tuple(map(torch.from_numpy, session.run(None, {INPUT: images.numpy()})))
+        if not told:
+            return Result(found, None)
         pairs = zip(found[outputs::2], found[outputs + 1 :: 2], strict=True)
         chosen = {b: Selection(x.flatten(1), i.flatten(1)) for b, (x, i) in zip(blocks, pairs, strict=True)}
         return Result(found[:outputs], chosen)
@@ -199,13 +220,41 @@ def selection_names(block: str) -> tuple[str, str]:
     return f"{block}.selector.logits", f"{block}.selector.index"
 
 
-def _session(path: str, threads: int | None) -> Any:
+def open_session(path: Path, threads: int | None, library: Path | None = None) -> Any:
+    """A session of ONNX Runtime on the CPU, with all of its graph optimisations.
+
+    Args:
+        path: of the file.
+        threads: for each operator; None: as many as ONNX Runtime takes.
+        library: of operators that the file has; None: the one beside it (`library_path`), if any.
+
+    Raises:
+        ValueError: the library cannot be used here; says why.
+    """
     runtime = onnx_runtime()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
-    return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    library = library_path(path) if library is None else library
+    if library.exists():
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # ONNX Runtime's own
+            raise ValueError(f"{library.name} cannot be used here: {error}") from error
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def library_path(path: Path) -> Path:
+    """Where the library stands whose operators a compiled file has.
+
+    Example:
+        >>> library_path(Path("net.onnx")).name
+        'net.onnx.so'
+    """
+    return path.with_name(f"{path.name}.so")
 
 
 @contextlib.contextmanager
@@ -248,6 +297,16 @@ def _name_selections(model: ir.Model, blocks: list[str]) -> None:
     if named != set(blocks):
         missing = sorted(set(blocks) - named)
         raise ValueError(f"the graph has no selection for {', '.join(missing)}, so it cannot be checked")
+
+
+def _name_places(model: ir.Model, places: Collection[str]) -> None:
+    """Name the nodes of modules that are a pool, and their outputs, after these modules."""
+    for node in model.graph:
+        if node.op_type == "MaxPool":
+            scopes = _scopes(node)
+            for place in places:
+                if f"network.{place}" in scopes:
+                    node.name = node.outputs[0].name = place
 
 
 def _scopes(node: ir.Node) -> list[str]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from pliant import anatomy
 from pliant.measuring.clock import Clock
-from pliant.measuring.rows import AS_BUILT, AS_IS, LOWER_RESOLUTION, NO_BLOCKS, OPTIMIZED, PLAIN
+from pliant.measuring.rows import AS_BUILT, AS_IS, LOWER_RESOLUTION, NO_BLOCKS, OF_BLOCKS, PLAIN
 from pliant.methods.mixture_of_depths import MoDBlock, without_mod_blocks
 
 Size = tuple[int, int, int]
@@ -60,13 +60,13 @@ class Entrant:
     @property
     def label(self) -> str:
         """Name, variant and form, for progress."""
-        told = (self.model, self.variant * (self.variant != AS_IS), self.form * (self.form == OPTIMIZED))
+        told = (self.model, self.variant * (self.variant != AS_IS), self.form * (self.form in OF_BLOCKS))
         return ", ".join(filter(None, told))
 
     @property
     def rival(self) -> str:
         """The form of the networks that it is held against: theirs is no other block's."""
-        return PLAIN if self.form == OPTIMIZED else self.form
+        return PLAIN if self.form in OF_BLOCKS else self.form
 
 
 def by_name(models: Model | Iterable[Model] | Mapping[str, Model]) -> dict[str, Model]:
@@ -124,9 +124,10 @@ def variants(
 ) -> list[Entrant]:
     """A network in its forms, and what is timed beside it for its sake.
 
-    Only Mixture-of-Depths blocks have an optimized form; others are plain where it is asked for.
+    Only Mixture-of-Depths blocks have an optimized or a native form; others are plain where it is
+    asked for.
     """
-    plain = list(dict.fromkeys(PLAIN if form == OPTIMIZED else form for form in forms))
+    plain = list(dict.fromkeys(PLAIN if form in OF_BLOCKS else form for form in forms))
     first = Entrant(name, AS_IS, plain[0])
     attempt(first, lambda e: setattr(e, "network", fresh(model) if isinstance(model, str) else model))
     network = first.network

@@ -29,7 +29,16 @@ import torch
 from pliant.deploy.engines import named
 from pliant.measuring.entrants import Entrant, Model, Size, add_baseline, by_name, variants
 from pliant.measuring.provenance import Provenance, provenance
-from pliant.measuring.rows import AS_BUILT, AS_IS, FORMS, NO_BLOCKS, OPTIMIZED, PLAIN, Measurement
+from pliant.measuring.rows import (
+    AS_BUILT,
+    AS_IS,
+    FORMS,
+    NATIVE,
+    NO_BLOCKS,
+    OPTIMIZED,
+    PLAIN,
+    Measurement,
+)
 from pliant.measuring.running import Files, Limits, Setting, run, setting_of
 
 Progress = Callable[[int, int, str], None]
@@ -72,7 +81,8 @@ def measure(
 
     With `engines`, networks are as one would deploy them, all equally optimised: norms
     folded, channels_last; and a Mixture-of-Depths network is there twice, with its blocks
-    as they are written (``plain``) and in the engine's best form (``optimized``).
+    as they are written (``plain``) and in the engine's best form (``optimized``), in ONNX
+    Runtime a third time, compiled for this machine (``native``).
 
     Args:
         models: names that ``timm.create_model`` knows (random weights), or networks,
@@ -84,15 +94,16 @@ def measure(
         batch: images a forward; several are a run each.
         device: ``cpu`` or ``cuda``.
         dtype: ``float32``, ``bfloat16`` or ``float16``: of weights and images where
-            PyTorch runs the network, else that in which the engine computes. Several are
-            a run each.
+            PyTorch runs the network, else that in which the engine computes; ``int8`` in
+            ONNX Runtime and OpenVINO (`pliant.deploy.int8`). Several are a run each.
         channels_last: memory format of weights and images; by default only with `engines`.
         engine: the one engine in which networks are timed as they are, such as ``eager`` or
             ``compiled`` (`torch.compile`; with CUDA graphs on a GPU).
         engines: instead of it, names in `pliant.deploy.engines.ENGINES`, or ``"all"``. One
             that is not installed, or cannot do a dtype, gives rows that say so.
         forms: of the networks: ``as built`` (the default with `engine`), ``plain``,
-            ``optimized`` (the defaults with `engines`).
+            ``optimized``, and ``native``, which only ONNX Runtime has (the defaults with
+            `engines`).
         threads: of PyTorch's pool and of each engine's. By default `torch.get_num_threads`.
         rounds: how often each network is timed.
         min_run_time: seconds that one network runs in one round, at least.
@@ -125,14 +136,15 @@ def measure(
     """
     deployed = engines is not None
     last = deployed if channels_last is None else channels_last
-    wanted = tuple(forms) if forms is not None else (PLAIN, OPTIMIZED) if deployed else (AS_BUILT,)
+    wanted = tuple(forms) if forms is not None else (PLAIN, OPTIMIZED, NATIVE) if deployed else (AS_BUILT,)
     limits = Limits(rounds, min_run_time, max_run_time, max_prepare_time, timeout)
-    # What shares files stands together: an engine in one dtype.
-    groups = [
-        [setting_of(b, device, d, last, e.name, threads) for b in _several(batch)]
-        for e, d in product(named(engine if engines is None else engines), _several(dtype))
+    # An engine's batches stand together: what it compiled for one is at hand for the next.
+    settings = [
+        setting_of(b, device, d, last, e.name, threads)
+        for e, d, b in product(
+            named(engine if engines is None else engines), _several(dtype), _several(batch)
+        )
     ]
-    settings = [setting for group in groups for setting in group]
     _check(limits, wanted, settings)
     models_by_name = by_name(models)
     base = None if against is None else add_baseline(models_by_name, against)
@@ -149,16 +161,19 @@ def measure(
             lineup += variants(name, model, input_size, low, tax, wanted)
         steps = len(lineup) * (1 + rounds)
         report = progress or (lambda _done, _total, _what: None)
-        for group in groups:
-            # What an engine has mapped cannot be removed everywhere.
-            with tempfile.TemporaryDirectory(prefix="pliant-", ignore_cleanup_errors=True) as folder:
-                files = Files(Path(folder))
-                for setting in group:
-                    told = partial(_told, report, len(settings) * steps, settings.index(setting) * steps)
-                    entrants = [replace(entrant, seconds=[]) for entrant in lineup]
-                    run(entrants, setting, limits, files, told)
-                    origin = provenance(setting.device)
-                    found += [_row(e, entrants, base, setting, origin) for e in entrants]
+        # What an engine has mapped cannot be removed everywhere.
+        with tempfile.TemporaryDirectory(prefix="pliant-", ignore_cleanup_errors=True) as folder:
+            files = Files(Path(folder))
+            for n, setting in enumerate(settings):
+                told = partial(_told, report, len(settings) * steps, n * steps)
+                entrants = [
+                    replace(entrant, seconds=[])
+                    for entrant in lineup
+                    if entrant.form != NATIVE or setting.has_native
+                ]
+                run(entrants, setting, limits, files, told)
+                origin = provenance(setting.device)
+                found += [_row(e, entrants, base, setting, origin) for e in entrants]
         report(len(settings) * steps, len(settings) * steps, "done")
     return found
 
@@ -181,6 +196,8 @@ def _check(limits: Limits, forms: Sequence[str], settings: Sequence[Setting]) ->
             raise ValueError(f"no form {form!r}; the forms are {', '.join(FORMS)}")
     if not forms or not settings:
         raise ValueError("forms, batch and dtype must name at least one each")
+    if set(forms) == {NATIVE} and not any(setting.has_native for setting in settings):
+        raise ValueError(f"none of these engines has the form {NATIVE!r}; onnxruntime has")
     unfit = [setting.unfit for setting in settings]
     if all(unfit):
         raise ValueError("; ".join(dict.fromkeys(unfit)))

@@ -28,7 +28,9 @@ LOWER_RESOLUTION = "lower resolution"
 AS_BUILT = "as built"
 PLAIN = "plain"
 OPTIMIZED = "optimized"
-FORMS = (AS_BUILT, PLAIN, OPTIMIZED)
+NATIVE = "native"
+FORMS = (AS_BUILT, PLAIN, OPTIMIZED, NATIVE)
+OF_BLOCKS = (OPTIMIZED, NATIVE)  # which only networks with Mixture-of-Depths blocks have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,9 @@ class Measurement:
         note: what a reader must know, for example that operations fell and time did not.
         error: why there are no times.
         cpu: this and all to `date`: as `pliant.measuring.provenance.Provenance`.
-        form: ``as built``; ``plain``: its norms folded into the layers before them; or
-            ``optimized``: that, and its Mixture-of-Depths blocks in the engine's best form.
+        form: ``as built``; ``plain``: its norms folded into the layers before them;
+            ``optimized``: that, and its Mixture-of-Depths blocks in the engine's best form; or
+            ``native``: these as an operator in the engine's own layout, for this machine.
         runtime: the engine and its version, where it is not PyTorch.
     """
 
@@ -123,7 +126,7 @@ class Measurement:
             'resnet50 at 176 px'
         """
         if self.variant == AS_IS:
-            return f"{self.model}, {OPTIMIZED}" if self.form == OPTIMIZED else self.model
+            return f"{self.model}, {self.form}" if self.form in OF_BLOCKS else self.model
         if self.variant == LOWER_RESOLUTION:
             return f"{self.model} at {_pixels(self.input_size)} px"
         return f"{self.model} {self.variant}"

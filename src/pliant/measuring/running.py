@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from pliant.measuring.clock import clock, warm
 from pliant.measuring.entrants import Entrant, attempt
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.macs import count_macs, count_parameters
-from pliant.measuring.rows import AS_BUILT, OPTIMIZED
+from pliant.measuring.rows import AS_BUILT, NATIVE, OPTIMIZED
 
 FEWEST_ROUNDS = 3  # that `max_run_time` leaves
 
@@ -54,6 +55,11 @@ class Setting:
     def unfit(self) -> str:
         """Why the engine cannot run this; empty if it can."""
         return self.engine.unfit(self.device.type, self.precision)
+
+    @property
+    def has_native(self) -> bool:
+        """Whether the engine has an operator of its own layout for Mixture-of-Depths blocks."""
+        return self.precision in self.engine.native_precisions
 
     def place(self, x: Any) -> Any:
         """A network, or images, on the device, in memory format and, for PyTorch, in dtype."""
@@ -111,7 +117,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Files:
-    """The files that one engine runs, by the number of the network.
+    """The files that engines run, by network and by what they are known by.
 
     Attributes:
         folder: that holds them.
@@ -119,16 +125,22 @@ class Files:
     """
 
     folder: Path
-    written: dict[int, Path] = field(default_factory=dict)
+    written: dict[tuple[str, ...], Path] = field(default_factory=dict)
 
-    def of(self, number: int, engine: FileEngine, network: nn.Module, images: Tensor, **how: Any) -> Path:
-        """Write the file of a network, unless it is there and serves any batch."""
-        if number not in self.written or not engine.any_batch(how["optimized"]):
-            place = self.folder / str(number)
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir()
-            self.written[number] = engine.write(network, images, place, **how)
-        return self.written[number]
+    def of(
+        self, entrant: Entrant, engine: FileEngine, network: nn.Module, images: Tensor, **how: Any
+    ) -> Path:
+        """Write the file of a network, unless one is there that serves this engine and any batch."""
+        form = {"optimized": entrant.form == OPTIMIZED, "native": entrant.form == NATIVE}
+        shared = engine.shared(how["precision"], **form)
+        key = (entrant.model, entrant.variant, entrant.form, shared or engine.name)
+        if key not in self.written or not shared:
+            if key in self.written:  # of another batch
+                shutil.rmtree(self.written[key].parent, ignore_errors=True)
+            place = Path(tempfile.mkdtemp(dir=self.folder))
+            given: dict[str, Any] = {name: True for name, wanted in form.items() if wanted}
+            self.written[key] = engine.write(network, images, place, **given, **how)
+        return self.written[key]
 
 
 def run(
@@ -144,7 +156,7 @@ def run(
         entrants: in their order; those with an error stay out.
         setting: what holds for all.
         limits: of the time that it takes.
-        files: for an engine that runs files.
+        files: of engines that run files; those that serve another run are kept.
         report: called with steps done and what comes next; an entrant is a step in the
             preparation, and in each round.
     """
@@ -155,6 +167,11 @@ def run(
         from pliant.ops import building
 
         building.ready()  # a minute or two the first time, which are no network's own
+    if any(e.form == NATIVE for e in entrants):
+        from pliant.ops import building
+
+        with suppress(building.BuildError):  # the networks that need it will say so
+            building.library(building.ORT_SOURCE)
     with child or nullcontext():
         start = time.monotonic()
         for i, entrant in enumerate(entrants):
@@ -164,14 +181,14 @@ def run(
             if i and most is not None and time.monotonic() - start >= most:
                 entrant.error = entrant.error or f"left out: preparing took over {most:g} s"
             least = limits.min_run_time
-            attempt(entrant, partial(_prepare, setting=setting, n=i, files=files, child=child, least=least))
+            attempt(entrant, partial(_prepare, setting=setting, files=files, child=child, least=least))
         # An engine that quietly compiled anew, or gave up, would spoil the times.
         with torch.compiler.set_stance("fail_on_recompile"):
             _race(entrants, limits, report)
 
 
 def _prepare(
-    entrant: Entrant, setting: Setting, n: int, files: Files, child: Isolated | None, least: float
+    entrant: Entrant, setting: Setting, files: Files, child: Isolated | None, least: float
 ) -> None:
     """Count, bring into form, move and warm up: afterwards the clock is ready."""
     assert entrant.network is not None
@@ -190,7 +207,7 @@ def _prepare(
         seconds = warm(entrant.clock)
     else:
         assert isinstance(engine, FileEngine)
-        path = files.of(n, engine, network, images, optimized=entrant.form == OPTIMIZED, **how)
+        path = files.of(entrant, engine, network, images, **how)
         loaded, seconds = child.load(path, images, **how)
         entrant.clock = partial(child.time, loaded)
     entrant.calls = max(1, math.ceil(least / seconds))

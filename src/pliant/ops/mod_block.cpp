@@ -1,16 +1,8 @@
-// One Mixture-of-Depths block for the CPU, in place and channels_last: the operator
-// pliant::mod_block_, whose arguments are told in mod_block.py.
+// The operator pliant::mod_block_ of PyTorch, channels_last, whose arguments are told in
+// mod_block.py: a Mixture-of-Depths block by mod_kernel.h, on the threads of PyTorch's pool.
 //
-// B images      C channels    P = H W positions   k channels processed
-// r hidden units of the selector                  m channels inside the core
-//
-// A team of threads works on one image at a time, or each thread on images of its own. A
-// team splits the pool by positions, the selector by channels and the core by rows. Between
-// two steps it waits for all: the picked channels have been read by everyone before anyone
-// writes to the image, so channels may be picked that are written to.
-//
-// The core is computed in planes, a picture for each channel, on LANES columns at once:
-// its channels are too few to fill a vector. Only the image itself is channels_last.
+// A team of threads works on one image at a time, waiting for all between two steps, or each
+// thread on images of its own.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -19,11 +11,6 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <functional>
-#include <memory>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -33,394 +20,17 @@
 #include <omp.h>
 #endif
 
+#include "mod_kernel.h"
+
 namespace {
 
 using at::Tensor;
-using i64 = int64_t;
-
-constexpr i64 LANES = 16;
-constexpr i64 AT_ONCE = 8;  // positions that the pool adds before it adds to the sum
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
-
-// bfloat16 is stored as the upper half of a float.
-using bf16 = uint16_t;
-inline float wide(float v) { return v; }
-inline float wide(bf16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-template <class T>
-inline T narrow(float v);
-template <>
-inline float narrow<float>(float v) { return v; }
-template <>
-inline bf16 narrow<bf16>(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  return static_cast<bf16>(v != v ? 0x7fc0 : rounded);
-}
-
-inline Vector load(const float* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
-inline i64 rounded_up(i64 n) { return (n + LANES - 1) / LANES * LANES; }
-inline float relu(float v) { return v < 0 ? 0 : v; }  // NaN stays NaN
-
-enum class Fusion { first, last, original, replace };
-
-// Everything about a call that all images share. T: float or bf16.
-template <class T>
-struct Block {
-  i64 B, C, H, W, r, k, m, dilation;
-  bool bottleneck, by_index;
-  Fusion fusion;
-  T* x;               // [B, H, W, C]
-  const T* down;      // [C, r]
-  const T* up;        // [r, C]
-  const float* w[3];  // [m, k] [m, m, 3, 3] [k, m], or twice [k, k, 3, 3]
-  const float* b[3];
-  i64 P() const { return H * W; }
-  i64 inside() const { return bottleneck ? m : k; }
-  i64 pitch() const { return rounded_up(W) + 2 * dilation; }
-  i64 plane() const { return (H + 2 * dilation) * pitch(); }
-};
-
-// What a team shares while it works on one image, and what each of its threads has for itself.
-struct Shared {
-  float *sums, *hidden, *mean, *logits, *planes, *planes2;  // [n, C] [n, r] [C] [C] planes
-  uint64_t* candidates;                                     // [n, k]
-};
-struct Own {
-  float *hidden, *scores, *picked, *row, *last, *last_bias, *y;
-  uint64_t* keys;
-  i64 *index, *offsets;
-};
-
-// Carves pieces out of one allocation; without one it only counts.
-struct Carver {
-  char* base;
-  size_t used = 0;
-  template <class U>
-  U* take(i64 n) {
-    U* piece = base ? reinterpret_cast<U*>(base + used) : nullptr;
-    used += (n * sizeof(U) + 63) / 64 * 64;
-    return piece;
-  }
-};
-
-template <class T>
-Shared shared_scratch(const Block<T>& p, i64 n, Carver& from) {
-  Shared s;
-  s.sums = from.take<float>(n * p.C);
-  s.hidden = from.take<float>(n * p.r);
-  s.mean = from.take<float>(p.C);
-  s.logits = from.take<float>(p.C);
-  s.planes = from.take<float>(p.inside() * p.plane() + LANES);
-  s.planes2 = p.bottleneck ? nullptr : from.take<float>(p.inside() * p.plane() + LANES);
-  s.candidates = from.take<uint64_t>(n * p.k);
-  return s;
-}
-
-template <class T>
-Own own_scratch(const Block<T>& p, i64 n, Carver& from) {
-  Own o;
-  const i64 wide_k = rounded_up(p.k);
-  o.hidden = from.take<float>(p.r);
-  o.scores = from.take<float>(p.k);
-  o.picked = from.take<float>(p.k * LANES);
-  o.row = from.take<float>(p.inside() * LANES);
-  o.last = from.take<float>(p.inside() * wide_k);
-  o.last_bias = from.take<float>(wide_k);
-  o.y = from.take<float>(wide_k);
-  o.keys = from.take<uint64_t>(std::max(p.C, n * p.k));
-  o.index = from.take<i64>(p.k);
-  o.offsets = from.take<i64>(9 * p.inside());
-  return o;
-}
-
-struct Range {
-  i64 begin, end;
-};
-inline Range share(i64 all, i64 t, i64 n) { return {all * t / n, all * (t + 1) / n}; }
-
-// Sums over the positions of a share, for all channels.
-template <class T>
-void sum_positions(const Block<T>& p, const T* x, Range positions, float* __restrict__ sums) {
-  const i64 C = p.C;
-  std::fill(sums, sums + C, 0.0f);
-  i64 at = positions.begin;
-  for (; at + AT_ONCE <= positions.end; at += AT_ONCE) {
-    const T* __restrict__ v = x + at * C;
-    for (i64 c = 0; c < C; ++c) {
-      const float a = wide(v[c]) + wide(v[c + C]), b = wide(v[c + 2 * C]) + wide(v[c + 3 * C]);
-      const float d = wide(v[c + 4 * C]) + wide(v[c + 5 * C]);
-      const float e = wide(v[c + 6 * C]) + wide(v[c + 7 * C]);
-      sums[c] += (a + b) + (d + e);
-    }
-  }
-  for (; at < positions.end; ++at) {
-    const T* __restrict__ v = x + at * C;
-    for (i64 c = 0; c < C; ++c) sums[c] += wide(v[c]);
-  }
-}
-
-// The mean of a share of the channels, and what these give to the hidden units.
-template <class T>
-void down_share(const Block<T>& p, const Shared& s, Range channels, i64 n, float* __restrict__ hidden) {
-  std::fill(hidden, hidden + p.r, 0.0f);
-  const float scale = 1.0f / static_cast<float>(p.P());
-  for (i64 c = channels.begin; c < channels.end; ++c) {
-    float sum = 0;
-    for (i64 t = 0; t < n; ++t) sum += s.sums[t * p.C + c];
-    s.mean[c] = sum * scale;
-  }
-  i64 c = channels.begin;
-  for (; c + 4 <= channels.end; c += 4) {
-    const T* __restrict__ w = p.down + c * p.r;
-    const float a = s.mean[c], b = s.mean[c + 1], d = s.mean[c + 2], e = s.mean[c + 3];
-    for (i64 j = 0; j < p.r; ++j)
-      hidden[j] += (a * wide(w[j]) + b * wide(w[j + p.r])) + (d * wide(w[j + 2 * p.r]) + e * wide(w[j + 3 * p.r]));
-  }
-  for (; c < channels.end; ++c)
-    for (i64 j = 0; j < p.r; ++j) hidden[j] += s.mean[c] * wide(p.down[c * p.r + j]);
-}
-
-// The logits of a share of the channels.
-template <class T>
-void up_share(const Block<T>& p, const Shared& s, Range channels, i64 n, float* hidden) {
-  i64 active[4];
-  i64 waiting = 0;
-  float* __restrict__ logits = s.logits;
-  std::fill(logits + channels.begin, logits + channels.end, 0.0f);
-  for (i64 j = 0; j < p.r; ++j) {
-    float sum = 0;
-    for (i64 t = 0; t < n; ++t) sum += s.hidden[t * p.r + j];
-    hidden[j] = relu(sum);
-    if (hidden[j] == 0) continue;  // about half of them: their weights need no reading
-    active[waiting++] = j;
-    if (waiting < 4) continue;
-    waiting = 0;
-    const T* __restrict__ w0 = p.up + active[0] * p.C;
-    const T* __restrict__ w1 = p.up + active[1] * p.C;
-    const T* __restrict__ w2 = p.up + active[2] * p.C;
-    const T* __restrict__ w3 = p.up + active[3] * p.C;
-    const float a = hidden[active[0]], b = hidden[active[1]], d = hidden[active[2]], e = hidden[active[3]];
-    for (i64 c = channels.begin; c < channels.end; ++c)
-      logits[c] += (a * wide(w0[c]) + b * wide(w1[c])) + (d * wide(w2[c]) + e * wide(w3[c]));
-  }
-  for (i64 i = 0; i < waiting; ++i) {
-    const T* __restrict__ w = p.up + active[i] * p.C;
-    const float a = hidden[active[i]];
-    for (i64 c = channels.begin; c < channels.end; ++c) logits[c] += a * wide(w[c]);
-  }
-}
-
-// A number that sorts as (logit, then the lower channel): NaN is largest, as for torch.topk.
-inline uint64_t key_of(float logit, i64 channel) {
-  const float v = logit + 0.0f;  // -0 is 0
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  if (v != v) bits = 0xffffffffu;
-  return static_cast<uint64_t>(bits) << 32 | (0xffffffffu - static_cast<uint32_t>(channel));
-}
-
-// The largest `count` of keys, largest first, to their front.
-inline void largest_first(uint64_t* keys, i64 all, i64 count) {
-  std::partial_sort(keys, keys + count, keys + all, std::greater<uint64_t>());
-}
-
-// The best k of a share of the channels.
-template <class T>
-void best_of_share(const Block<T>& p, const Shared& s, Range channels, uint64_t* keys, uint64_t* best) {
-  const i64 all = channels.end - channels.begin, count = std::min(p.k, all);
-  for (i64 i = 0; i < all; ++i) keys[i] = key_of(s.logits[channels.begin + i], channels.begin + i);
-  largest_first(keys, all, count);
-  std::copy(keys, keys + count, best);
-  std::fill(best + count, best + p.k, 0);  // below every channel's key
-}
-
-// The k channels, their scores, and what ends the core with the scores in it.
-template <class T>
-void choose(const Block<T>& p, const Shared& s, i64 n, const Own& o) {
-  std::copy(s.candidates, s.candidates + n * p.k, o.keys);
-  if (n > 1) largest_first(o.keys, n * p.k, p.k);
-  for (i64 j = 0; j < p.k; ++j) o.keys[j] = 0xffffffffu - static_cast<uint32_t>(o.keys[j]);
-  if (p.by_index) std::sort(o.keys, o.keys + p.k);
-  const i64 wide_k = rounded_up(p.k);
-  for (i64 j = 0; j < p.k; ++j) {
-    o.index[j] = static_cast<i64>(o.keys[j]);
-    o.scores[j] = 1.0f / (1.0f + std::exp(-s.logits[o.index[j]]));
-  }
-  for (i64 j = 0; j < wide_k; ++j) {
-    const bool there = j < p.k;
-    o.last_bias[j] = there && p.bottleneck ? p.b[2][j] * o.scores[j] : 0;
-    if (p.bottleneck)
-      for (i64 i = 0; i < p.m; ++i)
-        o.last[i * wide_k + j] = there ? p.w[2][j * p.m + i] * o.scores[j] : 0;
-  }
-}
-
-// out[o] = b[o] + sum_i w[o, i] in[i], each of LANES columns; N outputs at once.
-template <int N, class In>
-inline void combine(In in, i64 inputs, const float* w, const float* b, float* out) {
-  Vector sum[N];
-  for (int o = 0; o < N; ++o) sum[o] = b[o] - Vector{};
-  for (i64 i = 0; i < inputs; ++i) {
-    const Vector v = in(i);
-    for (int o = 0; o < N; ++o) sum[o] += w[o * inputs + i] * v;
-  }
-  for (int o = 0; o < N; ++o) store(out + o * LANES, sum[o]);
-}
-
-template <class In>
-inline void combine_all(In in, i64 inputs, const float* w, const float* b, i64 outputs, float* out) {
-  i64 o = 0;
-  for (; o + 4 <= outputs; o += 4) combine<4>(in, inputs, w + o * inputs, b + o, out + o * LANES);
-  if (outputs - o == 3) combine<3>(in, inputs, w + o * inputs, b + o, out + o * LANES);
-  if (outputs - o == 2) combine<2>(in, inputs, w + o * inputs, b + o, out + o * LANES);
-  if (outputs - o == 1) combine<1>(in, inputs, w + o * inputs, b + o, out + o * LANES);
-}
-
-// Puts LANES columns of a row of all channels into planes, through ReLU if asked for.
-template <class T>
-void into_planes(const Block<T>& p, const float* row, i64 h, i64 w, bool activate, float* planes) {
-  float* to = planes + (h + p.dilation) * p.pitch() + p.dilation + w;
-  for (i64 o = 0; o < p.inside(); ++o)
-    for (i64 l = 0; l < LANES; ++l)
-      to[o * p.plane() + l] = activate ? relu(row[o * LANES + l]) : row[o * LANES + l];
-}
-
-// Zeros around the pictures, for the rows of a share.
-template <class T>
-void pad(const Block<T>& p, Range rows, float* planes) {
-  const i64 d = p.dilation, pitch = p.pitch();
-  for (i64 o = 0; o < p.inside(); ++o) {
-    float* plane = planes + o * p.plane();
-    if (rows.begin == 0) std::fill(plane, plane + d * pitch, 0.0f);
-    if (rows.end == p.H) std::fill(plane + (p.H + d) * pitch, plane + (p.H + 2 * d) * pitch, 0.0f);
-    for (i64 h = rows.begin + d; h < rows.end + d; ++h) {
-      std::fill(plane + h * pitch, plane + h * pitch + d, 0.0f);
-      std::fill(plane + h * pitch + d + p.W, plane + (h + 1) * pitch, 0.0f);
-    }
-  }
-}
-
-// Gathers the picked channels of the rows of a share; in a bottleneck through the first 1x1.
-template <class T>
-void gather(const Block<T>& p, const T* x, Range rows, const Own& o, float* planes) {
-  for (i64 h = rows.begin; h < rows.end; ++h) {
-    for (i64 w = 0; w < p.W; w += LANES) {
-      const i64 valid = std::min(LANES, p.W - w);
-      const T* from = x + (h * p.W + w) * p.C;
-      if (valid < LANES) std::fill(o.picked, o.picked + p.k * LANES, 0.0f);
-      for (i64 l = 0; l < valid; ++l)
-        for (i64 j = 0; j < p.k; ++j) o.picked[j * LANES + l] = wide(from[l * p.C + o.index[j]]);
-      if (!p.bottleneck) {
-        into_planes(p, o.picked, h, w, false, planes);
-        continue;
-      }
-      const float* picked = o.picked;
-      combine_all([picked](i64 j) { return load(picked + j * LANES); }, p.k, p.w[0], p.b[0], p.m, o.row);
-      into_planes(p, o.row, h, w, true, planes);
-    }
-  }
-  pad(p, rows, planes);
-}
-
-// A 3x3 convolution of LANES columns of one row, into o.row.
-template <class T>
-inline void conv3x3(const Block<T>& p, const float* planes, i64 h, i64 w, int layer, const Own& o) {
-  const float* base = planes + h * p.pitch() + w;
-  const i64* offsets = o.offsets;
-  const i64 n = p.inside();
-  combine_all([=](i64 i) { return load(base + offsets[i]); }, 9 * n, p.w[layer], p.b[layer], n, o.row);
-}
-
-// x[i] += y[i] for `count` neighbours, in pieces whose width the compiler knows.
-template <int N, class T>
-inline void add(T* x, const float* y) {
-  for (int i = 0; i < N; ++i) x[i] = narrow<T>(wide(x[i]) + y[i]);
-}
-template <class T>
-inline void add_neighbours(T* x, const float* y, i64 count) {
-  i64 i = 0;
-  for (; i + 16 <= count; i += 16) add<16>(x + i, y + i);
-  if (count & 8) add<8>(x + i, y + i), i += 8;
-  if (count & 4) add<4>(x + i, y + i), i += 4;
-  if (count & 2) add<2>(x + i, y + i), i += 2;
-  if (count & 1) add<1>(x + i, y + i);
-}
-
-// The end of the core for LANES columns: the last 1x1, the scores, and the fusion with x.
-template <class T>
-void fuse(const Block<T>& p, T* x, i64 h, i64 w, const Own& o) {
-  const i64 wide_k = rounded_up(p.k), valid = std::min(LANES, p.W - w);
-  if (p.bottleneck)
-    for (i64 i = 0; i < p.m * LANES; ++i) o.row[i] = relu(o.row[i]);
-  for (i64 l = 0; l < valid; ++l) {
-    T* to = x + (h * p.W + w + l) * p.C;
-    if (p.bottleneck) {
-      for (i64 j = 0; j < wide_k; j += LANES) {
-        Vector sum = load(o.last_bias + j);
-        for (i64 i = 0; i < p.m; ++i) sum += o.row[i * LANES + l] * load(o.last + i * wide_k + j);
-        store(o.y + j, sum);
-      }
-    } else {
-      for (i64 j = 0; j < p.k; ++j) o.y[j] = o.row[j * LANES + l] * o.scores[j];
-    }
-    switch (p.fusion) {
-      case Fusion::first: add_neighbours(to, o.y, p.k); break;
-      case Fusion::last: add_neighbours(to + p.C - p.k, o.y, p.k); break;
-      case Fusion::original:
-        for (i64 j = 0; j < p.k; ++j) to[o.index[j]] = narrow<T>(wide(to[o.index[j]]) + o.y[j]);
-        break;
-      case Fusion::replace:
-        for (i64 j = 0; j < p.k; ++j) to[o.index[j]] = narrow<T>(o.y[j]);
-    }
-  }
-}
-
-// Thread t of n on one image. All n call this together; `wait` waits for all.
-template <class T, class Wait>
-void run(const Block<T>& p, T* x, const Shared& s, const Own& o, i64 t, i64 n, Wait wait) {
-  const Range channels = share(p.C, t, n), rows = share(p.H, t, n);
-  sum_positions(p, x, share(p.P(), t, n), s.sums + t * p.C);
-  wait();
-  down_share(p, s, channels, n, s.hidden + t * p.r);
-  wait();
-  up_share(p, s, channels, n, o.hidden);
-  best_of_share(p, s, channels, o.keys, s.candidates + t * p.k);
-  wait();
-  choose(p, s, n, o);
-  for (i64 i = 0; i < p.inside(); ++i)
-    for (i64 tap = 0; tap < 9; ++tap)
-      o.offsets[i * 9 + tap] = i * p.plane() + (tap / 3 * p.pitch() + tap % 3) * p.dilation;
-  gather(p, x, rows, o, s.planes);
-  wait();
-  const float* planes = s.planes;
-  if (!p.bottleneck) {
-    for (i64 h = rows.begin; h < rows.end; ++h)
-      for (i64 w = 0; w < p.W; w += LANES) {
-        conv3x3(p, planes, h, w, 0, o);
-        into_planes(p, o.row, h, w, true, s.planes2);
-      }
-    pad(p, rows, s.planes2);
-    wait();
-    planes = s.planes2;
-  }
-  for (i64 h = rows.begin; h < rows.end; ++h)
-    for (i64 w = 0; w < p.W; w += LANES) {
-      conv3x3(p, planes, h, w, 1, o);
-      fuse(p, x, h, w, o);
-    }
-}
+using pliant::bf16;
+using pliant::Block;
+using pliant::Fusion;
+using pliant::i64;
+using pliant::LAST;
+using pliant::Team;
 
 i64 threads() {
 #ifdef _OPENMP
@@ -432,34 +42,14 @@ i64 threads() {
 }
 
 template <class T>
-void run_all(const Block<T>& p) {
-  const i64 most = threads(), image = p.P() * p.C;
-  const i64 work = image + 2 * p.C * p.r + 20 * p.P() * p.inside() * p.inside();
-  const bool alone = most == 1 || work * p.B < 32768;  // else starting the others takes longer
+void run_all(const Block<T, LAST>& p) {
+  const i64 most = threads();
+  const bool alone = most == 1 || p.small();
   const bool by_image = !alone && p.B >= most;
   const i64 team = alone || by_image ? 1 : most, teams = by_image ? most : 1;
-
-  thread_local std::unique_ptr<char[]> kept;
-  thread_local size_t kept_size = 0;
-  Carver counted{nullptr};
-  for (i64 i = 0; i < teams; ++i) shared_scratch(p, team, counted);
-  for (i64 i = 0; i < team * teams; ++i) own_scratch(p, team, counted);
-  if (kept_size < counted.used + 64) {
-    kept.reset();
-    kept.reset(new char[counted.used + 64]);
-    kept_size = counted.used + 64;
-  }
-  char* base = kept.get();
-  base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
-  Carver scratch{base};
-  std::vector<Shared> shared;
-  std::vector<Own> own;
-  for (i64 i = 0; i < teams; ++i) shared.push_back(shared_scratch(p, team, scratch));
-  for (i64 i = 0; i < team * teams; ++i) own.push_back(own_scratch(p, team, scratch));
-
-  const auto no_wait = [] {};
+  const std::vector<Team> made = pliant::scratch(p, teams, team);
   if (alone) {
-    for (i64 b = 0; b < p.B; ++b) run(p, p.x + b * image, shared[0], own[0], 0, 1, no_wait);
+    for (i64 b = 0; b < p.B; ++b) pliant::run_alone(p, b, made[0]);
     return;
   }
 #ifdef _OPENMP
@@ -468,17 +58,15 @@ void run_all(const Block<T>& p) {
   {
     const i64 t = omp_get_thread_num(), n = omp_get_num_threads();  // n may be less than asked for
     if (by_image) {
-      const Range images = share(p.B, t, n);
-      for (i64 b = images.begin; b < images.end; ++b)
-        run(p, p.x + b * image, shared[t], own[t], 0, 1, no_wait);
+      const pliant::Range images = pliant::share(p.B, t, n);
+      for (i64 b = images.begin; b < images.end; ++b) pliant::run_alone(p, b, made[t]);
     } else {
-      const auto wait = [] {
+      for (i64 b = 0; b < p.B; ++b)
+        for (pliant::Step step : pliant::STEPS) {
+          if (!p.has(step)) continue;
+          pliant::run_step(step, p, b, made[0], t, n);
 #pragma omp barrier
-      };
-      for (i64 b = 0; b < p.B; ++b) {
-        run(p, p.x + b * image, shared[0], own[t], t, n, wait);
-        wait();
-      }
+        }
     }
   }
 #endif
@@ -505,7 +93,7 @@ void check(const Tensor& t, const Tensor& x, at::IntArrayRef shape, const char* 
 }
 
 template <class T>
-void call(Block<T>& p, const Tensor& x, const std::vector<Tensor>& weights) {
+void call(Block<T, LAST>& p, const Tensor& x, const std::vector<Tensor>& weights) {
   p.x = static_cast<T*>(x.mutable_data_ptr());
   p.down = static_cast<const T*>(data(weights[0]));
   p.up = static_cast<const T*>(data(weights[1]));
@@ -523,7 +111,7 @@ void call(Block<T>& p, const Tensor& x, const std::vector<Tensor>& weights) {
     if constexpr (std::is_same_v<T, float>) {
       values = from;
     } else {
-      for (i64 j = 0; j < n; ++j) to[j] = wide(from[j]);
+      for (i64 j = 0; j < n; ++j) to[j] = pliant::wide(from[j]);
       values = to;
       to += n;
     }
@@ -577,7 +165,7 @@ void mod_block_(
   if (bottleneck) weights.insert(weights.end(), {*weight3, *bias3});
   for (Tensor& w : weights) w = w.contiguous();
   const auto with = [&](auto type) {
-    Block<decltype(type)> p{x.size(0), C, x.size(2), x.size(3), r, k, m, dilation, bottleneck, by_index_, fusion_};
+    Block<decltype(type), LAST> p{x.size(0), C, x.size(2), x.size(3), r, k, m, dilation, bottleneck, by_index_, fusion_};
     call(p, x, weights);
   };
   x.scalar_type() == at::kFloat ? with(float{}) : with(bf16{});

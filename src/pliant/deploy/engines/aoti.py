@@ -30,10 +30,6 @@ class AOTInductor(FileEngine):
 
     name = "aoti"
 
-    def any_batch(self, optimized: bool = False) -> bool:
-        """No: its code is for one shape."""
-        return False
-
     def write(
         self,
         model: nn.Module,

@@ -22,7 +22,13 @@ from pliant.deploy.extras import EXTRA_OF
 
 Runner = Callable[[Tensor], Any]
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What PyTorch holds of a network. An engine that computes in int8 makes its file of one in float32.
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.float32,
+}
 
 
 class Engine(ABC):
@@ -36,13 +42,16 @@ class Engine(ABC):
             the last one runs networks.
         by_pytorch: whether PyTorch runs it, so that images come in the precision and in a
             memory format; other engines take contiguous float32 and do with it what they want.
+        native_precisions: in which its ``write`` knows ``native=True``: Mixture-of-Depths blocks as
+            an operator in its own layout, for this machine.
     """
 
     name: str
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
-    precisions: ClassVar[tuple[str, ...]] = tuple(PRECISIONS)
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     packages: ClassVar[tuple[str, ...]] = ()
     by_pytorch: ClassVar[bool] = True
+    native_precisions: ClassVar[tuple[str, ...]] = ()
 
     @property
     def missing(self) -> str:
@@ -64,7 +73,7 @@ class Engine(ABC):
 
         Args:
             device: ``cpu`` or ``cuda``.
-            precision: ``float32``, ``bfloat16`` or ``float16``.
+            precision: ``float32``, ``bfloat16``, ``float16`` or ``int8``.
         """
         if device not in self.devices:
             return f"{self.name} is not supported on {device}, only on {', '.join(self.devices)}"
@@ -92,7 +101,7 @@ class Engine(ABC):
                 is to be optimised in it beforehand is the caller's, as `pliant.measure` does.
             example: images [B, C, H, W] of the shape, on the device and in the memory
                 format that the runner will get.
-            precision: ``float32``, or ``bfloat16`` where the engine can.
+            precision: ``float32``, or another where the engine can.
             threads: of the engine's pool; by default as many as PyTorch's has.
 
         Returns:
@@ -121,9 +130,17 @@ class FileEngine(Engine):
     is, and `load` makes a runner of it, in this process or in one that it may take down.
     """
 
-    @abstractmethod
-    def any_batch(self, optimized: bool = False) -> bool:
-        """Whether one file of that form serves all batches, or only that of its example."""
+    def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
+        """What its file is known by, where that serves any batch, in every engine of the same answer.
+
+        Empty where a file is for the batch of its example, and for this engine, alone.
+
+        Args:
+            precision: as for `write`.
+            optimized: likewise.
+            native: likewise.
+        """
+        return ""
 
     @abstractmethod
     def write(

@@ -9,29 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
-from pliant.deploy.engines.files import write_file
-from pliant.deploy.extras import onnx_runtime
+from pliant.deploy.engines.files import write_file, write_int8
+from pliant.deploy.onnx_file import open_session
 
 
 class ONNXRuntime(FileEngine):
     """A session of ONNX Runtime with all of its graph optimisations.
 
-    It runs a float model as it is, in float32: it has no bfloat16 for the CPU.
+    It runs a float model as it is, in float32: it has no bfloat16 for the CPU. In int8 it runs a
+    file that its own static quantisation made (`pliant.deploy.int8`).
 
     Example:
         >>> ONNXRuntime().unfit("cpu", "bfloat16")
-        'bfloat16 is not supported by onnxruntime, only float32'
+        'bfloat16 is not supported by onnxruntime, only float32, int8'
     """
 
     name = "onnxruntime"
     devices = ("cpu",)
-    precisions = ("float32",)
+    precisions = ("float32", "int8")
     packages = ("onnx", "onnxscript", "onnxruntime")
     by_pytorch = False
+    native_precisions = ("float32",)
 
-    def any_batch(self, optimized: bool = False) -> bool:
-        """Yes."""
-        return True
+    def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
+        """An ONNX file is for any batch; see `FileEngine.shared`."""
+        return f"{precision} onnx{' optimized' * optimized}{' native' * native}"
 
     def write(
         self,
@@ -42,23 +44,25 @@ class ONNXRuntime(FileEngine):
         precision: str = "float32",
         threads: int | None = None,
         optimized: bool = False,
+        native: bool = False,
     ) -> Path:
-        """An ``.onnx`` file for any batch; see `FileEngine.write`."""
+        """An ``.onnx`` file for any batch; see `FileEngine.write`.
+
+        With `native`, compiled for this machine (`pliant.deploy.onnx_native`).
+        """
         self._check(example, precision, threads)
+        network = evaluated(model, precision)
+        if precision == "int8":
+            return write_int8(network, example, folder, optimized)
         path = folder / "network.onnx"
-        return write_file(evaluated(model, precision), example, path, optimized, dynamic_batch=True)
+        return write_file(network, example, path, optimized, dynamic_batch=True, compiled=native)
 
     def load(
         self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
     ) -> Runner:
         """A session; see `FileEngine.load`."""
         threads = self._check(example, precision, threads)
-        ort = onnx_runtime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(path, threads)
         (name,) = (i.name for i in session.get_inputs())
 
         def run(images: Tensor) -> Any:

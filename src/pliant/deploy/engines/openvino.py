@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
-from pliant.deploy.engines.files import write_file
+from pliant.deploy.engines.files import write_file, write_int8
 from pliant.deploy.extras import require
 
-HINTS = {"float32": "f32", "bfloat16": "bf16"}
+HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 
 class OpenVINO(FileEngine):
@@ -21,6 +21,9 @@ class OpenVINO(FileEngine):
     In bfloat16 the file and the images stay float32 and the engine computes in bfloat16, by
     its hint. That hint is always given: the default on a CPU that has bfloat16 is
     bfloat16, whatever the file holds.
+
+    In int8 it runs the file that ONNX Runtime does (`pliant.deploy.int8`), which that has to be
+    installed for; what is not quantised there is float32.
 
     Example:
         >>> OpenVINO().unfit("cuda", "float32")
@@ -33,9 +36,11 @@ class OpenVINO(FileEngine):
     packages = ("openvino",)
     by_pytorch = False
 
-    def any_batch(self, optimized: bool = False) -> bool:
-        """Of plain files: the best form of a block depends on the batch."""
-        return not optimized
+    def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
+        """Its ONNX files are ONNX Runtime's too; a float block's best form depends on the batch."""
+        if precision != "int8":
+            return "" if optimized else "float32 onnx"
+        return f"int8 onnx{' optimized' * optimized}"
 
     def write(
         self,
@@ -47,10 +52,13 @@ class OpenVINO(FileEngine):
         threads: int | None = None,
         optimized: bool = False,
     ) -> Path:
-        """An ``.xml`` file, with its ``.bin``, for any batch; see `FileEngine.write`."""
+        """An ``.onnx`` file for any batch or, in float and optimized, an ``.xml`` with its ``.bin``."""
         self._check(example, precision, threads)
-        path, dynamic = folder / "network.xml", self.any_batch(optimized)
-        return write_file(evaluated(model, "float32"), example.float(), path, optimized, dynamic)
+        network = evaluated(model, "float32")
+        if precision == "int8":
+            return write_int8(network, example.float(), folder, optimized)
+        path = folder / ("network.xml" if optimized else "network.onnx")
+        return write_file(network, example.float(), path, optimized, dynamic_batch=not optimized)
 
     def load(
         self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
