@@ -8,14 +8,14 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
@@ -24,21 +24,24 @@ from pliant.switch import Depth
 from pliant.train.batches import Batches, eval_size
 from pliant.train.data import Data, load_data
 from pliant.train.evaluation import score
+from pliant.train.keeping import CheckpointFiles, Keep
 from pliant.train.objectives import Joint, Objective, make_objective
+from pliant.train.processes import gathered, place
 from pliant.train.recipe import Recipe
 from pliant.train.run import (
     BEST,
-    LAST,
     METRICS,
     RESULT,
     TENSORBOARD,
     Run,
-    claim,
+    check_claim,
+    claimed,
     read_run,
     write_metrics,
     write_run,
 )
-from pliant.train.seeds import seeded
+from pliant.train.saved import LAST, PREVIOUS, newest
+from pliant.train.seeds import mixed_seed, seeded
 from pliant.train.tasks import Classification
 from pliant.train.weights import load_weights
 
@@ -58,7 +61,7 @@ def fit(
     """Train a network by a recipe, keep the best epoch on validation, test it once.
 
     On the CPU, with the same number of threads, the same recipe gives the same weights
-    bit by bit, whether or not it was interrupted and resumed at an epoch. The random
+    bit by bit, whether or not it was killed and resumed, and whenever that was. The random
     generators are left as they were.
 
     Args:
@@ -66,10 +69,10 @@ def fit(
         folder: where to; by default ``runs/<name>-s<seed>``. Afterwards it holds
             ``recipe.json``, ``environment.json`` (versions, commit, machine),
             ``metrics.csv``, ``tensorboard/`` if that is installed,
-            ``checkpoints/{best,last}.ckpt`` (Lightning's), ``best/`` (the network, for
-            `pliant.load`) and ``run.json``.
-        resume: continue the unfinished run in `folder` after its last whole epoch; of a
-            finished one, return what it gave.
+            ``checkpoints/{last,previous}.ckpt`` (see `pliant.train.saved`), ``best/`` (the
+            network, for `pliant.load`), ``run.json`` and ``run.lock``.
+        resume: continue the unfinished run in `folder` after its last checkpoint (see
+            ``checkpoint_minutes`` of `Recipe`); of a finished one, return what it gave.
         progress: show a progress bar.
         model: train this network, in place, rather than build ``recipe.model``. Images
             have as many channels as ``recipe.in_chans`` says.
@@ -78,9 +81,11 @@ def fit(
             epoch is ``pl_module.history[-1]``.
 
     Raises:
-        ValueError: a folder that holds something else; a network that does not fit the
-            data, the objective or the weights, or that `pliant.checkpoint.save` could not
-            save (found before training).
+        ValueError: a folder that holds something else, that another process trains in, or
+            whose checkpoints are all damaged; a network that does not fit the data, the
+            objective or the weights, or that `pliant.checkpoint.save` could not save (found
+            before training).
+        OSError: the folder cannot be written, or the disk is full; what was kept is whole.
         FileNotFoundError: the data is not there.
         KeyboardInterrupt: Ctrl-C; the run can be continued.
         NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints are kept.
@@ -97,27 +102,26 @@ def fit(
         (2, True)
     """
     folder = Path(folder) if folder is not None else Path("runs", f"{recipe.name}-s{recipe.seed}")
-    if resume and (folder / RESULT).is_file():
-        claim(folder, recipe, resume=True)
+    finished = resume and (folder / RESULT).is_file()
+    if finished or _first():  # for the others the first claims it
+        check_claim(folder, recipe, resume=resume)
+    if finished:
         return read_run(folder)
     with _quiet(), _threads(recipe.threads), seeded(recipe.seed, "weights"):
         data = load_data(recipe)
         network = build(recipe, len(data.classes)) if model is None else model
-        if recipe.weights is not None and not (resume and (folder / LAST).is_file()):
+        kept = resume and any((folder / name).is_file() for name in (LAST, PREVIOUS))
+        if recipe.weights is not None and not kept:
             load_weights(network, recipe.weights, classes=data.classes, mean=data.mean, std=data.std)
         chosen = objective or make_objective(recipe.objective, recipe.objective_args, recipe.smoothing)
         _check_objective(chosen, network)
         about = _about(recipe, data, network)
         with tempfile.TemporaryDirectory() as trial:
             save(network, Path(trial, BEST), **about)  # rather fail now than after training
-        if _first():
-            checkpoint = claim(folder, recipe, resume=resume)
-        else:  # the first process has claimed it
-            checkpoint = folder / LAST if resume and (folder / LAST).is_file() else None
-        task = _train(recipe, data, network, folder, checkpoint, chosen, progress, callbacks)
-        best = torch.load(folder / LAST.with_name("best.ckpt"), map_location="cpu", weights_only=True)
-        network.load_state_dict(_part(best["state_dict"], "model."))
-        return _finish(recipe, data, network.eval(), folder, task, best["epoch"], about)
+        with _claimed(folder, recipe, resume) as checkpoint:
+            task = _train(recipe, data, network, folder, checkpoint, chosen, progress, callbacks)
+            network.load_state_dict(task.best["weights"])
+            return _finish(recipe, data, network.eval(), folder, task, about)
 
 
 def build(recipe: Recipe, classes: int) -> nn.Module:
@@ -172,17 +176,7 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> Classification:
     """Run Lightning's Trainer to the end of the recipe."""
-    keep: dict[str, Any] = {
-        "dirpath": folder / LAST.parent,
-        "save_on_train_epoch_end": True,  # after the epoch's row is in the history
-        "enable_version_counter": False,
-    }
-    # One set of weights is kept, so it has to be good at both depths that are trained.
-    monitor = "val_both" if isinstance(objective, Joint) else "val_accuracy"
-    own: list[Callback] = [
-        ModelCheckpoint(filename="best", monitor=monitor, mode="max", **keep),
-        ModelCheckpoint(filename=LAST.stem, **keep),
-    ]
+    own: list[Callback] = [Keep(folder, recipe.checkpoint_minutes)]
     if recipe.ema is not None:
         own.insert(0, WeightAveraging(avg_fn=_ema(recipe.ema)))
     if progress:
@@ -197,6 +191,7 @@ def _train(
         gradient_clip_val=recipe.clip,
         logger=_logger(folder),
         callbacks=[*own, *callbacks],
+        plugins=[CheckpointFiles()],
         enable_progress_bar=progress,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -229,19 +224,20 @@ def _finish(
     network: nn.Module,
     folder: Path,
     task: Classification,
-    best: int,
     about: dict[str, Any],
 ) -> Run:
     """Save and test the best network, and write the result."""
-    history = task.history
+    history, best = task.history, task.best["epoch"]
     unreadable = set(task.unreadable)
     test_accuracy = None
     if data.test is not None:
         device = task.trainer.strategy.root_device
         loader = data.test_batches(device)
+        torch.manual_seed(mixed_seed(recipe.seed, place()[0], "test"))  # a network may draw
         test_accuracy = score(network, loader, data.classes, device=device).top1
         network.cpu()
         unreadable |= loader.unreadable
+    unreadable = set().union(*gathered(unreadable))
     run = Run(
         folder=folder,
         recipe=recipe,
@@ -312,8 +308,11 @@ def _first() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+def _claimed(folder: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[Path | None]:
+    """Have the folder, and the checkpoint to go on from. The first process has it for all."""
+    if _first():
+        return claimed(folder, recipe, resume=resume)
+    return nullcontext(newest(folder, quiet=True) if resume else None)
 
 
 @contextmanager
