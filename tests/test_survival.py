@@ -340,9 +340,9 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
 def test_two_runs_in_one_folder(tmp_path):
     folder = tmp_path / "run"
     stopped(folder, TINY, 3)
-    with held(folder / "run.lock"):
-        with pytest.raises(FolderInUseError, match=rf"{folder} is in use by process {os.getpid()} on "):
-            fit(TINY, folder, resume=True, progress=False)
+    holder = rf"{folder} is in use by process {os.getpid()} on "
+    with held(folder / "run.lock"), pytest.raises(FolderInUseError, match=holder):
+        fit(TINY, folder, resume=True, progress=False)
     (tmp_path / "new").mkdir()
     with held(tmp_path / "new" / "run.lock"), pytest.raises(FolderInUseError, match="is in use"):
         fit(TINY, tmp_path / "new", progress=False)
@@ -447,10 +447,8 @@ def test_two_processes_of_one_run_are_killed_and_go_on(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     make_folder(tmp_path / "a" / "train", 16)
     make_folder(tmp_path / "a" / "val", 4)
-    bad = {
-        damage(tmp_path / "a" / "train" / color / f"{i}.png") for i in (1, 2) for color in ("red", "blue")
-    }
-    bad |= {damage(tmp_path / "a" / "val" / "green" / f"{i}.png") for i in (0, 1)}  # one of each process
+    names = ["train/red/1", "train/red/2", "train/blue/1", "train/blue/2", "val/green/0", "val/green/1"]
+    bad = {damage(tmp_path / "a" / f"{name}.png") for name in names}  # some in either process
     changes = ["devices=2", "strategy=ddp", "checkpoint_minutes=0", "threads=1", "workers=0", "ema=0.9"]
     recipe = override(
         folder_recipe(tmp_path / "a", val_fraction=None, epochs=2, batch=4, augmentation="flip_crop"),
