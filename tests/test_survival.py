@@ -104,9 +104,9 @@ def read(path):
 
 def killed(folder, recipe, *point):
     """Train in another process until it is killed at `point`; see `_killed`."""
-    command = [sys.executable, str(HERE / "_killed.py"), str(folder), json.dumps(recipe.as_dict())]
+    start = [sys.executable, str(HERE / "_killed.py"), str(folder), json.dumps(recipe.as_dict())]
     done = subprocess.run(
-        [*command, json.dumps(point)], capture_output=True, text=True, timeout=120, check=False
+        [*start, json.dumps(point)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (folder / "run.json").exists()
@@ -219,6 +219,20 @@ def test_a_run_on_files_goes_on_within_an_epoch(tmp_path, workers):
     assert resumed.unreadable == whole.unreadable == 1
 
 
+def test_a_terminated_run_keeps_the_step_at_hand(unbroken, tmp_path):
+    class Terminate(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 12:
+                signal.raise_signal(signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="continued with resume"):
+        fit(RANDOM, tmp_path / "run", progress=False, callbacks=[Terminate()])
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert read_state(tmp_path / "run").step == 13
+    assert_same(fit(RANDOM, tmp_path / "run", resume=True, progress=False), unbroken("random"))
+
+
 def test_how_often_checkpoints_are_written_changes_nothing_else(unbroken, tmp_path):
     class Written(Callback):
         steps = ()
@@ -329,10 +343,14 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     with pytest.raises(NotWrittenError, match=r"file/run cannot be written \(Not a directory\); choose"):
         fit(TINY, tmp_path / "file" / "run", progress=False)
 
-    def refuse(path, *_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    made = Path.mkdir
 
-    monkeypatch.setattr(os, "open", refuse)
+    def refuse(self, *args, **options):
+        if self == tmp_path / "run":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        made(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(NotWrittenError, match=r"run cannot be written \(Permission denied\); choose"):
         fit(TINY, tmp_path / "run", progress=False)
 

@@ -17,6 +17,7 @@ import timm
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from pliant.checkpoint import save
@@ -88,6 +89,7 @@ def fit(
         OSError: the folder cannot be written, or the disk is full; what was kept is whole.
         FileNotFoundError: the data is not there.
         KeyboardInterrupt: Ctrl-C; the run can be continued.
+        SystemExit: SIGTERM; the run can be continued, from the step at hand.
         NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints are kept.
         UnreadableImageError: an image cannot be read, and the recipe stops at such.
 
@@ -209,6 +211,8 @@ def _train(
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(task, train, [val, check], ckpt_path=checkpoint)
+    except SIGTERMException as stop:  # by itself it would end the process as if all were well
+        raise SystemExit(f"terminated; {folder} can be continued with resume") from stop
     except SystemExit as stop:
         # Lightning makes this of Ctrl-C, and leaves the process deaf to the next.
         if not isinstance(stop.__context__, KeyboardInterrupt):

@@ -21,7 +21,7 @@ _ADVICE = "the checkpoints before it are kept: mend that, then go on with resume
 class CheckpointFiles(TorchCheckpointIO):
     """Lightning's way to files, made safe: a checkpoint has its name when it is whole.
 
-    What had the name is kept as ``previous.ckpt``. At every moment one of the two is whole.
+    What was ``last.ckpt`` is kept as ``previous.ckpt``. At every moment one of the two is whole.
     """
 
     def save_checkpoint(
@@ -38,7 +38,7 @@ class CheckpointFiles(TorchCheckpointIO):
         with writing(path, _ADVICE), atomic_path(path) as temporary:
             temporary.write_bytes(content.getbuffer())
             sync(temporary)  # before the one that it replaces steps aside
-            if path.is_file():
+            if path.name == LAST.name and path.is_file():  # not of a callback of the user's
                 path.replace(path.with_name(PREVIOUS.name))
 
 

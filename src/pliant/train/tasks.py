@@ -216,8 +216,11 @@ class Classification(pl.LightningModule):
             merits = [_merit(row) for row in self.history]
             epoch = merits.index(max(merits))
             if self.best.get("epoch") != epoch:  # it has just ended
-                names = {n: n.removeprefix("model.") for n in checkpoint["state_dict"] if n[:6] == "model."}
-                weights = {names[n]: checkpoint["state_dict"][n].cpu().clone() for n in names}
+                weights = {
+                    name.removeprefix("model."): value.cpu().clone()
+                    for name, value in checkpoint["state_dict"].items()
+                    if name.startswith("model.")
+                }
                 self.best = {"epoch": epoch, "weights": weights}
         progress = {
             "seconds": time.perf_counter() - self._started,
