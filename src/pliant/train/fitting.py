@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
+from pliant._files import NotWrittenError, writing
 from pliant.checkpoint import save
 from pliant.switch import Depth
 from pliant.train.batches import Batches, eval_size
@@ -41,7 +43,7 @@ from pliant.train.run import (
     write_metrics,
     write_run,
 )
-from pliant.train.saved import LAST, PREVIOUS, newest
+from pliant.train.saved import ADVICE, LAST, PREVIOUS, newest
 from pliant.train.seeds import mixed_seed, seeded
 from pliant.train.tasks import Classification
 from pliant.train.weights import load_weights
@@ -211,6 +213,11 @@ def _train(
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(task, train, [val, check], ckpt_path=checkpoint)
+    except OSError as error:
+        clear = _clear(error, folder)
+        if clear is error:
+            raise
+        raise clear from error
     except SIGTERMException as stop:  # by itself it would end the process as if all were well
         raise SystemExit(f"terminated; {folder} can be continued with resume") from stop
     except SystemExit as stop:
@@ -255,7 +262,8 @@ def _finish(
         unreadable_paths=tuple(sorted(unreadable)),
     )
     if _first():
-        save(network, folder / BEST, **about)
+        with writing(folder / BEST, ADVICE):
+            save(network, folder / BEST, **about)
         write_run(run)
     if unreadable:
         logging.getLogger(__name__).warning(
@@ -281,6 +289,23 @@ class _Epochs(Callback):
         if trainer.is_global_zero:
             assert isinstance(pl_module, Classification)
             write_metrics(self.path, pl_module.history)
+
+
+def _clear(error: OSError, folder: Path) -> OSError:
+    """The error that names a file; one of our own, or of a full disk that TensorBoard met.
+
+    Loggers are closed after an error, and on a full disk that raises another on top of it.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, NotWrittenError):
+            return found
+        found = found.__context__
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return error
+    told = NotWrittenError(f"{folder} cannot be written ({error.strerror}); {ADVICE}")
+    told.errno = error.errno
+    return told
 
 
 def _logger(folder: Path) -> Any:

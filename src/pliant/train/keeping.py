@@ -13,9 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pliant._files import atomic_path, sync, writing
-from pliant.train.saved import LAST, PREVIOUS
-
-_ADVICE = "the checkpoints before it are kept: mend that, then go on with resume"
+from pliant.train.saved import ADVICE, LAST, PREVIOUS
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -35,7 +33,7 @@ class CheckpointFiles(TorchCheckpointIO):
         path = Path(path)
         content = io.BytesIO()  # torch.save to a file hides why a write failed
         torch.save(checkpoint, content)
-        with writing(path, _ADVICE), atomic_path(path) as temporary:
+        with writing(path, ADVICE), atomic_path(path) as temporary:
             temporary.write_bytes(content.getbuffer())
             sync(temporary)  # before the one that it replaces steps aside
             if path.name == LAST.name and path.is_file():  # not of a callback of the user's

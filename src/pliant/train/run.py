@@ -26,7 +26,7 @@ from pliant._files import atomic_path, writing
 from pliant._lock import held
 from pliant.measuring.provenance import provenance
 from pliant.train.recipe import WHERE, Recipe, differences
-from pliant.train.saved import DAMAGED, LAST, newest
+from pliant.train.saved import ADVICE, DAMAGED, LAST, newest
 
 RECIPE, ENVIRONMENT, METRICS, RESULT, BEST = (
     "recipe.json",
@@ -200,6 +200,5 @@ def write_metrics(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    advice = "the run's checkpoints are kept: mend that, then go on with resume"
-    with writing(path, advice), atomic_path(path) as temporary:
+    with writing(path, ADVICE), atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

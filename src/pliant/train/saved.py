@@ -26,6 +26,7 @@ LAST = Path("checkpoints", "last.ckpt")
 PREVIOUS = LAST.with_name("previous.ckpt")
 DAMAGED = LAST.with_name("damaged.ckpt")
 OURS = "pliant"
+ADVICE = "the checkpoints that were written are kept: mend that, then go on with resume"
 
 # What may change the last bits of what is computed, or how it is computed.
 _WATCHED = ("python", "torch", "timm", "lightning", "pliant", "commit", "cpu", "gpu", "threads")
