@@ -5,6 +5,7 @@ Shapes: x float [B, C, S, S], images; y int64 [B], classes; logits [B, classes].
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -217,7 +218,9 @@ class Classification(pl.LightningModule):
             epoch = merits.index(max(merits))
             if self.best.get("epoch") != epoch:  # it has just ended
                 weights = {
-                    name.removeprefix("model."): value.cpu().clone()
+                    name.removeprefix("model."): (
+                        value.cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                    )
                     for name, value in checkpoint["state_dict"].items()
                     if name.startswith("model.")
                 }
