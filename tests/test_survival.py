@@ -166,7 +166,7 @@ def resumed_after(folder, recipe, point):
 
 
 @pytest.mark.parametrize(
-    ("name", "point"), zip(("averaged", "random", "random"), POINTS.values(), strict=True), ids=POINTS
+    ("name", "point"), list(zip(("averaged", "random", "random"), POINTS.values(), strict=True)), ids=POINTS
 )
 def test_a_killed_run_ends_in_the_same_bits(unbroken, tmp_path, name, point):
     assert_same(resumed_after(tmp_path / "run", RECIPES[name], point), unbroken(name))
