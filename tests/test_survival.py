@@ -433,7 +433,7 @@ def test_going_on_under_other_versions_warns_and_names_both(tmp_path, caplog):
     content["pliant"]["environment"] |= {"torch": "2.0.1", "commit": "abc"}
     torch.save(content, path)
     fit(TINY, folder, resume=True, progress=False)
-    (told,) = [r.getMessage() for r in caplog.records if "unbroken" in r.getMessage()]
+    (told,) = [r.getMessage() for r in caplog.records if "an unbroken one" in r.getMessage()]
     assert f"torch 2.0.1 and {torch.__version__}" in told
     assert "commit abc and " in told
 

@@ -151,7 +151,8 @@ def warn_of_changes(
     ]
     if changed:
         logging.getLogger(__name__).warning(
-            "%s was begun elsewhere (then and now: %s): what follows may differ from an unbroken run",
+            "%s was written in another environment (then and now: %s): from here on the run may differ "
+            "from an unbroken one",
             where, ", ".join(changed),
         )  # fmt: skip
 
