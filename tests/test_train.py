@@ -19,7 +19,7 @@ from pliant.checkpoint import load, read_config
 from pliant.recipes import get_recipe
 from pliant.train import Recipe, Run, evaluate, fit, override, read_run
 from pliant.train.objectives import CrossEntropy
-from pliant.train.run import claim
+from pliant.train.run import claimed
 from pliant.train.tasks import NonFiniteLossError, make_optimizer, rate
 
 TINY = Recipe(
@@ -62,7 +62,7 @@ def test_the_folder_holds_what_is_promised(tiny):
     names = {p.name for p in tiny.folder.iterdir()}
     assert {"recipe.json", "environment.json", "metrics.csv", "run.json", "best", "checkpoints"} <= names
     assert any(p.name.startswith("events.") for p in (tiny.folder / "tensorboard").iterdir())
-    assert {p.name for p in (tiny.folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (tiny.folder / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
     assert not [name for name in names if name.startswith(".")]
     assert Recipe.from_dict(json.loads((tiny.folder / "recipe.json").read_text())) == TINY
     assert json.loads((tiny.folder / "environment.json").read_text())["torch"] == torch.__version__
@@ -197,7 +197,8 @@ def test_folders_that_are_taken_are_refused(tiny, tmp_path):
 def test_the_environment_names_the_gpu_that_trains(accelerator, named, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("pliant.train.run.provenance", lambda device: {"gpu": device})
-    claim(tmp_path / "run", replace(TINY, accelerator=accelerator), resume=False)
+    with claimed(tmp_path / "run", replace(TINY, accelerator=accelerator), resume=False) as checkpoint:
+        assert checkpoint is None
     assert json.loads((tmp_path / "run" / "environment.json").read_text()) == {"gpu": named}
 
 

@@ -89,6 +89,7 @@ def save(
         ValueError: no timm network; an argument that JSON cannot hold; a network that
             was changed in a way that its name, arguments and methods do not tell; a
             `folder` that holds anything but a checkpoint. Nothing is written then.
+        OSError: the disk is full, or the folder cannot be written; nothing is left of it.
 
     Example:
         >>> import tempfile, timm, pliant
@@ -111,7 +112,10 @@ def save(
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir()
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:  # what it makes of a full disk
+            raise OSError(f"{folder} cannot be written: {error}") from error
         config = replace(config, sha256=_digest((temporary / WEIGHTS).read_bytes()))
         text = json.dumps(config.to_json(), indent=2, allow_nan=False)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -28,6 +28,7 @@ for command in (
     training.recipes,
     training.train,
     training.evaluate,
+    reading.inspect,
     reading.experts,
     training.compare,
     training.quickstart,

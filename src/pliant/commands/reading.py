@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
 from pliant.commands._common import show
+
+
+def inspect(
+    place: Annotated[Path, typer.Argument(help="a run's folder, its .ckpt file, or a saved network")],
+) -> None:
+    """Tell what a run or a saved network is: recipe, versions, commit, how far it is."""
+    from pliant.checkpoint import CONFIG, read_config
+    from pliant.train import read_state
+
+    if (place / CONFIG).is_file():
+        config = read_config(place)
+        about = {
+            "network": config.network,
+            "arguments": json.dumps(dict(config.arguments), default=list),
+            "methods": ", ".join(map(str, config.methods)) or "those of its name",
+            "classes": config.num_classes,
+            "input": config.input_size,
+            **config.versions,
+        }
+    else:
+        state = read_state(place)
+        typer.echo(f"{state.path}: epoch {state.epoch}, step {state.step}")
+        # The date is that of the process's start; `threads` and the rest tell how it computed.
+        about = {**state.environment, **state.recipe.as_dict()}
+    for name, value in about.items():
+        typer.echo(f"{name:18} {value}")
 
 
 def experts(

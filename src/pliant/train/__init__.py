@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from pliant.train.evaluation import Evaluation, evaluate
     from pliant.train.fitting import fit
     from pliant.train.run import Run, read_run
+    from pliant.train.saved import SavedState, read_state
 
 __all__ = [
     "DepthScore",
     "Evaluation",
     "Recipe",
     "Run",
+    "SavedState",
     "evaluate",
     "evaluate_depths",
     "fit",
     "override",
     "read_run",
+    "read_state",
 ]
 
 _HOME = {
@@ -35,6 +38,8 @@ _HOME = {
     "fit": "fitting",
     "Run": "run",
     "read_run": "run",
+    "SavedState": "saved",
+    "read_state": "saved",
 }
 
 

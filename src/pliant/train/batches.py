@@ -14,7 +14,7 @@ Shapes in this file::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pliant.train.images import ImageSet, TensorImages, UnreadableImageError
+from pliant.train.processes import place
 from pliant.train.recipe import AUGMENTATIONS, Recipe
 from pliant.train.seeds import mixed_seed, seeded
 
@@ -40,8 +41,13 @@ class Batches(ABC):
         std: see `mean`.
         train: for training rather than evaluation.
 
+    An iteration can begin in the middle of an epoch: `state_dict` says where one stands,
+    and after `load_state_dict` the next one goes on there (Lightning keeps and restores
+    loaders that have these two).
+
     Attributes:
         epoch: of which the order and augmentation are; set by `set_epoch`.
+        taken: batches of this epoch that have been given, those before a resumption included.
         unreadable: paths that could not be read so far.
     """
 
@@ -51,25 +57,41 @@ class Batches(ABC):
         self.images, self.recipe, self.train = images, recipe, train
         self.mean, self.std = tuple(mean), tuple(std)
         self.epoch = 0
+        self.taken = self._first = 0
         self.unreadable: set[str] = set()
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
-        self.epoch = epoch
+        """Say which epoch the next iteration is; it begins with the first batch."""
+        self.epoch, self._first = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Which epoch this is, and how many of its batches have been given."""
+        return {"epoch": self.epoch, "taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Make the next iteration go on where `state` says."""
+        self.epoch, self._first = state["epoch"], state["taken"]
 
     def __len__(self) -> int:
-        rank, world = _place()
+        rank, world = place()
         if not self.train:
             return -(-len(range(rank, len(self.images), world)) // self.recipe.batch)
         return max(1, len(self.images) // world // self.recipe.batch)
 
-    @abstractmethod
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each batch of this epoch."""
+        """Each batch of this epoch, or what is left of it."""
+        self.taken, self._first = self._first, 0
+        for batch in self._batches(self.taken):
+            self.taken += 1
+            yield batch
+
+    @abstractmethod
+    def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of this epoch from number `first` on."""
 
     def order(self) -> list[Tensor]:
         """Indices of the images in each batch of this epoch, for this process."""
-        rank, world = _place()
+        rank, world = place()
         n, size = len(self.images), self.recipe.batch
         if not self.train:
             return list(torch.split(torch.arange(rank, n, world), size))
@@ -107,12 +129,12 @@ class TensorBatches(Batches):
         self.scale = 1 / (255 * torch.tensor(std, device=device).view(-1, 1, 1))
         self.shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(-1, 1, 1)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.pixels.device
-        batches = self.order()
+        batches = self.order()[first:]
         moves = self._moves() if self.train else None
         erase = self._eraser() if self.train and self.recipe.erasing else None
-        for number, index in enumerate(batches):
+        for number, index in enumerate(batches, first):
             there = index.to(device)
             x = self.pixels[there]
             if moves is not None:
@@ -177,14 +199,14 @@ class FileBatches(Batches):
         UnreadableImageError: when read, if the recipe says ``unreadable="stop"``.
     """
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         from torch.utils.data import DataLoader
 
         recipe = self.recipe
         samples = _Samples(self.images, recipe, self.mean, self.std, self.train)
         loader: DataLoader[Any] = DataLoader(
             samples,
-            batch_sampler=([(self.epoch, i) for i in index.tolist()] for index in self.order()),
+            batch_sampler=([(self.epoch, i) for i in index.tolist()] for index in self.order()[first:]),
             num_workers=recipe.workers,
             collate_fn=_collated,
             pin_memory=torch.cuda.is_available() and recipe.accelerator != "cpu",
@@ -307,10 +329,3 @@ def make_batches(
         if len(images) < 4 * recipe.batch:  # starting processes would take longer
             recipe = replace(recipe, workers=0)
     return FileBatches(images, recipe, mean, std, train=train)
-
-
-def _place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

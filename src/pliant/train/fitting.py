@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
+from pliant._files import NotWrittenError, writing
 from pliant.checkpoint import save
 from pliant.switch import Depth
 from pliant.train.batches import Batches, eval_size
 from pliant.train.data import Data, load_data
 from pliant.train.evaluation import score
+from pliant.train.keeping import CheckpointFiles, Keep
 from pliant.train.objectives import Joint, Objective, make_objective
+from pliant.train.processes import gathered, place
 from pliant.train.recipe import Recipe
 from pliant.train.run import (
     BEST,
-    LAST,
     METRICS,
     RESULT,
     TENSORBOARD,
     Run,
-    claim,
+    check_claim,
+    claimed,
     read_run,
     write_metrics,
     write_run,
 )
-from pliant.train.seeds import seeded
+from pliant.train.saved import ADVICE, LAST, PREVIOUS, newest
+from pliant.train.seeds import mixed_seed, seeded
 from pliant.train.tasks import Classification
 from pliant.train.weights import load_weights
 
@@ -58,7 +64,7 @@ def fit(
     """Train a network by a recipe, keep the best epoch on validation, test it once.
 
     On the CPU, with the same number of threads, the same recipe gives the same weights
-    bit by bit, whether or not it was interrupted and resumed at an epoch. The random
+    bit by bit, whether or not it was killed and resumed, and whenever that was. The random
     generators are left as they were.
 
     Args:
@@ -66,10 +72,10 @@ def fit(
         folder: where to; by default ``runs/<name>-s<seed>``. Afterwards it holds
             ``recipe.json``, ``environment.json`` (versions, commit, machine),
             ``metrics.csv``, ``tensorboard/`` if that is installed,
-            ``checkpoints/{best,last}.ckpt`` (Lightning's), ``best/`` (the network, for
-            `pliant.load`) and ``run.json``.
-        resume: continue the unfinished run in `folder` after its last whole epoch; of a
-            finished one, return what it gave.
+            ``checkpoints/{last,previous}.ckpt`` (see `pliant.train.saved`), ``best/`` (the
+            network, for `pliant.load`), ``run.json`` and ``run.lock``.
+        resume: continue the unfinished run in `folder` after its last checkpoint (see
+            ``checkpoint_minutes`` of `Recipe`); of a finished one, return what it gave.
         progress: show a progress bar.
         model: train this network, in place, rather than build ``recipe.model``. Images
             have as many channels as ``recipe.in_chans`` says.
@@ -78,11 +84,14 @@ def fit(
             epoch is ``pl_module.history[-1]``.
 
     Raises:
-        ValueError: a folder that holds something else; a network that does not fit the
-            data, the objective or the weights, or that `pliant.checkpoint.save` could not
-            save (found before training).
+        ValueError: a folder that holds something else, that another process trains in, or
+            whose checkpoints are all damaged; a network that does not fit the data, the
+            objective or the weights, or that `pliant.checkpoint.save` could not save (found
+            before training).
+        OSError: the folder cannot be written, or the disk is full; what was kept is whole.
         FileNotFoundError: the data is not there.
         KeyboardInterrupt: Ctrl-C; the run can be continued.
+        SystemExit: SIGTERM; the run can be continued, from the step at hand.
         NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints are kept.
         UnreadableImageError: an image cannot be read, and the recipe stops at such.
 
@@ -97,27 +106,26 @@ def fit(
         (2, True)
     """
     folder = Path(folder) if folder is not None else Path("runs", f"{recipe.name}-s{recipe.seed}")
-    if resume and (folder / RESULT).is_file():
-        claim(folder, recipe, resume=True)
+    finished = resume and (folder / RESULT).is_file()
+    if finished or _first():  # for the others the first claims it
+        check_claim(folder, recipe, resume=resume)
+    if finished:
         return read_run(folder)
     with _quiet(), _threads(recipe.threads), seeded(recipe.seed, "weights"):
         data = load_data(recipe)
         network = build(recipe, len(data.classes)) if model is None else model
-        if recipe.weights is not None and not (resume and (folder / LAST).is_file()):
+        kept = resume and any((folder / name).is_file() for name in (LAST, PREVIOUS))
+        if recipe.weights is not None and not kept:
             load_weights(network, recipe.weights, classes=data.classes, mean=data.mean, std=data.std)
         chosen = objective or make_objective(recipe.objective, recipe.objective_args, recipe.smoothing)
         _check_objective(chosen, network)
         about = _about(recipe, data, network)
         with tempfile.TemporaryDirectory() as trial:
             save(network, Path(trial, BEST), **about)  # rather fail now than after training
-        if _first():
-            checkpoint = claim(folder, recipe, resume=resume)
-        else:  # the first process has claimed it
-            checkpoint = folder / LAST if resume and (folder / LAST).is_file() else None
-        task = _train(recipe, data, network, folder, checkpoint, chosen, progress, callbacks)
-        best = torch.load(folder / LAST.with_name("best.ckpt"), map_location="cpu", weights_only=True)
-        network.load_state_dict(_part(best["state_dict"], "model."))
-        return _finish(recipe, data, network.eval(), folder, task, best["epoch"], about)
+        with _claimed(folder, recipe, resume) as checkpoint:
+            task = _train(recipe, data, network, folder, checkpoint, chosen, progress, callbacks)
+            network.load_state_dict(task.best["weights"])
+            return _finish(recipe, data, network.eval(), folder, task, about)
 
 
 def build(recipe: Recipe, classes: int) -> nn.Module:
@@ -172,17 +180,7 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> Classification:
     """Run Lightning's Trainer to the end of the recipe."""
-    keep: dict[str, Any] = {
-        "dirpath": folder / LAST.parent,
-        "save_on_train_epoch_end": True,  # after the epoch's row is in the history
-        "enable_version_counter": False,
-    }
-    # One set of weights is kept, so it has to be good at both depths that are trained.
-    monitor = "val_both" if isinstance(objective, Joint) else "val_accuracy"
-    own: list[Callback] = [
-        ModelCheckpoint(filename="best", monitor=monitor, mode="max", **keep),
-        ModelCheckpoint(filename=LAST.stem, **keep),
-    ]
+    own: list[Callback] = [Keep(folder, recipe.checkpoint_minutes)]
     if recipe.ema is not None:
         own.insert(0, WeightAveraging(avg_fn=_ema(recipe.ema)))
     if progress:
@@ -197,6 +195,7 @@ def _train(
         gradient_clip_val=recipe.clip,
         logger=_logger(folder),
         callbacks=[*own, *callbacks],
+        plugins=[CheckpointFiles()],
         enable_progress_bar=progress,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -214,6 +213,13 @@ def _train(
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(task, train, [val, check], ckpt_path=checkpoint)
+    except OSError as error:
+        clear = _clear(error, folder)
+        if clear is error:
+            raise
+        raise clear from error
+    except SIGTERMException as stop:  # by itself it would end the process as if all were well
+        raise SystemExit(f"terminated; {folder} can be continued with resume") from stop
     except SystemExit as stop:
         # Lightning makes this of Ctrl-C, and leaves the process deaf to the next.
         if not isinstance(stop.__context__, KeyboardInterrupt):
@@ -229,19 +235,20 @@ def _finish(
     network: nn.Module,
     folder: Path,
     task: Classification,
-    best: int,
     about: dict[str, Any],
 ) -> Run:
     """Save and test the best network, and write the result."""
-    history = task.history
+    history, best = task.history, task.best["epoch"]
     unreadable = set(task.unreadable)
     test_accuracy = None
     if data.test is not None:
         device = task.trainer.strategy.root_device
         loader = data.test_batches(device)
+        torch.manual_seed(mixed_seed(recipe.seed, place()[0], "test"))  # a network may draw
         test_accuracy = score(network, loader, data.classes, device=device).top1
         network.cpu()
         unreadable |= loader.unreadable
+    unreadable = set().union(*gathered(unreadable))
     run = Run(
         folder=folder,
         recipe=recipe,
@@ -255,7 +262,8 @@ def _finish(
         unreadable_paths=tuple(sorted(unreadable)),
     )
     if _first():
-        save(network, folder / BEST, **about)
+        with writing(folder / BEST, ADVICE):
+            save(network, folder / BEST, **about)
         write_run(run)
     if unreadable:
         logging.getLogger(__name__).warning(
@@ -281,6 +289,23 @@ class _Epochs(Callback):
         if trainer.is_global_zero:
             assert isinstance(pl_module, Classification)
             write_metrics(self.path, pl_module.history)
+
+
+def _clear(error: OSError, folder: Path) -> OSError:
+    """The error that names a file; one of our own, or of a full disk that TensorBoard met.
+
+    Loggers are closed after an error, and on a full disk that raises another on top of it.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, NotWrittenError):
+            return found
+        found = found.__context__
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return error
+    told = NotWrittenError(f"{folder} cannot be written ({error.strerror}); {ADVICE}")
+    told.errno = error.errno
+    return told
 
 
 def _logger(folder: Path) -> Any:
@@ -312,8 +337,11 @@ def _first() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+def _claimed(folder: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[Path | None]:
+    """Have the folder, and the checkpoint to go on from. The first process has it for all."""
+    if _first():
+        return claimed(folder, recipe, resume=resume)
+    return nullcontext(newest(folder, quiet=True) if resume else None)
 
 
 @contextmanager

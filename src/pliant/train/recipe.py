@@ -30,7 +30,10 @@ AUTO_AUGMENTATIONS = ("rand", "original", "originalr", "v0", "v0r", "3a", "augmi
 
 # May differ between a run and its continuation: not what is run, but where. A run that
 # stopped at an unreadable image may go on without it.
-WHERE = ("note", "path", "download", "workers", "threads", "accelerator", "strategy", "unreadable")
+WHERE = (
+    *("note", "path", "download", "workers", "threads", "accelerator", "strategy"),
+    *("unreadable", "checkpoint_minutes"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,8 @@ class Recipe:
         devices: how many.
         strategy: of Lightning's Trainer (``"auto"``, ``"ddp"``).
         unreadable: ``"skip"`` an image that cannot be read, and count it, or ``"stop"``.
+        checkpoint_minutes: between checkpoints within an epoch, so what a kill costs at most;
+            0: after every step; None: only after each epoch. It does not change the result.
 
     Raises:
         ValueError: an option is out of its range or contradicts another.
@@ -158,6 +163,7 @@ class Recipe:
     devices: int = 1
     strategy: str = "auto"
     unreadable: OnUnreadable = "skip"
+    checkpoint_minutes: float | None = 5.0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -186,6 +192,10 @@ class Recipe:
         for name in ("momentum", "smoothing", "test_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.checkpoint_minutes is not None and not 0 <= self.checkpoint_minutes < float("inf"):
+            raise ValueError(
+                f"checkpoint_minutes must be at least 0, or none, not {self.checkpoint_minutes}"
+            )
         if not 0 <= self.erasing <= 1:
             raise ValueError(f"erasing is a probability, in [0, 1], not {self.erasing}")
         for name in ("val_fraction", "ema"):

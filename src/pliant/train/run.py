@@ -2,7 +2,8 @@
 
 ``recipe.json`` and ``environment.json`` are written at the start, ``metrics.csv`` after
 each epoch, ``best/`` (the network, by `pliant.checkpoint`) and ``run.json`` at the end.
-``checkpoints/`` and ``tensorboard/`` are Lightning's.
+``checkpoints/`` is described in `pliant.train.saved`, ``tensorboard/`` is Lightning's, and
+``run.lock`` says which process works there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant._files import atomic_path
+from pliant._files import atomic_path, writing
+from pliant._lock import held
 from pliant.measuring.provenance import provenance
 from pliant.train.recipe import WHERE, Recipe, differences
+from pliant.train.saved import ADVICE, DAMAGED, LAST, newest
 
 RECIPE, ENVIRONMENT, METRICS, RESULT, BEST = (
     "recipe.json",
@@ -31,7 +36,7 @@ RECIPE, ENVIRONMENT, METRICS, RESULT, BEST = (
     "best",
 )
 TENSORBOARD = "tensorboard"
-LAST = Path("checkpoints", "last.ckpt")
+LOCK = "run.lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +109,45 @@ def write_run(run: Run) -> None:
     write_json(run.folder / RESULT, result | {"recipe": run.recipe.as_dict()})
 
 
-def claim(folder: Path, recipe: Recipe, *, resume: bool) -> Path | None:
-    """Take a folder for a run.
+@contextmanager
+def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path | None]:
+    """Have a folder for a run, and for no other process, until the block ends.
 
-    Returns:
+    What killed processes left half written is removed. A damaged checkpoint is set aside, as
+    ``damaged.ckpt``.
+
+    Yields:
         Lightning's checkpoint to continue from, or None to begin.
+
+    Raises:
+        ValueError: as `check_claim`; another process has the folder (`FolderInUseError`); no
+            checkpoint of the run is whole (`DamagedCheckpointError`).
+        NotWrittenError: the folder cannot be written.
+    """
+    check_claim(folder, recipe, resume=resume)
+    advice = "choose a folder that can be"
+    with ExitStack() as stack:
+        with writing(folder, advice):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder / LOCK))
+        check_claim(folder, recipe, resume=resume)  # another may have been quicker
+        with writing(folder, advice):
+            for path in _left(folder):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not (folder / RECIPE).is_file():  # first: it says that the folder is a run's
+                write_json(folder / RECIPE, recipe.as_dict())
+            if not (folder / ENVIRONMENT).is_file():
+                gpu = recipe.accelerator != "cpu" and torch.cuda.is_available()
+                write_json(folder / ENVIRONMENT, provenance("cuda" if gpu else "cpu"))
+            # Killed before its first checkpoint, a run begins again.
+            checkpoint = newest(folder)
+            if checkpoint not in (None, folder / LAST) and (folder / LAST).is_file():
+                (folder / LAST).replace(folder / DAMAGED)
+        yield checkpoint
+
+
+def check_claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Refuse a folder that is not for this run; nothing is written.
 
     Raises:
         ValueError: the folder holds something else, or a run of another recipe; or it
@@ -118,26 +157,31 @@ def claim(folder: Path, recipe: Recipe, *, resume: bool) -> Path | None:
     if not written.is_file():
         if resume:
             raise ValueError(f"{folder} holds no run to resume; start it without resume")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        ours = {folder / LOCK, *_left(folder)}  # of a process killed at its very start
+        if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - ours):
             raise ValueError(f"{folder} is not empty and holds no run; choose another folder")
-    else:
+        return
+    try:
         before = Recipe.from_dict(json.loads(written.read_text(encoding="utf-8")))
-        other = differences(before, recipe, leaving_out=WHERE)
-        if other:
-            raise ValueError(
-                f"{folder} holds a run of another recipe: {', '.join(other)}; choose another folder"
-            )
-        if not resume:
-            raise ValueError(
-                f"{folder} holds this run already; continue it with resume, or choose another folder"
-            )
-        # Killed before the end of its first epoch, a run begins again.
-        return folder / LAST if (folder / LAST).is_file() else None
-    folder.mkdir(parents=True, exist_ok=True)
-    gpu = recipe.accelerator != "cpu" and torch.cuda.is_available()
-    write_json(folder / ENVIRONMENT, provenance("cuda" if gpu else "cpu"))
-    write_json(written, recipe.as_dict())
-    return None
+    except ValueError as error:
+        raise ValueError(f"{written} cannot be read: {error}") from error
+    other = differences(before, recipe, leaving_out=WHERE)
+    if other:
+        raise ValueError(
+            f"{folder} holds a run of another recipe: {', '.join(other)}; choose another folder"
+        )
+    if not resume:
+        raise ValueError(
+            f"{folder} holds this run already; continue it with resume, or choose another folder"
+        )
+
+
+def _left(folder: Path) -> list[Path]:
+    """Temporary files and folders of processes that were killed while they wrote."""
+    names = [Path(name) for name in (RECIPE, ENVIRONMENT, METRICS, RESULT)]
+    patterns = [f".{name.stem}-*{name.suffix}" for name in names]
+    patterns += [f".{BEST}.*", f"{LAST.parent}/.*{LAST.suffix}"]
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -156,5 +200,5 @@ def write_metrics(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
+    with writing(path, ADVICE), atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

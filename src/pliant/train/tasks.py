@@ -5,9 +5,10 @@ Shapes: x float [B, C, S, S], images; y int64 [B], classes; logits [B, classes].
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from pliant.train.objectives import Joint, Objective, make_objective
 from pliant.train.passes import BothPasses
+from pliant.train.processes import gathered
 from pliant.train.recipe import Recipe
+from pliant.train.saved import OURS, environment, warn_of_changes
 from pliant.train.seeds import mixed_seed, seeded
 
 
@@ -55,7 +58,11 @@ class Classification(pl.LightningModule):
             *CondConv* calls capacity, section 4.1), ``train_accuracy``,
             ``running_accuracy``, ``val_accuracy``, ``gap`` (all in [0, 1]), ``lr`` of the
             last step, ``seconds``. With two depths also ``val_accuracy_base``.
-        unreadable: paths of images that could not be read, kept in checkpoints.
+        unreadable: paths of images that could not be read, kept in checkpoints; in a row and
+            in checkpoints, those of all processes.
+        best: ``{"epoch": ..., "weights": ...}`` of the first epoch with the highest accuracy on
+            validation (the mean of both depths', if two are trained), as they are validated, on
+            the CPU; kept in checkpoints. Empty before the first epoch has ended.
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class Classification(pl.LightningModule):
         self.mixup = _mixup(recipe, classes)
         self.history: list[dict[str, float]] = []
         self.unreadable: set[str] = set()
+        self.best: dict[str, Any] = {}
+        self.environment = environment(recipe)
         self.running = _accuracy(classes)
         self.accuracy = nn.ModuleList([_accuracy(classes), _accuracy(classes)])
         self.base_accuracy = _accuracy(classes) if isinstance(self.objective, Joint) else None
@@ -84,6 +93,7 @@ class Classification(pl.LightningModule):
         self.terms: dict[str, MeanMetric] = {}
         self._unchecked: tuple[int, int, dict[str, Tensor]] | None = None
         self._started = time.perf_counter()
+        self._resumed: dict[str, Any] | None = None
         self._lr = recipe.lr
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,13 +111,23 @@ class Classification(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """In a run that goes on within an epoch, take up what the epoch has summed up."""
+        if self._resumed is None:
+            return
+        self._started = time.perf_counter() - self._resumed["seconds"]
+        _fill(self.running, self._resumed["running"])
+        for name, state in self._resumed["terms"].items():
+            _fill(self._term(name), state)
+        self._resumed = None
+
     def on_train_epoch_start(self) -> None:
-        """Seed what the network draws (random channels, dropout), for this epoch alone."""
-        torch.manual_seed(mixed_seed(self.recipe.seed, self.current_epoch, self.global_rank, "forward"))
+        """Start the clock."""
         self._started = time.perf_counter()
 
     def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
         """The loss of one batch."""
+        self._seed(number, "forward")
         x, y = batch
         target = y
         if self.mixup is not None:
@@ -125,9 +145,7 @@ class Classification(pl.LightningModule):
         loss = torch.stack(list(terms.values())).sum()
         self._watch(terms)
         for name, term in terms.items():
-            if name not in self.terms:
-                self.terms[name] = MeanMetric(nan_strategy="disable").to(loss.device)
-            self.terms[name].update(term.detach())
+            self._term(name).update(term.detach())
             self.log(f"step/{name}", term.detach())
         self.running.update(logits.detach().argmax(1), y)
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -141,6 +159,7 @@ class Classification(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], number: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the validation images (0) or of the training images (1)."""
+        self._seed(number, dataloader_idx, "validation")
         x, y = batch
         logits, outputs = self._run(x) if dataloader_idx == 0 else (self(x), None)
         accuracy = self.accuracy[dataloader_idx]
@@ -175,7 +194,7 @@ class Classification(pl.LightningModule):
             **base,
             "gap": train - val,
             "lr": self._lr,
-            "unreadable": len(self.unreadable),
+            "unreadable": len(set().union(*gathered(self.unreadable))),
             "seconds": time.perf_counter() - self._started,
         }
         for metric in (*self.accuracy, *self.terms.values(), self.val_loss, self.train_ce, self.running):
@@ -189,18 +208,56 @@ class Classification(pl.LightningModule):
         for name, value in row.items():
             if name not in ("epoch", "seconds"):
                 self.log(name, value, rank_zero_only=True)
-        if base:  # what the best epoch is chosen by
-            self.log("val_both", (val + base["val_accuracy_base"]) / 2, logger=False, rank_zero_only=True)
         self.log("val", val, prog_bar=True, logger=False, rank_zero_only=True)  # a bar is short
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history."""
-        checkpoint["pliant"] = {"history": self.history, "unreadable": sorted(self.unreadable)}
+        """Add what is ours; called in every process, after callbacks have averaged the weights."""
+        self._look()  # nothing is kept of a step whose loss is no number
+        if self.history:
+            merits = [_merit(row) for row in self.history]
+            epoch = merits.index(max(merits))
+            if self.best.get("epoch") != epoch:  # it has just ended
+                weights = {
+                    name.removeprefix("model."): (
+                        value.cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                    )
+                    for name, value in checkpoint["state_dict"].items()
+                    if name.startswith("model.")
+                }
+                self.best = {"epoch": epoch, "weights": weights}
+        progress = {
+            "seconds": time.perf_counter() - self._started,
+            "running": _state(self.running),
+            "terms": {name: _state(metric) for name, metric in self.terms.items()},
+        }
+        checkpoint[OURS] = {
+            "recipe": self.recipe.as_dict(),
+            "environment": self.environment,
+            "history": self.history,
+            "unreadable": sorted(set().union(*gathered(self.unreadable))),
+            "best": self.best,
+            "progress": gathered(progress),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the history up again."""
-        self.history = [dict(row) for row in checkpoint["pliant"]["history"]]
-        self.unreadable.update(checkpoint["pliant"]["unreadable"])
+        """Take up again what `on_save_checkpoint` kept."""
+        ours = checkpoint[OURS]
+        self.history = [dict(row) for row in ours["history"]]
+        self.unreadable.update(ours["unreadable"])
+        self.best = ours["best"]
+        self._resumed = ours["progress"][self.global_rank]
+        if self.global_rank == 0:
+            warn_of_changes(ours["environment"], self.environment, self.trainer.ckpt_path)
+
+    def _seed(self, *purpose: int | str) -> None:
+        """Seed what the network draws (random channels, dropped paths): a function of the step."""
+        torch.manual_seed(mixed_seed(self.recipe.seed, self.current_epoch, self.global_rank, *purpose))
+
+    def _term(self, name: str) -> MeanMetric:
+        """The mean of one term of the loss over the epoch."""
+        if name not in self.terms:
+            self.terms[name] = MeanMetric(nan_strategy="disable").to(self.device)
+        return self.terms[name]
 
     def _run(self, x: Tensor) -> tuple[Tensor, Any]:
         """The network's logits, and what the objective takes: both in one forward of DDP."""
@@ -291,6 +348,24 @@ def rate(recipe: Recipe, step: int, steps: int) -> float:
 
 def _accuracy(classes: int) -> MulticlassAccuracy:
     return MulticlassAccuracy(classes, average="micro", validate_args=False)
+
+
+def _merit(row: Mapping[str, float]) -> float:
+    """What the best epoch has most of: the network has to be good at every depth that is trained."""
+    val = row["val_accuracy"]
+    return (val + row.get("val_accuracy_base", val)) / 2
+
+
+def _state(metric: Metric) -> dict[str, Tensor]:
+    """What a metric has summed up in this process, on the CPU."""
+    state: Any = metric.metric_state  # sums: none of these metrics keeps lists
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+
+def _fill(metric: Metric, state: Mapping[str, Tensor]) -> None:
+    """Give a metric what `_state` took from one."""
+    for name, value in state.items():
+        setattr(metric, name, value.to(metric.device))
 
 
 def _mixup(recipe: Recipe, classes: int) -> Any:

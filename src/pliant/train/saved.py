@@ -1,0 +1,173 @@
+"""What a run keeps of itself while it trains: the checkpoints of `fit`, read without Lightning.
+
+A run's folder has two, ``checkpoints/last.ckpt`` and the one before it,
+``checkpoints/previous.ckpt``. Each is Lightning's, written by `torch.save` without anything
+that would have to be executed, and holds under ``"pliant"`` what is ours: the recipe,
+the environment, the history, the weights of the best epoch, and what the epoch has summed up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pliant.measuring.provenance import provenance
+from pliant.train.recipe import Recipe
+
+LAST = Path("checkpoints", "last.ckpt")
+PREVIOUS = LAST.with_name("previous.ckpt")
+DAMAGED = LAST.with_name("damaged.ckpt")
+OURS = "pliant"
+ADVICE = "the checkpoints that were written are kept: mend that, then go on with resume"
+
+# What may change the last bits of what is computed, or how it is computed.
+_WATCHED = ("python", "torch", "timm", "lightning", "pliant", "commit", "cpu", "gpu", "threads")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint of a run that is no longer what was written; the message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """What a checkpoint of a run says of itself.
+
+    Attributes:
+        path: the file.
+        recipe: of the run.
+        environment: of the process that wrote it: machine, versions, commit, threads.
+        epoch: in which training goes on, from 0.
+        step: optimiser steps taken in the whole run.
+        history: one row for each epoch that has ended.
+    """
+
+    path: Path
+    recipe: Recipe
+    environment: Mapping[str, Any]
+    epoch: int
+    step: int
+    history: list[dict[str, float]]
+
+
+def read_state(place: str | os.PathLike[str]) -> SavedState:
+    """What the newest whole checkpoint of a run says: recipe, versions, commit, how far it is.
+
+    Args:
+        place: a run's folder, or one of its ``.ckpt`` files. Nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        DamagedCheckpointError: a ``ValueError``: none is whole.
+
+    Example:
+        >>> import tempfile
+        >>> from pliant.train import Recipe, fit
+        >>> recipe = Recipe(name="tiny", model="resnet20_cifar", pixels=8, epochs=1, batch=128)
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     run = fit(recipe, f"{place}/run", progress=False)
+        ...     state = read_state(f"{place}/run")
+        >>> state.recipe == recipe, state.step, state.environment["torch"] == torch.__version__
+        (True, 8, True)
+    """
+    place = Path(place)
+    path = newest(place, quiet=True) if place.is_dir() else place
+    if path is None or not path.is_file():
+        raise FileNotFoundError(f"{place} holds no checkpoint of a run")
+    content = _read(path)
+    ours = content[OURS]
+    done = len(ours["history"])
+    return SavedState(
+        path=path,
+        recipe=Recipe.from_dict(ours["recipe"]),
+        environment=ours["environment"],
+        epoch=done,
+        step=content["global_step"],
+        history=ours["history"],
+    )
+
+
+def newest(folder: Path, *, quiet: bool = False) -> Path | None:
+    """The newest whole checkpoint in a run's folder; None if it has none yet.
+
+    Every byte is read and held against its checksum. If the last one is damaged a warning
+    names it and the one before is taken (`quiet`: without a word).
+
+    Raises:
+        DamagedCheckpointError: there are checkpoints, and none is whole.
+    """
+    problems = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        try:
+            state = _read(path)
+        except DamagedCheckpointError as error:
+            problems.append(str(error))
+            continue
+        if problems and not quiet:
+            logging.getLogger(__name__).warning(
+                "%s; going on from the one before, %s, of epoch %d, step %d",
+                "; ".join(problems), path, len(state[OURS]["history"]), state["global_step"],
+            )  # fmt: skip
+        return path
+    if problems:
+        raise DamagedCheckpointError(
+            f"{'; '.join(problems)}; no other is left: put a copy of one there, or start again in "
+            f"another folder"
+        )
+    return None
+
+
+def environment(recipe: Recipe) -> dict[str, Any]:
+    """Machine, versions, commit and threads of this process, for a run of `recipe`."""
+    gpu = recipe.accelerator != "cpu" and torch.cuda.is_available()
+    try:
+        lightning = version("lightning")
+    except PackageNotFoundError:  # installed as what it is built from
+        lightning = ""
+    about = {**provenance("cuda" if gpu else "cpu"), "lightning": lightning}
+    # Plain text: torch's version is of a class of its own.
+    return {k: str(v) if isinstance(v, str) else v for k, v in about.items()} | {
+        "threads": torch.get_num_threads()
+    }
+
+
+def warn_of_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], where: str | os.PathLike[str] | None
+) -> None:
+    """Log a warning that names both, where a run goes on in another environment."""
+    changed = [
+        f"{name} {before.get(name) or 'none'} and {now.get(name) or 'none'}"
+        for name in _WATCHED
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        logging.getLogger(__name__).warning(
+            "%s was written in another environment (then and now: %s): from here on the run may differ "
+            "from an unbroken one",
+            where, ", ".join(changed),
+        )  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint that is whole, tensors on the CPU."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"the checksum of {broken} is wrong")
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if "recipe" not in content.get(OURS, {}):
+            raise ValueError("it is of no run of this version of pliant")
+    except Exception as error:  # zipfile, pickle and torch raise many kinds for damaged files
+        reason = str(error).partition("\n")[0]
+        raise DamagedCheckpointError(f"{path} cannot be used ({reason})") from error
+    return content
