@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from pliant.commands import deploying, networks, reading, timing, training
+from pliant.commands import deploying, experimenting, networks, reading, timing, training
 
 app = typer.Typer(
     help="Conditional and adaptive computation for vision networks.",
@@ -30,6 +30,7 @@ for command in (
     training.evaluate,
     reading.experts,
     training.compare,
+    experimenting.experiment,
     training.quickstart,
     timing.bench,
 ):
