@@ -41,6 +41,11 @@ def experiment(
 
     if list_ + measure + page > 1:
         raise ValueError("--list, --measure and --page are one at a time")
+    if page:
+        from pliant.experiments.page import write_evidence
+
+        typer.echo(f"written: {write_evidence(name, results, docs, epochs=epochs)}")
+        return
     cells = cells_of(name, device, only=only or (), seeds=seeds, epochs=epochs, where=where or ())
     rows = results / f"{name}-{device}.csv"
     place = folder or Path("runs", name)
@@ -50,6 +55,19 @@ def experiment(
             typer.echo(f"{cell.network:9} {cell.label:28} seed {cell.recipe.seed}  {state}")
         done = sum(state.kind == "done" for state in found)
         typer.echo(f"{done} of {len(cells)} done; rows in {rows}")
+        return
+    if measure:
+        from pliant.experiments.timing import time_cells
+
+        with progress_of("timing") as step:
+            timed = time_cells(
+                cells,
+                results / f"{name}-latency-{device}.csv",
+                device=device,
+                threads=cells[0].recipe.threads,
+                progress=step,
+            )
+        typer.echo(f"{len(timed)} rows of times in {results / f'{name}-latency-{device}.csv'}")
         return
     try:
         added = run_cells(
