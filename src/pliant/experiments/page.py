@@ -146,9 +146,8 @@ def _setting(evidence: Evidence) -> str:
         f"{recipe.precision}, the same for all networks; {done} of {len(keys)} runs are there."
     ]
     if machines:
-        told.append(
-            f"Trained on {'; '.join(machines)}" + (f", commit {', '.join(commits)}." * bool(commits))
-        )
+        by = f", commit {', '.join(commits)}" if commits else ""
+        told.append(f"Trained on {'; '.join(machines)}{by}.")
     if (seconds := evidence.seconds(PLAIN)) is not None:
         told.append(f"An epoch of the plain network took {seconds:.0f} s.")
     return " ".join(told)

@@ -83,10 +83,12 @@ def time_cells(
         raise ValueError(f"device must be cpu or cuda, not {device!r}")
     found: list[Measurement] = []
     for network in dict.fromkeys(cell.network for cell in cells):
-        own = {cell.label: cell for cell in reversed(cells) if cell.network == network}
+        own: dict[str, Cell] = {}
+        for cell in cells:
+            if cell.network == network:
+                own.setdefault(cell.label, cell)
         if PLAIN not in own:
             raise ValueError(f"ratios are to the plain {network}: --only needs {PLAIN!r} too")
-        own = dict(reversed(own.items()))
         recipe = own[PLAIN].recipe
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
