@@ -135,7 +135,7 @@ def test_one_seed_decides_nothing_and_nothing_is_not_run_yet():
     )
     none = text_of({})
     assert none.count("Not run yet.") == 2
-    assert "Latency has not run yet." in none
+    assert none.count("Its times have not run yet.") == 2
     assert "0 of 41 runs are there." in none
     assert "| plain | 0 | not run yet |" in none
     assert "better than" not in none + one
@@ -166,7 +166,15 @@ def test_equal_time_is_the_line_between_no_block_and_the_plain_network():
     assert "| MoD, score order | 0.600 | blocks removed, which is not faster | +0.53 (" in fast
     # A line needs all three times.
     part = text_of(accuracies, times_of({PLAIN: 1.0, SCORE_ORDER: 0.8}))
-    assert "**Does it beat no block at all at equal measured time?** Latency has not run yet." in part
+    assert "**Does it beat no block at all at equal measured time?** Its times have not run yet." in part
+    # Likewise for the time of a training step.
+    trained = text_of(accuracies, times_of(ratios, STEP, 128))
+    asked = next(line for line in lines_of(trained) if "equal time of a training step" in line)
+    assert asked.endswith("In part: better in 1 of 2 comparisons, worse in 1.")
+    assert (
+        "| training step, batch 128 | MoD, score order | 0.800 | 0.50 blocks removed + 0.50 plain |"
+        in trained
+    )
 
 
 def test_the_form_that_suits_the_engine_is_the_one_that_counts():

@@ -53,9 +53,9 @@ class Evidence:
         found = [s.seconds / s.epochs for s in self.rows(label)]
         return statistics.fmean(found) if found else None
 
-    def settings(self) -> list[tuple[str, int]]:
-        """Engines and batches in which latency was timed."""
-        return list(dict.fromkeys((r.engine, r.batch) for r in self.times if r.engine != STEP))
+    def settings(self, *, steps: bool = False) -> list[tuple[str, int]]:
+        """Engines and batches in which latency was timed, or batches of training steps."""
+        return list(dict.fromkeys((r.engine, r.batch) for r in self.times if (r.engine == STEP) == steps))
 
     def time(self, label: str, engine: str, batch: int) -> Measurement | None:
         """The row of a label's time: in the form that suits the engine, where it has one."""

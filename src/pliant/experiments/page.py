@@ -24,6 +24,7 @@ QUESTIONS = {
     "Does it beat no block at all?": (REMOVED,),
 }
 EQUAL_TIME = "Does it beat no block at all at equal measured time?"
+EQUAL_TRAINING = "And at equal time of a training step?"
 # Other families: each label, and what it is held against.
 HELD_AGAINST: dict[str, Mapping[str, str]] = {
     "adn": {"ADN, super-net": PLAIN, "ADN, base-net": BASE_ALONE},
@@ -160,15 +161,23 @@ def _findings(evidence: Evidence) -> list[str]:
         pairs = [(one, other, evidence.against(one, other)) for other in rivals for one in LEARNED]
         lines += [f"**{question}** {answer([found.verdict for *_, found in pairs])}", ""]
         lines += [*(f"- {sentence(*pair)}" for pair in pairs), ""]
-    lines += [*_equal_time(evidence), ""]
+    lines += [
+        "What a network's time buys without it is the straight line between the network without the "
+        "blocks and the plain one: more blocks, more time.",
+        "",
+        *_equal_time(evidence, EQUAL_TIME, evidence.settings()),
+        "",
+        *_equal_time(evidence, EQUAL_TRAINING, evidence.settings(steps=True)),
+        "",
+    ]
     lines += _costs(evidence)
     return lines
 
 
-def _equal_time(evidence: Evidence) -> list[str]:
+def _equal_time(evidence: Evidence, question: str, settings: Iterable[tuple[str, int]]) -> list[str]:
     """Learned selection against the line between no block and the plain network."""
     rows, verdicts = [], []
-    for engine, batch in evidence.settings():
+    for engine, batch in settings:
         for label in LEARNED:
             found = evidence.at_equal_time(label, engine, batch)
             if found is None:
@@ -182,12 +191,9 @@ def _equal_time(evidence: Evidence) -> list[str]:
             verdicts.append(found.found.verdict)
             rows.append((f"{engine}, batch {batch}", label, f"{found.time:.3f}", rival, str(found.found)))
     if not rows:
-        return [f"**{EQUAL_TIME}** Latency has {MISSING}."]
+        return [f"**{question}** Its times have {MISSING}."]
     return [
-        f"**{EQUAL_TIME}** {answer(verdicts)}",
-        "",
-        "What a network's time buys without it is the straight line between the network without the "
-        "blocks and the plain one: more blocks, more time.",
+        f"**{question}** {answer(verdicts)}",
         "",
         *_markdown(
             ("setting", "network", "time ratio", "rival at this time", "difference, points (95 %)"), rows

@@ -230,8 +230,8 @@ def time_steps(
                 rounds=effort.rounds,
                 median_ms=median(ms),
                 iqr_ms=spread(ms),
-                min_ms=min(ms),
-                max_ms=max(ms),
+                min_ms=median([min(ms)]),
+                max_ms=median([max(ms)]),
                 against=against,
                 time_ratio=median(ratios),
                 time_ratio_iqr=spread(ratios),
@@ -239,7 +239,7 @@ def time_steps(
             )
         )
     macs = next(r.macs for r in found if r.model == against)
-    return [replace(r, mac_ratio=r.macs / macs if r.macs and macs else None) for r in found]
+    return [replace(r, mac_ratio=median([r.macs / macs]) if r.macs and macs else None) for r in found]
 
 
 def _step(model: nn.Module, recipe: Recipe, device: torch.device) -> Callable[[], None]:
