@@ -93,6 +93,7 @@ def test_the_networks_that_are_promised():
     promised |= {"cc_mobilenetv2_050", "cc_mobilenetv2_100", "cc_resnet50"}
     promised |= {f"resnet{n}_adn" for n in (18, 34, 50, 101)}
     promised |= {f"resnet{n}_cifar_adn" for n in (18, 20, 50, 56)}
+    promised |= {f"resnet20_cifar_{pair}" for pair in ("mod_adn", "cc_adn", "mod_cc")}
     promised |= {"mobilenetv2_adn", "vit_base_patch32_adn", "vit_tiny_patch16_adn"}
     assert set(NETWORKS) == promised
     assert sorted(NETWORKS) == NETWORKS

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from pliant.commands import deploying, networks, reading, timing, training
+from pliant.commands import deploying, experimenting, networks, reading, timing, training
 
 app = typer.Typer(
     help="Conditional and adaptive computation for vision networks.",
@@ -31,6 +31,7 @@ for command in (
     reading.inspect,
     reading.experts,
     training.compare,
+    experimenting.experiment,
     training.quickstart,
     timing.bench,
 ):

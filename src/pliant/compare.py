@@ -8,6 +8,7 @@ a comparison that was killed goes on where it stopped.
 
 from __future__ import annotations
 
+import csv
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -221,7 +222,7 @@ def compare(
     for label, recipe in recipes.items():
         if started:
             started(label, recipe)
-        place = Path(folder) / f"{_slug(label)}-s{recipe.seed}"
+        place = run_folder(folder, label, recipe)
         run = fit(recipe, place, resume=(place / "recipe.json").is_file(), progress=progress, **fit_options)
         runs = {label: run}
         if any(isinstance(m, Depth) for m in run.model.modules()):
@@ -268,6 +269,16 @@ def run_at(run: Run, skip: Sequence[bool]) -> Run:
     return replace(
         run, model=network, history=[row], best_epoch=0, val_accuracy=val.top1, test_accuracy=test
     )
+
+
+def run_folder(folder: str | Path, label: str, recipe: Recipe) -> Path:
+    """Where `compare` puts a run.
+
+    Example:
+        >>> run_folder("runs", "MoD, score order", Recipe(name="a", model="m", seed=2)).as_posix()
+        'runs/mod-score-order-s2'
+    """
+    return Path(folder) / f"{_slug(label)}-s{recipe.seed}"
 
 
 def _label(skip: Skip) -> str:
@@ -318,6 +329,33 @@ def write_scores(path: str | Path, scores: Iterable[Score], append: bool = False
     """
     header = [f.name for f in fields(Score)]
     write_csv(path, header, map(_cells, scores), append, "scores")
+
+
+def read_scores(path: str | Path) -> list[Score]:
+    """Rows that `write_scores` wrote.
+
+    Raises:
+        ValueError: the file has other columns, or a value that is none of its column.
+        FileNotFoundError: no such file.
+    """
+    kinds: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "str": str,
+        "float | None": lambda text: float(text) if text else None,
+    }
+    read = {f.name: kinds[str(f.type)] for f in fields(Score)}
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, strict=True)
+        if reader.fieldnames != list(read):
+            raise ValueError(f"{path}: the columns are not those of scores")
+        found = []
+        for row in reader:
+            try:
+                found.append(Score(**{name: make(row[name]) for name, make in read.items()}))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}; the line is damaged") from error
+    return found
 
 
 def _cells(score: Score) -> list[str]:

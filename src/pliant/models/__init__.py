@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import timm
 
-from pliant.models import adn, cifar, condconv, mobile, mod
+from pliant.models import adn, cifar, combined, condconv, mobile, mod
 
-__all__ = ["adn", "cifar", "condconv", "list_networks", "mobile", "mod"]
+__all__ = ["adn", "cifar", "combined", "condconv", "list_networks", "mobile", "mod"]
 
 
 def list_networks() -> list[str]:
@@ -17,6 +17,6 @@ def list_networks() -> list[str]:
         True
     """
     # timm goes by the last part of a module's name, which another package may share.
-    homes = {module.__name__ for module in (adn, cifar, condconv, mobile, mod)}
+    homes = {module.__name__ for module in (adn, cifar, combined, condconv, mobile, mod)}
     names = [name for home in homes for name in timm.list_models(module=home.rpartition(".")[2])]
     return sorted(name for name in names if timm.model_entrypoint(name).__module__ in homes)

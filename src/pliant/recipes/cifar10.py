@@ -1,4 +1,4 @@
-"""CIFAR-10: the recipe of *CNN Mixture-of-Depths* (appendix D), and a short one of ours."""
+"""CIFAR-10: the recipe of *CNN Mixture-of-Depths* (appendix D), and two of ours, short and shorter."""
 
 from __future__ import annotations
 
@@ -47,6 +47,32 @@ def short(network: str = "resnet18_mod") -> Recipe:
     )
 
 
+def controls(network: str = "resnet20_mod") -> Recipe:
+    """12 epochs of `short`, so that a network and all its controls fit a CPU. Ours.
+
+    A run this short has one epoch of warm-up and no random erasing. The rows of
+    `pliant experiment cifar10-controls` are of this form; `Score.recipe` names it, so that what is
+    in the rows says how they were trained.
+
+    Args:
+        network: a short name, such as ``"resnet20_mod"``.
+
+    Example:
+        >>> recipe = controls("resnet20")
+        >>> recipe.name, recipe.epochs, recipe.warmup
+        ('cifar10.resnet20.controls', 12, 1.0)
+    """
+    whole = short(network)
+    return replace(
+        whole,
+        name=f"{whole.name}.controls",
+        note="ours; short, for many controls on a CPU",
+        epochs=12,
+        warmup=1,
+        erasing=0,
+    )
+
+
 def paper(network: str = "resnet18_mod") -> Recipe:
     """The paper's protocol; `Recipe.note` says what it leaves open and we chose.
 
@@ -86,6 +112,7 @@ def for_cifar100(recipe: Recipe) -> Recipe:
 
 FORMS: dict[str, Callable[[str], Recipe]] = {
     "short": short,
+    "controls": controls,
     "paper": paper,
     **ablation_forms(short),
     **table3_forms(short),

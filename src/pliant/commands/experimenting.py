@@ -1,0 +1,84 @@
+"""The command that runs an experiment, times its networks and writes its page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pliant.commands._common import Device, progress_of
+
+
+def experiment(
+    name: Annotated[str, typer.Argument(help="cifar10-controls")],
+    where: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value changes of where it runs: path=FOLDER threads=2 workers=0"),
+    ] = None,
+    device: Device = "cpu",
+    folder: Annotated[Path | None, typer.Option(help="of the runs; runs/NAME if not given")] = None,
+    results: Annotated[Path, typer.Option(help="folder that has and gets the rows")] = Path("results"),
+    docs: Annotated[Path, typer.Option(help="folder that gets the page")] = Path("docs"),
+    only: Annotated[list[str] | None, typer.Option(help="only these labels; repeat for several")] = None,
+    seeds: Annotated[int | None, typer.Option(help="only the first so many of each label")] = None,
+    epochs: Annotated[int | None, typer.Option(help="in place of the experiment's: a rehearsal")] = None,
+    limit_minutes: Annotated[
+        float | None, typer.Option(help="begin no further run after so long; the one that runs ends")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="say where each run stands, and run none")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="instead of training, time the same networks")
+    ] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="instead of training, write the page that the rows give")
+    ] = False,
+) -> None:
+    """Train all networks of an experiment, one row each; the same command goes on where it stopped."""
+    from pliant.experiments import cells_of, run_cells, states
+    from pliant.experiments.walking import scores_in
+
+    if list_ + measure + page > 1:
+        raise ValueError("--list, --measure and --page are one at a time")
+    if page:
+        from pliant.experiments.page import write_evidence
+
+        typer.echo(f"written: {write_evidence(name, results, docs, epochs=epochs)}")
+        return
+    cells = cells_of(name, device, only=only or (), seeds=seeds, epochs=epochs, where=where or ())
+    rows = results / f"{name}-{device}.csv"
+    place = folder or Path("runs", name)
+    if list_:
+        found = states(cells, scores_in(rows), place)
+        for cell, state in zip(cells, found, strict=True):
+            typer.echo(f"{cell.network:9} {cell.label:28} seed {cell.recipe.seed}  {state}")
+        done = sum(state.kind == "done" for state in found)
+        typer.echo(f"{done} of {len(cells)} done; rows in {rows}")
+        return
+    if measure:
+        from pliant.experiments.timing import time_cells
+
+        with progress_of("timing") as step:
+            timed = time_cells(
+                cells,
+                results / f"{name}-latency-{device}.csv",
+                device=device,
+                threads=cells[0].recipe.threads,
+                progress=step,
+            )
+        typer.echo(f"{len(timed)} rows of times in {results / f'{name}-latency-{device}.csv'}")
+        return
+    try:
+        added = run_cells(
+            cells,
+            rows,
+            place,
+            limit=None if limit_minutes is None else 60 * limit_minutes,
+            progress=sys.stdout.isatty(),
+            tell=typer.echo,
+        )
+    except KeyboardInterrupt as stop:
+        typer.secho("pliant: interrupted; the same command goes on from here", fg="red", err=True)
+        raise typer.Exit(130) from stop
+    typer.echo(f"{len(added)} rows added to {rows}")

@@ -1,0 +1,137 @@
+"""Walk through the cells of an experiment: what is in the rows is not run again.
+
+A row is written as soon as its cell has finished, and says all by which a cell is known. So an
+experiment goes on from its rows alone, on another machine and without the folders of its runs;
+a run that was cut off goes on from its checkpoint, where its folder is still there.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pliant.compare import Score, compare, read_scores, run_folder, write_scores
+from pliant.experiments.cells import Cell, key_of
+
+DONE, TRAINED, INTERRUPTED, WAITING = "done", "trained, not scored", "interrupted", "not begun"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a cell stands: `DONE`, `TRAINED`, `INTERRUPTED` or `WAITING`; and after how many epochs."""
+
+    kind: str
+    epochs: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind} after {self.epochs} epochs" if self.kind == INTERRUPTED else self.kind
+
+
+def scores_in(path: str | Path) -> list[Score]:
+    """The rows of an experiment; none where there is no file yet."""
+    return read_scores(path) if Path(path).exists() else []
+
+
+def states(cells: Iterable[Cell], rows: Iterable[Score], folder: str | Path) -> list[State]:
+    """Where each cell stands.
+
+    Args:
+        cells: of the experiment.
+        rows: that are there, whoever wrote them.
+        folder: of the experiment's runs.
+    """
+    from pliant.train.run import METRICS, RECIPE, RESULT
+
+    there = {key_of(row) for row in rows}
+    found = []
+    for cell in cells:
+        place = run_folder(_parent(cell, folder), cell.label, cell.recipe)
+        if there.issuperset(cell.keys):
+            found.append(State(DONE))
+        elif (place / RESULT).is_file():
+            found.append(State(TRAINED, cell.recipe.epochs))
+        elif (place / RECIPE).is_file():
+            found.append(State(INTERRUPTED, _epochs(place / METRICS)))
+        else:
+            found.append(State(WAITING))
+    return found
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    rows: str | Path,
+    folder: str | Path,
+    *,
+    limit: float | None = None,
+    progress: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> list[Score]:
+    """Run the cells that the rows do not have, one after another.
+
+    Args:
+        cells: what to run, the most important first.
+        rows: CSV file of `pliant.compare.Score`, which gets each cell's row when it has finished.
+        folder: of the runs.
+        limit: seconds after which no further cell is begun; the one that runs ends.
+        progress: show `fit`'s progress bar.
+        tell: gets a line for each cell.
+
+    Returns:
+        The rows that were added.
+
+    Raises:
+        ValueError: `rows` holds something else.
+        FileNotFoundError: the images are not there.
+        KeyboardInterrupt: Ctrl-C; run the same cells again to go on.
+        RuntimeError: the loss of some cells became NaN or infinite; the others were run.
+    """
+    from pliant.train.tasks import NonFiniteLossError
+
+    tell = tell or (lambda _: None)
+    begin = time.monotonic()
+    added: list[Score] = []
+    lost: list[str] = []
+    for number, cell in enumerate(cells, 1):
+        name = f"{number} of {len(cells)}: {cell.network}, {cell.label}, seed {cell.recipe.seed}"
+        # Read anew each time: another process may have written some of them.
+        if {key_of(row) for row in scores_in(rows)}.issuperset(cell.keys):
+            continue
+        if limit is not None and time.monotonic() - begin >= limit:
+            tell(f"{name}: not begun, the time is up; the same command goes on from here")
+            break
+        tell(name)
+        try:
+            done = compare({cell.label: cell.recipe}, _parent(cell, folder), progress=progress)
+        except NonFiniteLossError as error:
+            lost.append(f"{cell.label}, seed {cell.recipe.seed}")
+            tell(f"  failed: {error}")
+            continue
+        scores = [score for score, _ in done.values()]
+        write_scores(rows, scores, append=True)
+        added += scores
+        tell(f"  {_told(scores)}")
+    if lost:
+        raise RuntimeError(f"the loss of {'; '.join(lost)} became NaN or infinite; see their folders")
+    return added
+
+
+def _told(scores: Sequence[Score]) -> str:
+    first = scores[0]
+    tests = ", ".join("-" if s.test_accuracy is None else f"{s.test_accuracy:.2f} %" for s in scores)
+    return f"test {tests}; {first.seconds / first.epochs:.1f} s an epoch, {first.seconds:.0f} s in all"
+
+
+def _parent(cell: Cell, folder: str | Path) -> Path:
+    """Runs of one recipe's name and length stand together: others have the same labels."""
+    return Path(folder, f"{cell.recipe.name}-{cell.recipe.epochs}")
+
+
+def _epochs(metrics: Path) -> int:
+    """How many whole epochs a run that was cut off has behind it."""
+    if not metrics.is_file():
+        return 0
+    with metrics.open(newline="", encoding="utf-8") as file:
+        return sum(1 for _ in csv.DictReader(file))
