@@ -349,7 +349,7 @@ def test_input_sizes(clock: SimpleNamespace) -> None:
         ("resnet20_cifar", {"rounds": 0}, "rounds must be at least 1, not 0"),
         ("resnet20_cifar", {"min_run_time": -1}, "min_run_time must be at least 0, not -1"),
         ("resnet20_cifar", {"engine": "onnx"}, "no engine 'onnx'; the engines are eager, compile, aoti,"),
-        ("resnet20_cifar", {"dtype": "int8"}, "no dtype 'int8'"),
+        ("resnet20_cifar", {"dtype": "int7"}, "no dtype 'int7'"),
         ("resnet20_cifar", {"device": "gpu"}, "no device 'gpu'"),
         ("resnet20_cifar", {"device": "meta"}, "device 'meta' is not supported"),
         ("resnet20_cifar", {"input_size": 0}, "input_size must be at least 1 pixel, not 0"),
