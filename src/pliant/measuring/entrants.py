@@ -35,7 +35,7 @@ class Entrant:
         form: likewise.
         network: it, until it is prepared.
         size: channels, height, width of its images.
-        parameters: counted when it is prepared, as `macs`.
+        parameters: counted before all runs, as `macs`.
         macs: multiply-accumulates of one image.
         clock: times it, from when it is prepared.
         calls: forwards in each round.

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from pliant.deploy.engines import named
-from pliant.measuring.entrants import Entrant, Model, Size, add_baseline, by_name, variants
+from pliant.measuring.entrants import Entrant, Model, Size, add_baseline, attempt, by_name, variants
 from pliant.measuring.provenance import Provenance, provenance
 from pliant.measuring.rows import (
     AS_BUILT,
@@ -39,7 +39,7 @@ from pliant.measuring.rows import (
     PLAIN,
     Measurement,
 )
-from pliant.measuring.running import Files, Limits, Setting, run, setting_of
+from pliant.measuring.running import Files, Limits, Setting, count, run, setting_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -159,6 +159,8 @@ def measure(
         for name, model in models_by_name.items():
             low = lower_resolution if name == base else None
             lineup += variants(name, model, input_size, low, tax, wanted)
+        for entrant in lineup:
+            attempt(entrant, count)
         steps = len(lineup) * (1 + rounds)
         report = progress or (lambda _done, _total, _what: None)
         # What an engine has mapped cannot be removed everywhere.

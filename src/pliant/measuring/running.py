@@ -187,17 +187,23 @@ def run(
             _race(entrants, limits, report)
 
 
+def count(entrant: Entrant) -> None:
+    """Note its parameters and multiply-accumulates, which are those of the network as built."""
+    assert entrant.network is not None
+    assert entrant.size is not None
+    entrant.parameters = count_parameters(entrant.network)
+    entrant.macs = count_macs(entrant.network, entrant.size)
+
+
 def _prepare(
     entrant: Entrant, setting: Setting, files: Files, child: Isolated | None, least: float
 ) -> None:
-    """Count, bring into form, move and warm up: afterwards the clock is ready."""
+    """Bring into form, move and warm up: afterwards the clock is ready."""
     assert entrant.network is not None
     assert entrant.size is not None
     # Its own copy: the caller's network stays as it is, where it is.
     network = copy.deepcopy(entrant.network)
     entrant.network = None
-    entrant.parameters = count_parameters(network)
-    entrant.macs = count_macs(network, entrant.size)
     engine = setting.engine
     how: dict[str, Any] = {"precision": setting.precision, "threads": setting.threads}
     images = engine.images(setting.place(torch.randn(setting.batch, *entrant.size)), setting.precision)
