@@ -137,7 +137,7 @@ def _condconv(*settings: Setting, **limits: Any) -> tuple[Suite, ...]:
     )
 
 
-# The limits keep `make bench` (Mixture-of-Depths on a CPU, and training steps) under 20 minutes
+# The limits keep `make bench` (Mixture-of-Depths on a CPU, and training steps) at 25 minutes
 # on 2 cores, and CondConv under 30: exporting and compiling take most of the time, so AOTInductor,
 # which keeps nothing of one network for the next, and bfloat16 get the best form of blocks alone.
 SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
