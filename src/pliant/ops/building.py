@@ -29,7 +29,8 @@ from pliant._files import atomic_path
 from pliant._version import __version__
 from pliant.ops import mod_block as mod_block  # defines the operator that the library fills
 
-SOURCE = Path(__file__).with_name("mod_block.cpp")
+SOURCE = Path(__file__).with_name("mod_block.cpp")  # for PyTorch
+ORT_SOURCE = Path(__file__).with_name("mod_block_ort.cpp")  # for any ONNX Runtime from 1.18 on
 LIMIT = 600  # seconds; on a busy machine compiling takes one or two minutes
 
 _lock = threading.Lock()
@@ -70,11 +71,14 @@ def why_not() -> str:
     return _outcome or ""
 
 
-def library() -> Path:
+def library(source: Path | None = None) -> Path:
     """The built library in the user's cache; built now if it is not there.
 
     Safe in several processes at once: each builds under a name of its own, and a whole file
     takes the final name.
+
+    Args:
+        source: what it is built from, by default `SOURCE`.
 
     Raises:
         BuildError: no compiler, one that fails (with the end of what it said), or a cache
@@ -82,11 +86,12 @@ def library() -> Path:
     """
     if sys.platform != "linux":
         raise BuildError(f"it is built on Linux only, and this is {sys.platform}")
-    path = cache() / f"mod_block-{_key()}.so"
+    source = source or SOURCE
+    path = cache() / f"{source.stem}-{_key(source)}.so"
     try:
         if not path.exists():
             with atomic_path(path) as temporary:
-                _compile(temporary)
+                _compile(temporary, source)
                 temporary.chmod(0o700)
     except OSError as error:
         raise BuildError(f"{path.parent} cannot be written ({error})") from error
@@ -107,13 +112,13 @@ def _load(path: Path) -> None:
         raise BuildError(f"{path.name} was built and cannot be loaded ({error})") from error
 
 
-def _key() -> str:
+def _key(source: Path | None = None) -> str:
     """What a built library depends on, in 20 letters."""
+    source = source or SOURCE
     parts = [
         __version__,
-        torch.__version__,
-        str(torch.version.git_version),
-        SOURCE.read_text(),
+        *((torch.__version__, str(torch.version.git_version)) if source != ORT_SOURCE else ()),
+        *(part.read_text() for part in (source, *sorted(source.parent.glob("*.h")))),
         _processor(),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
@@ -145,21 +150,14 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler ({wanted}); install one, for example g++")
 
 
-def _compile(target: Path) -> None:
-    # Not by torch.utils.cpp_extension: its import looks for CUDA and says so, and it wants ninja.
-    installed = Path(torch.__file__).parent
-    libraries, headers = installed / "lib", installed / "include"
-    # PyTorch's own OpenMP: with a second one, two pools of threads would fight for the cores.
-    own = sorted(p.name for p in libraries.glob("lib[gi]omp*.so*"))
+def _compile(target: Path, source: Path) -> None:
     native = ["-march=native"] if platform.machine() in ("x86_64", "aarch64") else []
+    of_torch, linked = _torch_flags() if source != ORT_SOURCE else ([], [])
     command = [
         *compiler(),
         *("-O3", *native, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-        *("-std=c++20", "-fPIC", "-shared", "-fopenmp"),
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-        *("-isystem", str(headers), "-isystem", str(headers / "torch" / "csrc" / "api" / "include")),
-        *(str(SOURCE), "-o", str(target)),
-        *(f"-L{libraries}", *(f"-l:{name}" for name in own[:1]), "-lc10", "-ltorch_cpu"),
+        *("-std=c++20", "-fPIC", "-shared", *of_torch),
+        *(str(source), "-o", str(target), *linked),
     ]
     try:
         done = subprocess.run(
@@ -172,3 +170,17 @@ def _compile(target: Path) -> None:
         raise BuildError(f"{command[0]} failed with status {done.returncode}: {said or 'it said nothing'}")
     if not target.stat().st_size:
         raise BuildError(f"{command[0]} ended well and wrote nothing")
+
+
+def _torch_flags() -> tuple[list[str], list[str]]:
+    """How to find PyTorch's headers, and its libraries."""
+    # Not by torch.utils.cpp_extension: its import looks for CUDA and says so, and it wants ninja.
+    installed = Path(torch.__file__).parent
+    libraries, headers = installed / "lib", installed / "include"
+    # PyTorch's own OpenMP: with a second one, two pools of threads would fight for the cores.
+    own = sorted(p.name for p in libraries.glob("lib[gi]omp*.so*"))
+    found = [
+        *("-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"),
+        *("-isystem", str(headers), "-isystem", str(headers / "torch" / "csrc" / "api" / "include")),
+    ]
+    return found, [f"-L{libraries}", *(f"-l:{name}" for name in own[:1]), "-lc10", "-ltorch_cpu"]
