@@ -6,6 +6,7 @@ of tensors do not: the same step gives the same figure.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ def peak_memory(step: Callable[[], Any], device: torch.device | str = "cpu") -> 
         >>> peak_memory(lambda: torch.ones(1000).exp())
         8000
     """
+    gc.collect()  # what earlier steps left is not freed within this one
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
