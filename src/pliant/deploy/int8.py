@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pliant.deploy.extras import onnx_runtime, require
-from pliant.deploy.onnx_file import _quiet
+from pliant.deploy.onnx_file import quiet
 
 CALIBRATED_ON = 4  # random images, where none are given
 
@@ -53,7 +53,7 @@ def quantise(source: Path, path: Path, images: Iterable[Tensor]) -> Path:
             x = next(self.left, None)
             return None if x is None else {name: x.float().contiguous().numpy()}
 
-    with _quiet():  # it recommends steps that the file has behind it
+    with quiet():  # it recommends steps that the file has behind it
         tools.quantize_static(
             source,
             path,

@@ -84,7 +84,7 @@ def build(
     _drop_idle_dtypes(program)
     try:
         # The exporter prints and logs its steps.
-        with _quiet():
+        with quiet():
             made = torch.onnx.export(
                 program,
                 (),
@@ -258,7 +258,7 @@ def library_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     """Nothing printed, logged or warned of below an error."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
