@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.anatomy import Block, BlockInfo, RemovedBlock, stages
+from pliant.methods import routed
 from pliant.methods.narrow import core_width, last_activation, narrow_core, unfit
 from pliant.methods.precision import full_precision, linear, pooled
 from pliant.surgery import Method, PassedOver, Site, Survey
@@ -246,7 +247,10 @@ class ChannelSelector(nn.Module):
             self.fc1.weight.copy_(torch.where(total < 0, -self.fc1.weight, self.fc1.weight))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores [B, k], at least float32, and index [B, k], int64, for `x`."""
+        """Return scores [B, k], at least float32, and index [B, k], int64, for `x`.
+
+        `x` is a feature map [B, C, H, W], or its means [B, C].
+        """
         logits = self.logits(x)
         # sorted=True: unsorted, engines return different orders for the same values.
         top, index = logits.topk(self.k, dim=1, sorted=True)
@@ -336,6 +340,8 @@ class MoDBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._trained(x)
         if self.selector is None:
             return self._fuse(x, self._process(x[:, : self.k]), None)
         scores, index = self.selector(x)
@@ -345,6 +351,23 @@ class MoDBlock(Block):
         if scores is not None:
             y = y * scores.to(y.dtype)[:, :, None, None]
         return self._fuse(x, y, index)
+
+    def _trained(self, x: Tensor) -> Tensor:
+        """The same, by operators whose gradients take fewer passes over `x`.
+
+        A compiler fuses the plain operators' passes, and a program has to be made of those.
+        """
+        scores, at = None, cast("routed.At", 0)
+        if isinstance(self.selector, ChannelSelector):
+            means, x = routed.pool(x)
+            scores, at = self.selector(means)
+        elif self.selector is not None:
+            at = self.selector(x)[1].expand(x.shape[0], self.k)
+        picked, x = routed.gather(x, at, self.k)
+        y = self._process(picked)
+        if self.fusion in ("first", "last"):
+            at = 0 if self.fusion == "first" else self.channels - self.k
+        return routed.fuse(x, y, scores, at, self.fusion == "replace")
 
     def _process(self, picked: Tensor) -> Tensor:
         y = self.core(picked)
