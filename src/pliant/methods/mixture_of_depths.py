@@ -340,7 +340,7 @@ class MoDBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if routed.usual():
             return self._trained(x)
         if self.selector is None:
             return self._fuse(x, self._process(x[:, : self.k]), None)
@@ -353,10 +353,9 @@ class MoDBlock(Block):
         return self._fuse(x, y, index)
 
     def _trained(self, x: Tensor) -> Tensor:
-        """The same, by operators whose gradients take fewer passes over `x`.
-
-        A compiler fuses the plain operators' passes, and a program has to be made of those.
-        """
+        """The same, by operators whose gradients take fewer passes over `x`."""
+        if (native := self._native(x)) is not None:
+            return native
         scores, at = None, cast("routed.At", 0)
         if isinstance(self.selector, ChannelSelector):
             means, x = routed.pool(x)
@@ -368,6 +367,33 @@ class MoDBlock(Block):
         if self.fusion in ("first", "last"):
             at = 0 if self.fusion == "first" else self.channels - self.k
         return routed.fuse(x, y, scores, at, self.fusion == "replace")
+
+    def _native(self, x: Tensor) -> Tensor | None:
+        """The same by one operator, where it is there and knows this block."""
+        from pliant.ops import mod_training as native  # on use: few processes train on a CPU
+
+        selector = self.selector
+        learned = type(selector) is ChannelSelector
+        if (
+            native.unfit(x)
+            or self.inner_shortcut
+            or type(self.last_act) is not nn.Identity
+            or type(self.drop_path) is not nn.Identity
+            or isinstance(layers := native.layers_of(self.core), str)
+            or (learned and selector.fc1.weight.dtype != torch.float32)
+            or native.watched([m for m in self.modules() if m is not self])
+            or not native.ready()
+        ):
+            return None
+        index = down = up = None
+        if learned:
+            down, up = selector.fc1.weight, selector.fc2.weight
+        elif selector is None:
+            index = torch.arange(self.k).expand(x.shape[0], self.k)
+        else:
+            index = selector(x)[1].expand(x.shape[0], self.k)
+        order = selector.order if learned else "score"
+        return native.train_block(x, index, down, up, layers, order, self.fusion)
 
     def _process(self, picked: Tensor) -> Tensor:
         y = self.core(picked)

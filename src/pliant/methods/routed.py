@@ -21,10 +21,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pliant.methods.precision import pooled
 
 At = Tensor | int
+
+
+def usual() -> bool:
+    """Whether gradients are taken in the usual way: backward, eagerly, by autograd alone.
+
+    A compiler fuses the plain operators' passes by itself, programs have to be made of those, and
+    `torch.func` and forward-mode gradients know them.
+
+    Example:
+        >>> usual(), torch.func.vmap(lambda x: x * usual())(torch.ones(1))
+        (True, tensor([0.]))
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 def pool(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,8 +91,6 @@ def fuse(x: Tensor, y: Tensor, scores: Tensor | None, at: At, replace: bool = Fa
 class Pool(torch.autograd.Function):
     """See `pool`."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         """Means, and the same tensor."""
@@ -106,8 +123,6 @@ class Pool(torch.autograd.Function):
 class Gather(torch.autograd.Function):
     """See `gather`."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, at: At, k: int) -> tuple[Tensor, Tensor]:
         """Those channels, and the same tensor."""
@@ -135,8 +150,6 @@ class Gather(torch.autograd.Function):
 
 class Fuse(torch.autograd.Function):
     """See `fuse`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, scores: Tensor | None, at: At, replace: bool) -> Tensor:

@@ -1,0 +1,593 @@
+// A Mixture-of-Depths block in training, for the CPU: forward and backward, each one operator,
+// whose arguments are told in mod_training.py.
+//
+// B images      C channels    P = H W positions   k channels processed
+// r hidden units of the selector                  m_l channels behind the core's layer l
+//
+// A layer is a convolution (1x1, or 3x3 with padding), batch norm by the statistics of the batch,
+// and ReLU but for the last. Threads take images; between layers they meet, because statistics
+// are of the whole batch. Sums over images are taken image by image, in their order: results do
+// not depend on the number of threads.
+//
+// The core's channels are too few to fill a vector, so that it is computed in planes, a picture
+// for each channel, in float32, rows with their padding one after the other: a tap of a kernel is
+// then a shift of the whole plane. What stands behind the end of a row is left out afterwards.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using i64 = int64_t;
+
+// bfloat16 is stored as the upper half of a float.
+using bf16 = uint16_t;
+inline float wide(float v) { return v; }
+inline float wide(bf16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+template <class T>
+inline T narrow(float v);
+template <>
+inline float narrow<float>(float v) { return v; }
+template <>
+inline bf16 narrow<bf16>(float v) {  // to the nearest, ties to even; NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<bf16>(v != v ? 0x7fc0 : rounded);
+}
+
+// Where the values of a feature map lie: channels_last, or planes.
+struct Map {
+  i64 batch, channels, height, width, positions, channel, position;  // the last two: strides
+  Map(const Tensor& x, bool by_position)
+      : batch(x.size(0)), channels(x.size(1)), height(x.size(2)), width(x.size(3)),
+        positions(height * width), channel(by_position ? 1 : positions), position(by_position ? channels : 1) {}
+  bool by_position() const { return channel == 1 && channels > 1; }
+};
+
+struct Layer {
+  const float *weight, *scale, *shift;
+  i64 inputs, outputs, taps, pad;
+};
+
+// A plane with its padding, and how far a kernel's taps are apart in it.
+struct Frame {
+  i64 height, width, pad, row, length, size, shifts[9];
+  Frame(i64 height, i64 width, i64 pad, i64 taps)
+      : height(height), width(width), pad(pad), row(width + 2 * pad), length(height * row),
+        size((height + 2 * pad) * row + 2 * pad) {
+    for (i64 t = 0; t < 9; t++) shifts[t] = taps == 9 ? (t / 3) * pad * row + (t % 3) * pad : 0;
+  }
+  // Planes of [H, W], each times a and plus b and perhaps ReLU, in frames of zeros.
+  void fill(float* frames, const float* planes, i64 count, const float* a, const float* b, bool relu) const {
+    std::fill(frames, frames + count * size, 0.f);
+    for (i64 c = 0; c < count; c++)
+      for (i64 h = 0; h < height; h++) {
+        float* to = frames + c * size + (h + pad) * row + pad;
+        const float* from = planes + (c * height + h) * width;
+        const float times = a ? a[c] : 1.f, plus = b ? b[c] : 0.f;
+        for (i64 w = 0; w < width; w++) {
+          const float v = times * from[w] + plus;
+          to[w] = relu ? (v > 0.f ? v : (v != v ? v : 0.f)) : v;
+        }
+      }
+  }
+};
+
+// sums[t] of the rows: every output position of every output plane, over taps and input planes.
+template <bool NINE>
+void convolve(const Frame& f, const float* in, i64 inputs, const float* weight, i64 outputs, float* out) {
+  for (i64 o = 0; o < outputs; o++) {
+    float* __restrict sum = out + o * f.length;
+    std::fill(sum, sum + f.length, 0.f);
+    for (i64 i = 0; i < inputs; i++) {
+      const float* v = in + i * f.size;
+      const float* w = weight + (o * inputs + i) * (NINE ? 9 : 1);
+      if constexpr (NINE) {
+        const float *a = v + f.shifts[0], *b = v + f.shifts[3], *c = v + f.shifts[6];
+        const i64 d = f.pad, e = 2 * f.pad;
+        for (i64 q = 0; q < f.length; q++)
+          sum[q] += w[0] * a[q] + w[1] * a[q + d] + w[2] * a[q + e] + w[3] * b[q] + w[4] * b[q + d] +
+                    w[5] * b[q + e] + w[6] * c[q] + w[7] * c[q + d] + w[8] * c[q + e];
+      } else {
+        for (i64 q = 0; q < f.length; q++) sum[q] += w[0] * v[q];
+      }
+    }
+  }
+}
+
+// The gradient of a kernel: `rows` as `convolve` lays its output out, zero behind the rows' ends.
+template <bool NINE>
+void kernel_gradient(const Frame& f, const float* in, i64 inputs, const float* rows, i64 outputs, float* sums) {
+  for (i64 o = 0; o < outputs; o++)
+    for (i64 i = 0; i < inputs; i++) {
+      const float* __restrict g = rows + o * f.length;
+      const float* v = in + i * f.size;
+      float* to = sums + (o * inputs + i) * (NINE ? 9 : 1);
+      if constexpr (NINE) {
+        const float *a = v + f.shifts[0], *b = v + f.shifts[3], *c = v + f.shifts[6];
+        const i64 d = f.pad, e = 2 * f.pad;
+        float s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0, s8 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3, s4, s5, s6, s7, s8)
+        for (i64 q = 0; q < f.length; q++) {
+          s0 += g[q] * a[q], s1 += g[q] * a[q + d], s2 += g[q] * a[q + e];
+          s3 += g[q] * b[q], s4 += g[q] * b[q + d], s5 += g[q] * b[q + e];
+          s6 += g[q] * c[q], s7 += g[q] * c[q + d], s8 += g[q] * c[q + e];
+        }
+        const float all[9] = {s0, s1, s2, s3, s4, s5, s6, s7, s8};
+        std::copy(all, all + 9, to);
+      } else {
+        float s = 0;
+#pragma omp simd reduction(+ : s)
+        for (i64 q = 0; q < f.length; q++) s += g[q] * v[q];
+        *to = s;
+      }
+    }
+}
+
+void convolve(const Frame& f, const float* in, const Layer& layer, float* out) {
+  (layer.taps == 9 ? convolve<true> : convolve<false>)(f, in, layer.inputs, layer.weight, layer.outputs, out);
+}
+
+// Statistics of a layer's output over the batch, and what they make of it: a * raw + b.
+struct Norm {
+  std::vector<float> a, b, mean, rstd;
+  Norm(const float* mean, const float* rstd, const Layer& layer)
+      : a(layer.outputs), b(layer.outputs), mean(mean, mean + layer.outputs), rstd(rstd, rstd + layer.outputs) {
+    for (i64 c = 0; c < layer.outputs; c++) {
+      a[c] = layer.scale[c] * rstd[c];
+      b[c] = layer.shift[c] - a[c] * mean[c];
+    }
+  }
+};
+
+std::vector<Layer> layers_of(at::TensorList weights, at::TensorList scales, at::TensorList shifts, i64 dilation) {
+  std::vector<Layer> layers;
+  for (size_t l = 0; l < weights.size(); l++) {
+    const i64 taps = weights[l].size(2) * weights[l].size(3);
+    layers.push_back({weights[l].const_data_ptr<float>(), scales[l].const_data_ptr<float>(),
+                      shifts[l].const_data_ptr<float>(), weights[l].size(1), weights[l].size(0), taps,
+                      taps == 9 ? dilation : 0});
+  }
+  return layers;
+}
+
+// Sums along a row first, then of rows: float32 would lose digits over thousands of positions.
+template <class T>
+void mean_of(const T* x, const Map& map, float* mean, std::vector<float>& row) {
+  const i64 C = map.channels;
+  std::fill(mean, mean + C, 0.f);
+  if (map.by_position()) {
+    row.resize(C);
+    for (i64 h = 0; h < map.height; h++) {
+      std::fill(row.begin(), row.end(), 0.f);
+      float* __restrict sum = row.data();
+      for (i64 w = 0; w < map.width; w++) {
+        const T* v = x + (h * map.width + w) * C;
+        for (i64 c = 0; c < C; c++) sum[c] += wide(v[c]);
+      }
+      for (i64 c = 0; c < C; c++) mean[c] += sum[c];
+    }
+  } else {
+    for (i64 c = 0; c < C; c++)
+      for (i64 h = 0; h < map.height; h++) {
+        const T* v = x + c * map.positions + h * map.width;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 w = 0; w < map.width; w++) sum += wide(v[w]);
+        mean[c] += sum;
+      }
+  }
+  for (i64 c = 0; c < C; c++) mean[c] /= static_cast<float>(map.positions);
+}
+
+float dot(const float* a, const float* b, i64 n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (i64 i = 0; i < n; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+// The k highest logits, best first; NaN before all, of equal ones the lower channel.
+void rank(const float* logits, i64 channels, i64 k, bool by_index, i64* index) {
+  std::vector<i64> all(channels);
+  std::iota(all.begin(), all.end(), 0);
+  const auto before = [&](i64 p, i64 q) {
+    const float a = logits[p], b = logits[q];
+    if ((a != a) != (b != b)) return a != a;
+    return a > b || (!(a < b) && p < q);
+  };
+  std::partial_sort(all.begin(), all.begin() + k, all.end(), before);
+  if (by_index) std::sort(all.begin(), all.begin() + k);
+  std::copy(all.begin(), all.begin() + k, index);
+}
+
+// Channels that the core's output goes to.
+void places(const std::string& fusion, const i64* index, i64 k, i64 channels, i64* to) {
+  for (i64 j = 0; j < k; j++)
+    to[j] = fusion == "first" ? j : fusion == "last" ? channels - k + j : index[j];
+}
+
+// Everything of a forward pass that a backward pass needs; see mod_training.py.
+struct Kept {
+  Tensor index, scores, mean, hidden, picked;
+  std::vector<Tensor> raw, means, rstds;
+};
+
+template <class T>
+void forward(const Tensor& x, const Map& map, const std::vector<Layer>& layers, const float* down,
+             const float* up, i64 units, bool by_index, const std::string& fusion, at::TensorList running_means,
+             at::TensorList running_vars, at::ArrayRef<double> eps, at::ArrayRef<double> momenta, Kept& kept, Tensor& out) {
+  const i64 B = map.batch, C = map.channels, P = map.positions, k = layers[0].inputs;
+  const T* xs = static_cast<const T*>(x.const_data_ptr());
+  T* outs = static_cast<T*>(out.data_ptr());
+  i64* index = kept.index.data_ptr<i64>();
+  float* scores = kept.scores.data_ptr<float>();
+  float* picked = kept.picked.data_ptr<float>();
+
+  for (size_t l = 0; l < layers.size(); l++) {
+    const Layer& layer = layers[l];
+    const i64 m = layer.outputs;
+    const Frame frame(map.height, map.width, layer.pad, layer.taps);
+    std::vector<double> sums(2 * B * m);
+    float* raw = kept.raw[l].data_ptr<float>();
+    std::optional<Norm> norm;
+    if (l) norm.emplace(kept.means[l - 1].const_data_ptr<float>(), kept.rstds[l - 1].const_data_ptr<float>(), layers[l - 1]);
+    at::parallel_for(0, B, 1, [&](i64 begin, i64 end) {
+      std::vector<float> frames(layer.inputs * frame.size), rows(m * frame.length), row, logits(C);
+      for (i64 b = begin; b < end; b++) {
+        const float* before = picked + b * k * P;
+        if (l) {
+          before = kept.raw[l - 1].const_data_ptr<float>() + b * layer.inputs * P;
+        } else {
+          const T* image = xs + b * C * P;
+          if (down) {
+            float* mean = kept.mean.data_ptr<float>() + b * C;
+            float* hidden = kept.hidden.data_ptr<float>() + b * units;
+            mean_of(image, map, mean, row);
+            for (i64 u = 0; u < units; u++) {
+              const float v = dot(down + u * C, mean, C);
+              hidden[u] = v > 0.f || v != v ? v : 0.f;
+            }
+            for (i64 c = 0; c < C; c++) logits[c] = dot(up + c * units, hidden, units);
+            rank(logits.data(), C, k, by_index, index + b * k);
+            for (i64 j = 0; j < k; j++) scores[b * k + j] = 1.f / (1.f + std::exp(-logits[index[b * k + j]]));
+          }
+          for (i64 j = 0; j < k; j++) {
+            const T* from = image + index[b * k + j] * map.channel;
+            float* to = picked + (b * k + j) * P;
+            for (i64 p = 0; p < P; p++) to[p] = wide(from[p * map.position]);
+          }
+        }
+        frame.fill(frames.data(), before, layer.inputs, l ? norm->a.data() : nullptr,
+                   l ? norm->b.data() : nullptr, l > 0);
+        convolve(frame, frames.data(), layer, rows.data());
+        for (i64 o = 0; o < m; o++) {
+          double sum = 0, squares = 0;
+          for (i64 h = 0; h < map.height; h++) {
+            const float* from = rows.data() + o * frame.length + h * frame.row;
+            float* to = raw + (b * m + o) * P + h * map.width;
+            double s = 0, q = 0;
+#pragma omp simd reduction(+ : s, q)
+            for (i64 w = 0; w < map.width; w++) {
+              to[w] = from[w];
+              s += from[w], q += static_cast<double>(from[w]) * from[w];
+            }
+            sum += s, squares += q;
+          }
+          sums[2 * (b * m + o)] = sum, sums[2 * (b * m + o) + 1] = squares;
+        }
+      }
+    });
+    float *mean = kept.means[l].data_ptr<float>(), *rstd = kept.rstds[l].data_ptr<float>();
+    const double n = static_cast<double>(B * P);
+    for (i64 o = 0; o < m; o++) {
+      double sum = 0, squares = 0;
+      for (i64 b = 0; b < B; b++) sum += sums[2 * (b * m + o)], squares += sums[2 * (b * m + o) + 1];
+      const double average = sum / n, spread = std::max(squares / n - average * average, 0.);
+      mean[o] = static_cast<float>(average);
+      rstd[o] = static_cast<float>(1 / std::sqrt((squares != squares ? squares : spread) + eps[l]));
+      if (!running_means.empty()) {
+        const double momentum = momenta[l];
+        float* old = running_means[l].data_ptr<float>() + o;
+        *old = static_cast<float>((1 - momentum) * *old + momentum * average);
+        old = running_vars[l].data_ptr<float>() + o;
+        *old = static_cast<float>((1 - momentum) * *old + momentum * spread * n / (n - 1));
+      }
+    }
+  }
+  const size_t last = layers.size() - 1;
+  const Norm norm(kept.means[last].const_data_ptr<float>(), kept.rstds[last].const_data_ptr<float>(), layers[last]);
+  const bool replace = fusion == "replace";
+  const float* raw = kept.raw[last].const_data_ptr<float>();
+  at::parallel_for(0, B, 1, [&](i64 begin, i64 end) {
+    std::vector<i64> to(k);
+    for (i64 b = begin; b < end; b++) {
+      T* image = outs + b * C * P;
+      std::memcpy(image, xs + b * C * P, C * P * sizeof(T));
+      places(fusion, index + b * k, k, C, to.data());
+      for (i64 j = 0; j < k; j++) {
+        const float score = down ? scores[b * k + j] : 1.f;
+        const float a = norm.a[j] * score, plus = norm.b[j] * score;
+        const float* y = raw + (b * k + j) * P;
+        T* v = image + to[j] * map.channel;
+        for (i64 p = 0; p < P; p++) {
+          T& value = v[p * map.position];
+          value = narrow<T>((replace ? 0.f : wide(value)) + (a * y[p] + plus));
+        }
+      }
+    }
+  });
+}
+
+// Sums of a gradient, and of it times the normalised value, for one plane.
+void norm_sums(const float* g, const float* raw, float mean, float rstd, i64 n, double* sums) {
+  double s = 0, x = 0;
+#pragma omp simd reduction(+ : s, x)
+  for (i64 p = 0; p < n; p++) {
+    s += g[p];
+    x += static_cast<double>(g[p]) * ((raw[p] - mean) * rstd);
+  }
+  sums[0] = s, sums[1] = x;
+}
+
+struct Gradients {
+  Tensor x, down, up;
+  std::vector<Tensor> weights, scales, shifts;
+};
+
+template <class T>
+void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& layers, const float* down,
+              const float* up, i64 units, const std::string& fusion, const Kept& kept, Gradients& to) {
+  const i64 B = map.batch, C = map.channels, P = map.positions, k = layers[0].inputs;
+  const T* gs = static_cast<const T*>(of_out.const_data_ptr());
+  T* gx = to.x.defined() ? static_cast<T*>(to.x.data_ptr()) : nullptr;
+  const i64* index = kept.index.const_data_ptr<i64>();
+  const float* scores = kept.scores.const_data_ptr<float>();
+  const size_t last = layers.size() - 1;
+  const bool replace = fusion == "replace";
+  i64 widest = k;
+  for (const Layer& layer : layers) widest = std::max(widest, layer.outputs);
+  // The gradient of the norm's output of the layer at hand, its sums, and the logits' gradients.
+  std::vector<float> current(B * widest * P), of_logits(B * k), of_hidden(B * std::max<i64>(units, 1));
+  std::vector<float> below(B * widest * P);
+  std::vector<double> sums(2 * B * widest);
+
+  const auto norm_of = [&](size_t l) {
+    return Norm(kept.means[l].const_data_ptr<float>(), kept.rstds[l].const_data_ptr<float>(), layers[l]);
+  };
+  {
+    const Norm norm = norm_of(last);
+    const float* raws = kept.raw[last].const_data_ptr<float>();
+    at::parallel_for(0, B, 1, [&](i64 begin, i64 end) {
+      std::vector<i64> places_(k);
+      for (i64 b = begin; b < end; b++) {
+        places(fusion, index + b * k, k, C, places_.data());
+        for (i64 j = 0; j < k; j++) {
+          const T* from = gs + b * C * P + places_[j] * map.channel;
+          const float* raw = raws + (b * k + j) * P;
+          float* g = current.data() + (b * k + j) * P;
+          for (i64 p = 0; p < P; p++) g[p] = wide(from[p * map.position]);
+          if (down) {
+            const float score = scores[b * k + j], a = norm.a[j], plus = norm.b[j];
+            double s = 0;
+#pragma omp simd reduction(+ : s)
+            for (i64 p = 0; p < P; p++) {
+              s += g[p] * (a * raw[p] + plus);
+              g[p] *= score;
+            }
+            of_logits[b * k + j] = static_cast<float>(s) * score * (1.f - score);
+          }
+          norm_sums(g, raw, norm.mean[j], norm.rstd[j], P, sums.data() + 2 * (b * k + j));
+        }
+      }
+    });
+  }
+  for (size_t l = last + 1; l-- > 0;) {
+    const Layer& layer = layers[l];
+    const i64 m = layer.outputs, n = layer.inputs, taps = layer.taps;
+    const Norm norm = norm_of(l);
+    std::optional<Norm> previous;
+    if (l) previous.emplace(norm_of(l - 1));
+    std::vector<float> scale(m), offset(m), slope(m);
+    for (i64 o = 0; o < m; o++) {
+      double g = 0, gx_ = 0;
+      for (i64 b = 0; b < B; b++) g += sums[2 * (b * m + o)], gx_ += sums[2 * (b * m + o) + 1];
+      to.shifts[l].data_ptr<float>()[o] = static_cast<float>(g);
+      to.scales[l].data_ptr<float>()[o] = static_cast<float>(gx_);
+      // graw = a (g - mean(g) - xhat mean(g xhat)) = a g + slope raw + offset
+      const double count = static_cast<double>(B * P);
+      scale[o] = norm.a[o];
+      slope[o] = static_cast<float>(-norm.a[o] * norm.rstd[o] * gx_ / count);
+      offset[o] = static_cast<float>(-norm.a[o] * g / count - static_cast<double>(slope[o]) * norm.mean[o]);
+    }
+    std::vector<float> flipped(n * m * taps);
+    for (i64 o = 0; o < m; o++)
+      for (i64 i = 0; i < n; i++)
+        for (i64 t = 0; t < taps; t++)
+          flipped[(i * m + o) * taps + taps - 1 - t] = layer.weight[(o * n + i) * taps + t];
+    const Layer transposed{flipped.data(), nullptr, nullptr, m, n, taps, layer.pad};
+    const Frame frame(map.height, map.width, layer.pad, taps);
+    std::vector<float> of_weight(B * m * n * taps);
+    std::vector<double> next(2 * B * widest);
+    const float* raws = kept.raw[l].const_data_ptr<float>();
+    at::parallel_for(0, B, 1, [&](i64 begin, i64 end) {
+      std::vector<float> in(n * frame.size), out(m * frame.size), rows(std::max(m, n) * frame.length);
+      std::vector<float> of_mean(C);
+      for (i64 b = begin; b < end; b++) {
+        // The convolution's gradient, in rows with zeros behind them; then the same in frames.
+        std::fill(out.begin(), out.end(), 0.f);
+        for (i64 o = 0; o < m; o++)
+          for (i64 h = 0; h < map.height; h++) {
+            float* row = rows.data() + o * frame.length + h * frame.row;
+            const float* g = current.data() + (b * m + o) * P + h * map.width;
+            const float* raw = raws + (b * m + o) * P + h * map.width;
+            for (i64 w = 0; w < map.width; w++) row[w] = scale[o] * g[w] + slope[o] * raw[w] + offset[o];
+            std::fill(row + map.width, row + frame.row, 0.f);
+            std::memcpy(out.data() + o * frame.size + (h + frame.pad) * frame.row + frame.pad, row,
+                        map.width * sizeof(float));
+          }
+        const float* before = (l ? kept.raw[l - 1] : kept.picked).const_data_ptr<float>() + b * n * P;
+        frame.fill(in.data(), before, n, l ? previous->a.data() : nullptr, l ? previous->b.data() : nullptr, l > 0);
+        (taps == 9 ? kernel_gradient<true> : kernel_gradient<false>)(
+            frame, in.data(), n, rows.data(), m, of_weight.data() + b * m * n * taps);
+        if (l || gx) convolve(frame, out.data(), transposed, rows.data());
+        if (l) {  // through ReLU, to the norm before
+          for (i64 i = 0; i < n; i++) {
+            float* g = below.data() + (b * n + i) * P;
+            const float a = previous->a[i], plus = previous->b[i];
+            for (i64 h = 0; h < map.height; h++) {
+              const float* row = rows.data() + i * frame.length + h * frame.row;
+              const float* raw = before + i * P + h * map.width;
+              for (i64 w = 0; w < map.width; w++) g[h * map.width + w] = a * raw[w] + plus <= 0.f ? 0.f : row[w];
+            }
+            norm_sums(g, before + i * P, previous->mean[i], previous->rstd[i], P, next.data() + 2 * (b * n + i));
+          }
+          continue;
+        }
+        if (down) {
+          const float* hidden = kept.hidden.const_data_ptr<float>() + b * units;
+          float* g = of_hidden.data() + b * units;
+          std::fill(g, g + units, 0.f);
+          for (i64 j = 0; j < k; j++)
+            for (i64 u = 0; u < units; u++) g[u] += of_logits[b * k + j] * up[index[b * k + j] * units + u];
+          std::fill(of_mean.begin(), of_mean.end(), 0.f);
+          for (i64 u = 0; u < units; u++) {
+            if (hidden[u] <= 0.f) g[u] = 0.f;
+            for (i64 c = 0; c < C; c++) of_mean[c] += g[u] * down[u * C + c];
+          }
+          for (i64 c = 0; c < C; c++) of_mean[c] /= static_cast<float>(P);
+        }
+        if (!gx) continue;
+        const T* __restrict from = gs + b * C * P;
+        T* __restrict image = gx + b * C * P;
+        const float* __restrict mean = of_mean.data();
+        if (map.by_position()) {
+          for (i64 p = 0; p < P; p++)
+            for (i64 c = 0; c < C; c++) image[p * C + c] = narrow<T>(wide(from[p * C + c]) + mean[c]);
+        } else {
+          for (i64 c = 0; c < C; c++)
+            for (i64 p = 0; p < P; p++) image[c * P + p] = narrow<T>(wide(from[c * P + p]) + mean[c]);
+        }
+        for (i64 j = 0; j < k; j++) {  // anew, so that it is rounded once
+          const i64 c = index[b * k + j];
+          for (i64 h = 0; h < map.height; h++) {
+            const float* row = rows.data() + j * frame.length + h * frame.row;
+            for (i64 w = 0; w < map.width; w++) {
+              const i64 at = c * map.channel + (h * map.width + w) * map.position;
+              image[at] = narrow<T>((replace ? 0.f : wide(from[at])) + mean[c] + row[w]);
+            }
+          }
+        }
+      }
+    });
+    float* of_kernel = to.weights[l].data_ptr<float>();
+    std::fill(of_kernel, of_kernel + m * n * taps, 0.f);
+    for (i64 b = 0; b < B; b++)
+      for (i64 v = 0; v < m * n * taps; v++) of_kernel[v] += of_weight[b * m * n * taps + v];
+    std::swap(current, below);
+    std::swap(sums, next);
+  }
+  if (!down) return;
+  const float *mean = kept.mean.const_data_ptr<float>(), *hidden = kept.hidden.const_data_ptr<float>();
+  float *of_down = to.down.data_ptr<float>(), *of_up = to.up.data_ptr<float>();
+  at::parallel_for(0, units, 1, [&](i64 begin, i64 end) {
+    for (i64 u = begin; u < end; u++)
+      for (i64 b = 0; b < B; b++) {
+        const float g = of_hidden[b * units + u];
+        for (i64 c = 0; c < C; c++) of_down[u * C + c] += g * mean[b * C + c];
+      }
+  });
+  for (i64 b = 0; b < B; b++)
+    for (i64 j = 0; j < k; j++)
+      for (i64 u = 0; u < units; u++)
+        of_up[index[b * k + j] * units + u] += of_logits[b * k + j] * hidden[b * units + u];
+}
+
+const float* values(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+// All that a forward pass gives, one after the other: see mod_training.py.
+std::vector<Tensor> mod_training(const Tensor& x, const std::optional<Tensor>& index,
+                                 const std::optional<Tensor>& down, const std::optional<Tensor>& up,
+                                 at::TensorList weights, at::TensorList scales, at::TensorList shifts,
+                                 at::TensorList running_means, at::TensorList running_vars,
+                                 at::ArrayRef<double> eps, at::ArrayRef<double> momenta, int64_t dilation,
+                                 bool by_position, c10::string_view order, c10::string_view fusion) {
+  const Map map(x, by_position);
+  const auto layers = layers_of(weights, scales, shifts, dilation);
+  const i64 B = map.batch, k = layers[0].inputs, units = down ? down->size(0) : 0;
+  const auto floats = at::TensorOptions().dtype(at::kFloat);
+  Kept kept;
+  kept.index = index ? index->contiguous() : at::empty({B, k}, floats.dtype(at::kLong));
+  kept.scores = at::empty({down ? B : 0, k}, floats);
+  kept.mean = at::empty({down ? B : 0, map.channels}, floats);
+  kept.hidden = at::empty({down ? B : 0, units}, floats);
+  kept.picked = at::empty({B, k, map.height, map.width}, floats);
+  for (const Layer& layer : layers) {
+    kept.raw.push_back(at::empty({B, layer.outputs, map.height, map.width}, floats));
+    kept.means.push_back(at::empty({layer.outputs}, floats));
+    kept.rstds.push_back(at::empty({layer.outputs}, floats));
+  }
+  Tensor out = at::empty_like(x);
+  (x.scalar_type() == at::kFloat ? forward<float> : forward<bf16>)(
+      x, map, layers, values(down), values(up), units, order == "index", std::string(fusion), running_means,
+      running_vars, eps, momenta, kept, out);
+  std::vector<Tensor> all{out, kept.index, kept.scores, kept.mean, kept.hidden, kept.picked};
+  for (const auto* list : {&kept.raw, &kept.means, &kept.rstds}) all.insert(all.end(), list->begin(), list->end());
+  return all;
+}
+
+// Gradients of x (empty where it is not wanted), down, up, and of each layer's weight, scale, shift.
+std::vector<Tensor> mod_training_backward(const Tensor& of_out, at::TensorList all,
+                                          const std::optional<Tensor>& down, const std::optional<Tensor>& up,
+                                          at::TensorList weights, at::TensorList scales, at::TensorList shifts,
+                                          int64_t dilation, bool by_position, c10::string_view fusion, bool wants_x) {
+  const Map map(of_out, by_position);
+  const auto layers = layers_of(weights, scales, shifts, dilation);
+  const size_t n = layers.size();
+  Kept kept{all[0], all[1], all[2], all[3], all[4],
+            all.slice(5, n).vec(), all.slice(5 + n, n).vec(), all.slice(5 + 2 * n, n).vec()};
+  const auto floats = at::TensorOptions().dtype(at::kFloat);
+  const i64 units = down ? down->size(0) : 0;
+  Gradients to;
+  if (wants_x) to.x = at::empty_like(of_out);
+  to.down = down ? at::zeros({units, map.channels}, floats) : at::empty({0}, floats);
+  to.up = down ? at::zeros({map.channels, units}, floats) : at::empty({0}, floats);
+  for (size_t l = 0; l < n; l++) {
+    to.weights.push_back(at::empty(weights[l].sizes(), floats));
+    to.scales.push_back(at::empty({layers[l].outputs}, floats));
+    to.shifts.push_back(at::empty({layers[l].outputs}, floats));
+  }
+  (of_out.scalar_type() == at::kFloat ? backward<float> : backward<bf16>)(
+      of_out, map, layers, values(down), values(up), units, std::string(fusion), kept, to);
+  std::vector<Tensor> gradients{wants_x ? to.x : at::empty({0}, floats), to.down, to.up};
+  for (const auto* list : {&to.weights, &to.scales, &to.shifts})
+    gradients.insert(gradients.end(), list->begin(), list->end());
+  return gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pliant, CPU, m) {
+  m.impl("mod_training", mod_training);
+  m.impl("mod_training_backward", mod_training_backward);
+}
