@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -372,7 +372,7 @@ class MoDBlock(Block):
         """The same by one operator, where it is there and knows this block."""
         from pliant.ops import mod_training as native  # on use: few processes train on a CPU
 
-        selector = self.selector
+        selector: Any = self.selector
         learned = type(selector) is ChannelSelector
         if (
             native.unfit(x)

@@ -92,25 +92,22 @@ class Pool(torch.autograd.Function):
     """See `pool`."""
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means, and the same tensor."""
-        return pooled(x), x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keep no tensor."""
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Means, and the same tensor; no tensor is kept."""
         ctx.set_materialize_grads(False)
-        ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return pooled(x), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
         """One pass: the map's gradient, and each channel's share of its mean's."""
         of_means, of_map = grads
+        shape: torch.Size = ctx.shape
         if of_means is None:
             return of_map
-        share = (of_means / (ctx.shape[2] * ctx.shape[3])).to(ctx.dtype)
+        share: Tensor = (of_means / (shape[2] * shape[3])).to(ctx.dtype)
         if of_map is None:
-            return share[:, :, None, None].expand(ctx.shape)
+            return share[:, :, None, None].expand(shape)
         if not _by_position(of_map):
             return of_map + share[:, :, None, None]
         # Whole rows of pixels: PyTorch is slow to repeat along few channels.
@@ -124,17 +121,12 @@ class Gather(torch.autograd.Function):
     """See `gather`."""
 
     @staticmethod
-    def forward(x: Tensor, at: At, k: int) -> tuple[Tensor, Tensor]:
-        """Those channels, and the same tensor."""
-        return taken(x, at, k), x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keep which channels."""
+    def forward(ctx: Any, x: Tensor, at: At, k: int) -> tuple[Tensor, Tensor]:
+        """Those channels, and the same tensor; which channels is kept."""
         ctx.set_materialize_grads(False)
-        x, at, _ = inputs
         _keep(ctx, at)
         ctx.shape = x.shape
+        return taken(x, at, k), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -152,20 +144,15 @@ class Fuse(torch.autograd.Function):
     """See `fuse`."""
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor, scores: Tensor | None, at: At, replace: bool) -> Tensor:
-        """A copy of the map with those channels changed."""
+    def forward(ctx: Any, x: Tensor, y: Tensor, scores: Tensor | None, at: At, replace: bool) -> Tensor:
+        """A copy of the map with those channels changed; `y` is kept where scores learn from it."""
+        ctx.dtype, ctx.k, ctx.replace = y.dtype, y.shape[1], replace
+        ctx.scored = scores is not None
+        _keep(ctx, at, *((y, scores) if scores is not None else ()))
         if scores is not None:
             y = y * scores.to(y.dtype)[:, :, None, None]
         y = y.to(x.dtype)
         return replaced(x, y, at) if replace else added(x, y, at)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep the core's output where scores are to learn from it."""
-        _, y, scores, at, ctx.replace = inputs
-        ctx.dtype, ctx.k = y.dtype, y.shape[1]
-        ctx.scored = scores is not None
-        _keep(ctx, at, *((y, scores) if ctx.scored else ()))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -244,7 +231,7 @@ def _positions(x: Tensor) -> Tensor:
 
 def _as_map(positions: Tensor, like: Tensor) -> Tensor:
     """Back to [B, k, H, W]."""
-    return positions.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+    return positions.view(len(positions), *like.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def _per_position(at: Tensor, x: Tensor) -> Tensor:

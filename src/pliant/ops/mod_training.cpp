@@ -8,10 +8,6 @@
 // and ReLU but for the last. Threads take images; between layers they meet, because statistics
 // are of the whole batch. Sums over images are taken image by image, in their order: results do
 // not depend on the number of threads.
-//
-// The core's channels are too few to fill a vector, so that it is computed in planes, a picture
-// for each channel, in float32, rows with their padding one after the other: a tap of a kernel is
-// then a shift of the whole plane. What stands behind the end of a row is left out afterwards.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -23,142 +19,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "mod_training.h"
+
 namespace {
 
 using at::Tensor;
-using i64 = int64_t;
-
-// bfloat16 is stored as the upper half of a float.
-using bf16 = uint16_t;
-inline float wide(float v) { return v; }
-inline float wide(bf16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-template <class T>
-inline T narrow(float v);
-template <>
-inline float narrow<float>(float v) { return v; }
-template <>
-inline bf16 narrow<bf16>(float v) {  // to the nearest, ties to even; NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<bf16>(v != v ? 0x7fc0 : rounded);
-}
-
-// Where the values of a feature map lie: channels_last, or planes.
-struct Map {
-  i64 batch, channels, height, width, positions, channel, position;  // the last two: strides
-  Map(const Tensor& x, bool by_position)
-      : batch(x.size(0)), channels(x.size(1)), height(x.size(2)), width(x.size(3)),
-        positions(height * width), channel(by_position ? 1 : positions), position(by_position ? channels : 1) {}
-  bool by_position() const { return channel == 1 && channels > 1; }
-};
-
-struct Layer {
-  const float *weight, *scale, *shift;
-  i64 inputs, outputs, taps, pad;
-};
-
-// A plane with its padding, and how far a kernel's taps are apart in it.
-struct Frame {
-  i64 height, width, pad, row, length, size, shifts[9];
-  Frame(i64 height, i64 width, i64 pad, i64 taps)
-      : height(height), width(width), pad(pad), row(width + 2 * pad), length(height * row),
-        size((height + 2 * pad) * row + 2 * pad) {
-    for (i64 t = 0; t < 9; t++) shifts[t] = taps == 9 ? (t / 3) * pad * row + (t % 3) * pad : 0;
-  }
-  // Planes of [H, W], each times a and plus b and perhaps ReLU, in frames of zeros.
-  void fill(float* frames, const float* planes, i64 count, const float* a, const float* b, bool relu) const {
-    std::fill(frames, frames + count * size, 0.f);
-    for (i64 c = 0; c < count; c++)
-      for (i64 h = 0; h < height; h++) {
-        float* to = frames + c * size + (h + pad) * row + pad;
-        const float* from = planes + (c * height + h) * width;
-        const float times = a ? a[c] : 1.f, plus = b ? b[c] : 0.f;
-        for (i64 w = 0; w < width; w++) {
-          const float v = times * from[w] + plus;
-          to[w] = relu ? (v > 0.f ? v : (v != v ? v : 0.f)) : v;
-        }
-      }
-  }
-};
-
-// sums[t] of the rows: every output position of every output plane, over taps and input planes.
-template <bool NINE>
-void convolve(const Frame& f, const float* in, i64 inputs, const float* weight, i64 outputs, float* out) {
-  for (i64 o = 0; o < outputs; o++) {
-    float* __restrict sum = out + o * f.length;
-    std::fill(sum, sum + f.length, 0.f);
-    for (i64 i = 0; i < inputs; i++) {
-      const float* v = in + i * f.size;
-      const float* w = weight + (o * inputs + i) * (NINE ? 9 : 1);
-      if constexpr (NINE) {
-        const float *a = v + f.shifts[0], *b = v + f.shifts[3], *c = v + f.shifts[6];
-        const i64 d = f.pad, e = 2 * f.pad;
-        for (i64 q = 0; q < f.length; q++)
-          sum[q] += w[0] * a[q] + w[1] * a[q + d] + w[2] * a[q + e] + w[3] * b[q] + w[4] * b[q + d] +
-                    w[5] * b[q + e] + w[6] * c[q] + w[7] * c[q + d] + w[8] * c[q + e];
-      } else {
-        for (i64 q = 0; q < f.length; q++) sum[q] += w[0] * v[q];
-      }
-    }
-  }
-}
-
-// The gradient of a kernel: `rows` as `convolve` lays its output out, zero behind the rows' ends.
-template <bool NINE>
-void kernel_gradient(const Frame& f, const float* in, i64 inputs, const float* rows, i64 outputs, float* sums) {
-  for (i64 o = 0; o < outputs; o++)
-    for (i64 i = 0; i < inputs; i++) {
-      const float* __restrict g = rows + o * f.length;
-      const float* v = in + i * f.size;
-      float* to = sums + (o * inputs + i) * (NINE ? 9 : 1);
-      if constexpr (NINE) {
-        const float *a = v + f.shifts[0], *b = v + f.shifts[3], *c = v + f.shifts[6];
-        const i64 d = f.pad, e = 2 * f.pad;
-        float s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0, s8 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, s4, s5, s6, s7, s8)
-        for (i64 q = 0; q < f.length; q++) {
-          s0 += g[q] * a[q], s1 += g[q] * a[q + d], s2 += g[q] * a[q + e];
-          s3 += g[q] * b[q], s4 += g[q] * b[q + d], s5 += g[q] * b[q + e];
-          s6 += g[q] * c[q], s7 += g[q] * c[q + d], s8 += g[q] * c[q + e];
-        }
-        const float all[9] = {s0, s1, s2, s3, s4, s5, s6, s7, s8};
-        std::copy(all, all + 9, to);
-      } else {
-        float s = 0;
-#pragma omp simd reduction(+ : s)
-        for (i64 q = 0; q < f.length; q++) s += g[q] * v[q];
-        *to = s;
-      }
-    }
-}
-
-void convolve(const Frame& f, const float* in, const Layer& layer, float* out) {
-  (layer.taps == 9 ? convolve<true> : convolve<false>)(f, in, layer.inputs, layer.weight, layer.outputs, out);
-}
-
-// Statistics of a layer's output over the batch, and what they make of it: a * raw + b.
-struct Norm {
-  std::vector<float> a, b, mean, rstd;
-  Norm(const float* mean, const float* rstd, const Layer& layer)
-      : a(layer.outputs), b(layer.outputs), mean(mean, mean + layer.outputs), rstd(rstd, rstd + layer.outputs) {
-    for (i64 c = 0; c < layer.outputs; c++) {
-      a[c] = layer.scale[c] * rstd[c];
-      b[c] = layer.shift[c] - a[c] * mean[c];
-    }
-  }
-};
+using namespace mod_planes;
 
 std::vector<Layer> layers_of(at::TensorList weights, at::TensorList scales, at::TensorList shifts, i64 dilation) {
   std::vector<Layer> layers;
@@ -169,62 +40,6 @@ std::vector<Layer> layers_of(at::TensorList weights, at::TensorList scales, at::
                       taps == 9 ? dilation : 0});
   }
   return layers;
-}
-
-// Sums along a row first, then of rows: float32 would lose digits over thousands of positions.
-template <class T>
-void mean_of(const T* x, const Map& map, float* mean, std::vector<float>& row) {
-  const i64 C = map.channels;
-  std::fill(mean, mean + C, 0.f);
-  if (map.by_position()) {
-    row.resize(C);
-    for (i64 h = 0; h < map.height; h++) {
-      std::fill(row.begin(), row.end(), 0.f);
-      float* __restrict sum = row.data();
-      for (i64 w = 0; w < map.width; w++) {
-        const T* v = x + (h * map.width + w) * C;
-        for (i64 c = 0; c < C; c++) sum[c] += wide(v[c]);
-      }
-      for (i64 c = 0; c < C; c++) mean[c] += sum[c];
-    }
-  } else {
-    for (i64 c = 0; c < C; c++)
-      for (i64 h = 0; h < map.height; h++) {
-        const T* v = x + c * map.positions + h * map.width;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (i64 w = 0; w < map.width; w++) sum += wide(v[w]);
-        mean[c] += sum;
-      }
-  }
-  for (i64 c = 0; c < C; c++) mean[c] /= static_cast<float>(map.positions);
-}
-
-float dot(const float* a, const float* b, i64 n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (i64 i = 0; i < n; i++) sum += a[i] * b[i];
-  return sum;
-}
-
-// The k highest logits, best first; NaN before all, of equal ones the lower channel.
-void rank(const float* logits, i64 channels, i64 k, bool by_index, i64* index) {
-  std::vector<i64> all(channels);
-  std::iota(all.begin(), all.end(), 0);
-  const auto before = [&](i64 p, i64 q) {
-    const float a = logits[p], b = logits[q];
-    if ((a != a) != (b != b)) return a != a;
-    return a > b || (!(a < b) && p < q);
-  };
-  std::partial_sort(all.begin(), all.begin() + k, all.end(), before);
-  if (by_index) std::sort(all.begin(), all.begin() + k);
-  std::copy(all.begin(), all.begin() + k, index);
-}
-
-// Channels that the core's output goes to.
-void places(const std::string& fusion, const i64* index, i64 k, i64 channels, i64* to) {
-  for (i64 j = 0; j < k; j++)
-    to[j] = fusion == "first" ? j : fusion == "last" ? channels - k + j : index[j];
 }
 
 // Everything of a forward pass that a backward pass needs; see mod_training.py.
@@ -282,30 +97,25 @@ void forward(const Tensor& x, const Map& map, const std::vector<Layer>& layers, 
                    l ? norm->b.data() : nullptr, l > 0);
         convolve(frame, frames.data(), layer, rows.data());
         for (i64 o = 0; o < m; o++) {
-          double sum = 0, squares = 0;
-          for (i64 h = 0; h < map.height; h++) {
-            const float* from = rows.data() + o * frame.length + h * frame.row;
-            float* to = raw + (b * m + o) * P + h * map.width;
-            double s = 0, q = 0;
-#pragma omp simd reduction(+ : s, q)
-            for (i64 w = 0; w < map.width; w++) {
-              to[w] = from[w];
-              s += from[w], q += static_cast<double>(from[w]) * from[w];
-            }
-            sum += s, squares += q;
-          }
-          sums[2 * (b * m + o)] = sum, sums[2 * (b * m + o) + 1] = squares;
+          float* plane = raw + (b * m + o) * P;
+          for (i64 h = 0; h < map.height; h++)
+            std::memcpy(plane + h * map.width, rows.data() + o * frame.length + h * frame.row,
+                        map.width * sizeof(float));
+          plane_moments(plane, P, sums.data() + 2 * (b * m + o));
         }
       }
     });
     float *mean = kept.means[l].data_ptr<float>(), *rstd = kept.rstds[l].data_ptr<float>();
     const double n = static_cast<double>(B * P);
     for (i64 o = 0; o < m; o++) {
-      double sum = 0, squares = 0;
-      for (i64 b = 0; b < B; b++) sum += sums[2 * (b * m + o)], squares += sums[2 * (b * m + o) + 1];
-      const double average = sum / n, spread = std::max(squares / n - average * average, 0.);
+      double average = 0, spread = 0;
+      for (i64 b = 0; b < B; b++) average += sums[2 * (b * m + o)] / static_cast<double>(B);
+      for (i64 b = 0; b < B; b++) {
+        const double apart = sums[2 * (b * m + o)] - average;
+        spread += (sums[2 * (b * m + o) + 1] + static_cast<double>(P) * apart * apart) / n;
+      }
       mean[o] = static_cast<float>(average);
-      rstd[o] = static_cast<float>(1 / std::sqrt((squares != squares ? squares : spread) + eps[l]));
+      rstd[o] = static_cast<float>(1 / std::sqrt(spread + eps[l]));
       if (!running_means.empty()) {
         const double momentum = momenta[l];
         float* old = running_means[l].data_ptr<float>() + o;
@@ -339,17 +149,6 @@ void forward(const Tensor& x, const Map& map, const std::vector<Layer>& layers, 
   });
 }
 
-// Sums of a gradient, and of it times the normalised value, for one plane.
-void norm_sums(const float* g, const float* raw, float mean, float rstd, i64 n, double* sums) {
-  double s = 0, x = 0;
-#pragma omp simd reduction(+ : s, x)
-  for (i64 p = 0; p < n; p++) {
-    s += g[p];
-    x += static_cast<double>(g[p]) * ((raw[p] - mean) * rstd);
-  }
-  sums[0] = s, sums[1] = x;
-}
-
 struct Gradients {
   Tensor x, down, up;
   std::vector<Tensor> weights, scales, shifts;
@@ -368,8 +167,9 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
   i64 widest = k;
   for (const Layer& layer : layers) widest = std::max(widest, layer.outputs);
   // The gradient of the norm's output of the layer at hand, its sums, and the logits' gradients.
-  std::vector<float> current(B * widest * P), of_logits(B * k), of_hidden(B * std::max<i64>(units, 1));
-  std::vector<float> below(B * widest * P);
+  Tensor current_ = at::empty({B * widest * P}, at::kFloat), below_ = at::empty({B * widest * P}, at::kFloat);
+  float *current = current_.data_ptr<float>(), *below = below_.data_ptr<float>();
+  std::vector<float> of_logits(B * k), of_hidden(B * std::max<i64>(units, 1));
   std::vector<double> sums(2 * B * widest);
 
   const auto norm_of = [&](size_t l) {
@@ -385,17 +185,22 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
         for (i64 j = 0; j < k; j++) {
           const T* from = gs + b * C * P + places_[j] * map.channel;
           const float* raw = raws + (b * k + j) * P;
-          float* g = current.data() + (b * k + j) * P;
+          float* g = current + (b * k + j) * P;
           for (i64 p = 0; p < P; p++) g[p] = wide(from[p * map.position]);
           if (down) {
             const float score = scores[b * k + j], a = norm.a[j], plus = norm.b[j];
-            double s = 0;
+            double all = 0;
+            for (i64 first = 0; first < P; first += AT_ONCE) {
+              const i64 behind = std::min(first + AT_ONCE, P);
+              float s = 0;
 #pragma omp simd reduction(+ : s)
-            for (i64 p = 0; p < P; p++) {
-              s += g[p] * (a * raw[p] + plus);
-              g[p] *= score;
+              for (i64 p = first; p < behind; p++) {
+                s += g[p] * (a * raw[p] + plus);
+                g[p] *= score;
+              }
+              all += s;
             }
-            of_logits[b * k + j] = static_cast<float>(s) * score * (1.f - score);
+            of_logits[b * k + j] = static_cast<float>(all) * score * (1.f - score);
           }
           norm_sums(g, raw, norm.mean[j], norm.rstd[j], P, sums.data() + 2 * (b * k + j));
         }
@@ -432,14 +237,14 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
     const float* raws = kept.raw[l].const_data_ptr<float>();
     at::parallel_for(0, B, 1, [&](i64 begin, i64 end) {
       std::vector<float> in(n * frame.size), out(m * frame.size), rows(std::max(m, n) * frame.length);
-      std::vector<float> of_mean(C);
+      std::vector<float> of_mean(C), tiled(map.by_position() ? map.width * C : 0);
       for (i64 b = begin; b < end; b++) {
         // The convolution's gradient, in rows with zeros behind them; then the same in frames.
         std::fill(out.begin(), out.end(), 0.f);
         for (i64 o = 0; o < m; o++)
           for (i64 h = 0; h < map.height; h++) {
             float* row = rows.data() + o * frame.length + h * frame.row;
-            const float* g = current.data() + (b * m + o) * P + h * map.width;
+            const float* g = current + (b * m + o) * P + h * map.width;
             const float* raw = raws + (b * m + o) * P + h * map.width;
             for (i64 w = 0; w < map.width; w++) row[w] = scale[o] * g[w] + slope[o] * raw[w] + offset[o];
             std::fill(row + map.width, row + frame.row, 0.f);
@@ -453,7 +258,7 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
         if (l || gx) convolve(frame, out.data(), transposed, rows.data());
         if (l) {  // through ReLU, to the norm before
           for (i64 i = 0; i < n; i++) {
-            float* g = below.data() + (b * n + i) * P;
+            float* g = below + (b * n + i) * P;
             const float a = previous->a[i], plus = previous->b[i];
             for (i64 h = 0; h < map.height; h++) {
               const float* row = rows.data() + i * frame.length + h * frame.row;
@@ -482,8 +287,11 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
         T* __restrict image = gx + b * C * P;
         const float* __restrict mean = of_mean.data();
         if (map.by_position()) {
-          for (i64 p = 0; p < P; p++)
-            for (i64 c = 0; c < C; c++) image[p * C + c] = narrow<T>(wide(from[p * C + c]) + mean[c]);
+          for (i64 w = 0; w < map.width; w++) std::copy(mean, mean + C, tiled.data() + w * C);
+          const float* __restrict means = tiled.data();
+          const i64 n_row = map.width * C;
+          for (i64 h = 0; h < map.height; h++)
+            for (i64 i = 0; i < n_row; i++) image[h * n_row + i] = narrow<T>(wide(from[h * n_row + i]) + means[i]);
         } else {
           for (i64 c = 0; c < C; c++)
             for (i64 p = 0; p < P; p++) image[c * P + p] = narrow<T>(wide(from[c * P + p]) + mean[c]);
@@ -532,7 +340,7 @@ std::vector<Tensor> mod_training(const Tensor& x, const std::optional<Tensor>& i
                                  at::TensorList running_means, at::TensorList running_vars,
                                  at::ArrayRef<double> eps, at::ArrayRef<double> momenta, int64_t dilation,
                                  bool by_position, c10::string_view order, c10::string_view fusion) {
-  const Map map(x, by_position);
+  const Map map(x.sizes().data(), by_position);
   const auto layers = layers_of(weights, scales, shifts, dilation);
   const i64 B = map.batch, k = layers[0].inputs, units = down ? down->size(0) : 0;
   const auto floats = at::TensorOptions().dtype(at::kFloat);
@@ -561,7 +369,7 @@ std::vector<Tensor> mod_training_backward(const Tensor& of_out, at::TensorList a
                                           const std::optional<Tensor>& down, const std::optional<Tensor>& up,
                                           at::TensorList weights, at::TensorList scales, at::TensorList shifts,
                                           int64_t dilation, bool by_position, c10::string_view fusion, bool wants_x) {
-  const Map map(of_out, by_position);
+  const Map map(of_out.sizes().data(), by_position);
   const auto layers = layers_of(weights, scales, shifts, dilation);
   const size_t n = layers.size();
   Kept kept{all[0], all[1], all[2], all[3], all[4],

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from pliant.ops import building
@@ -45,6 +44,9 @@ _LIBRARY.define(
     "int dilation, bool by_position, str fusion, bool wants_x) -> Tensor[]"
 )
 
+mod_training: Any = torch.ops.pliant.mod_training.default
+mod_training_backward: Any = torch.ops.pliant.mod_training_backward.default
+
 _lock = threading.Lock()
 _outcome: str | None = None  # of this process: empty where the library is loaded, else why not
 
@@ -63,7 +65,7 @@ def layers_of(core: nn.Module) -> Layers | str:
         >>> layers_of(nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.GroupNorm(1, 4)))
         'its core is Conv2d, GroupNorm, not convolutions with batch norm and ReLU between'
     """
-    parts = list(core)
+    parts: list[Any] = list(core.children())
     convs, norms, between = parts[::3], parts[1::3], parts[2::3]
     as_known = (
         len(convs) == len(norms) == len(between) + 1
@@ -103,6 +105,8 @@ def unfit(x: Tensor) -> str:
         return "x is no plain tensor on the CPU"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"x is {x.dtype}"
+    if x.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu"):
+        return "x is bfloat16 and its weights are not: PyTorch refuses it"
     if x.numel() <= x.shape[1]:
         return "x has one value a channel, or none"
     return ""
@@ -141,7 +145,8 @@ def train_block(
 ) -> Tensor:
     """The block's output for `x`, of its dtype, with a gradient; norms keep their running statistics.
 
-    All is computed in float32, under autocast too. The gradient has none itself.
+    All is computed in float32, under autocast too. There is no second derivative, and asking for
+    one is an error.
 
     Args:
         x: feature map, which `unfit` has nothing against.
@@ -187,7 +192,7 @@ class TrainedBlock(torch.autograd.Function):
         tensors = tuple(t.contiguous() for t in tensors)
         n = len(norms)
         running = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
-        out, *kept = torch.ops.pliant.mod_training(
+        out, *kept = mod_training(
             x if by_position else x.contiguous(),
             *(index, down, up, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], *running),
             *([norm.eps for norm in norms], [norm.momentum for norm in norms]),
@@ -198,13 +203,17 @@ class TrainedBlock(torch.autograd.Function):
         return cast("Tensor", out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """One operator."""
+        """One operator, which has no gradient."""
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "a Mixture-of-Depths block's training operator has no second derivative; in float64 and "
+                "under torch.func, blocks run in PyTorch's operators, which have"
+            )
         down, up, *rest = ctx.saved_tensors
         n, wants_x = ctx.layers, ctx.needs_input_grad[0]
         form = torch.channels_last if ctx.by_position else torch.contiguous_format
-        of_x, of_down, of_up, *of_tensors = torch.ops.pliant.mod_training_backward(
+        of_x, of_down, of_up, *of_tensors = mod_training_backward(
             grad.contiguous(memory_format=form),
             *(rest[3 * n :], down, up, rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n]),
             *(ctx.dilation, ctx.by_position, ctx.fusion, wants_x),
@@ -230,7 +239,7 @@ def flops(x: Sequence[int], _index: Any, down: Sequence[int] | None, *rest: Any,
     """Operations, twice the multiply-accumulates, of the forward pass, as of the plain form."""
     batch, channels, height, width = x
     _up, weights, *_ = rest
-    core = sum(w[0] * w[1] * w[2] * w[3] for w in weights)
+    core: int = sum(w[0] * w[1] * w[2] * w[3] for w in weights)
     return 2 * batch * (height * width * core + (0 if down is None else 2 * channels * down[0]))
 
 
