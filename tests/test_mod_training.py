@@ -179,7 +179,10 @@ def test_native_is_the_plain_form(built, kind, dilation, selection, fusion):
         given, was = g.clone(), x.clone()
         found, name = run(block, block, x, g)
         assert name == "TrainedBlockBackward"
-        assert_same(found, expected, rounded=rounded)
+        # One channel inside: the next norm undoes its scale, and that gradient is a sum of values
+        # that cancel but for the norm's eps.
+        one = kind is Bottleneck and k == 4
+        assert_same(found, expected, 2e-4 if one else 2e-5, rounded)
         assert torch.equal(g, given)
         assert torch.equal(x, was)
         for key in ("out", "x'"):
@@ -266,7 +269,7 @@ def test_checkpointing_gives_the_same_gradients(built):
 def test_native_has_no_second_derivative_and_says_so(built):
     block = mod_block()
     x, _ = images()
-    with pytest.raises(RuntimeError, match="has no second derivative; in float64 and under torch.func"):
+    with pytest.raises(RuntimeError, match="has no second derivative; in float64"):
         torch.autograd.grad(block(x.requires_grad_()).sum(), x, create_graph=True)
 
 

@@ -20,7 +20,8 @@ def peak_memory(step: Callable[[], Any], device: torch.device | str = "cpu") -> 
     a library such as oneDNN takes for itself.
 
     Args:
-        step: run once; run it before, so that what it keeps for good (momentum) is there.
+        step: run once. Run it before, so that what it keeps for good (momentum) is there, and drop
+            what it will make anew (gradients): what is freed was there before, and is not counted off.
         device: where it runs.
 
     Example:

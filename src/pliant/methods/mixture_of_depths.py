@@ -381,7 +381,7 @@ class MoDBlock(Block):
             or type(self.drop_path) is not nn.Identity
             or isinstance(layers := native.layers_of(self.core), str)
             or (learned and selector.fc1.weight.dtype != torch.float32)
-            or native.watched([m for m in self.modules() if m is not self])
+            or native.watched([self.core, *self.core.children(), *([] if selector is None else [selector])])
             or not native.ready()
         ):
             return None

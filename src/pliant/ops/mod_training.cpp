@@ -12,6 +12,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -42,42 +43,63 @@ std::vector<Layer> layers_of(at::TensorList weights, at::TensorList scales, at::
   return layers;
 }
 
-// Everything of a forward pass that a backward pass needs; see mod_training.py.
+// What a backward pass needs of a forward pass: channels, and values one after the other. Few
+// tensors, because each costs about as long as a small block.
 struct Kept {
-  Tensor index, scores, mean, hidden, picked;
-  std::vector<Tensor> raw, means, rstds;
+  i64* index;                                      // [B, k]
+  float *scores, *mean, *hidden, *picked;          // [B, k], [B, C], [B, r], [B, k, P]
+  std::vector<float*> raw, means, rstds;           // for each layer [B, m, P], [m], [m]
+  static i64 size(const Map& map, const std::vector<Layer>& layers, i64 units) {
+    const i64 k = layers[0].inputs;
+    i64 values = map.batch * (k + map.channels + units + k * map.positions);
+    for (const Layer& layer : layers) values += layer.outputs * (map.batch * map.positions + 2);
+    return values;
+  }
+  Kept(const Tensor& channels, const Tensor& values, const Map& map, const std::vector<Layer>& layers, i64 units) {
+    const i64 k = layers[0].inputs;
+    float* next = values.data_ptr<float>();
+    const auto take = [&](i64 count) { return (next += count) - count; };
+    index = channels.data_ptr<i64>();
+    scores = take(map.batch * k), mean = take(map.batch * map.channels), hidden = take(map.batch * units);
+    picked = take(map.batch * k * map.positions);
+    for (const Layer& layer : layers) {
+      raw.push_back(take(map.batch * layer.outputs * map.positions));
+      means.push_back(take(layer.outputs));
+      rstds.push_back(take(layer.outputs));
+    }
+  }
 };
 
 template <class T>
 void forward(const Tensor& x, const Map& map, const std::vector<Layer>& layers, const float* down,
              const float* up, i64 units, bool by_index, const std::string& fusion, at::TensorList running_means,
-             at::TensorList running_vars, at::ArrayRef<double> eps, at::ArrayRef<double> momenta, Kept& kept, Tensor& out) {
+             at::TensorList running_vars, at::ArrayRef<double> eps, at::ArrayRef<double> momenta, const Kept& kept, Tensor& out) {
   const i64 B = map.batch, C = map.channels, P = map.positions, k = layers[0].inputs;
   const T* xs = static_cast<const T*>(x.const_data_ptr());
   T* outs = static_cast<T*>(out.data_ptr());
-  i64* index = kept.index.data_ptr<i64>();
-  float* scores = kept.scores.data_ptr<float>();
-  float* picked = kept.picked.data_ptr<float>();
+  i64* index = kept.index;
+  float* scores = kept.scores;
+  float* picked = kept.picked;
 
   for (size_t l = 0; l < layers.size(); l++) {
     const Layer& layer = layers[l];
     const i64 m = layer.outputs;
     const Frame frame(map.height, map.width, layer.pad, layer.taps);
     std::vector<double> sums(2 * B * m);
-    float* raw = kept.raw[l].data_ptr<float>();
+    float* raw = kept.raw[l];
     std::optional<Norm> norm;
-    if (l) norm.emplace(kept.means[l - 1].const_data_ptr<float>(), kept.rstds[l - 1].const_data_ptr<float>(), layers[l - 1]);
+    if (l) norm.emplace(kept.means[l - 1], kept.rstds[l - 1], layers[l - 1]);
     at::parallel_for(0, B, 1, [&](i64 begin, i64 end) {
       std::vector<float> frames(layer.inputs * frame.size), rows(m * frame.length), row, logits(C);
       for (i64 b = begin; b < end; b++) {
         const float* before = picked + b * k * P;
         if (l) {
-          before = kept.raw[l - 1].const_data_ptr<float>() + b * layer.inputs * P;
+          before = kept.raw[l - 1] + b * layer.inputs * P;
         } else {
           const T* image = xs + b * C * P;
           if (down) {
-            float* mean = kept.mean.data_ptr<float>() + b * C;
-            float* hidden = kept.hidden.data_ptr<float>() + b * units;
+            float* mean = kept.mean + b * C;
+            float* hidden = kept.hidden + b * units;
             mean_of(image, map, mean, row);
             for (i64 u = 0; u < units; u++) {
               const float v = dot(down + u * C, mean, C);
@@ -105,7 +127,7 @@ void forward(const Tensor& x, const Map& map, const std::vector<Layer>& layers, 
         }
       }
     });
-    float *mean = kept.means[l].data_ptr<float>(), *rstd = kept.rstds[l].data_ptr<float>();
+    float *mean = kept.means[l], *rstd = kept.rstds[l];
     const double n = static_cast<double>(B * P);
     for (i64 o = 0; o < m; o++) {
       double average = 0, spread = 0;
@@ -126,9 +148,9 @@ void forward(const Tensor& x, const Map& map, const std::vector<Layer>& layers, 
     }
   }
   const size_t last = layers.size() - 1;
-  const Norm norm(kept.means[last].const_data_ptr<float>(), kept.rstds[last].const_data_ptr<float>(), layers[last]);
+  const Norm norm(kept.means[last], kept.rstds[last], layers[last]);
   const bool replace = fusion == "replace";
-  const float* raw = kept.raw[last].const_data_ptr<float>();
+  const float* raw = kept.raw[last];
   at::parallel_for(0, B, 1, [&](i64 begin, i64 end) {
     std::vector<i64> to(k);
     for (i64 b = begin; b < end; b++) {
@@ -160,8 +182,8 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
   const i64 B = map.batch, C = map.channels, P = map.positions, k = layers[0].inputs;
   const T* gs = static_cast<const T*>(of_out.const_data_ptr());
   T* gx = to.x.defined() ? static_cast<T*>(to.x.data_ptr()) : nullptr;
-  const i64* index = kept.index.const_data_ptr<i64>();
-  const float* scores = kept.scores.const_data_ptr<float>();
+  const i64* index = kept.index;
+  const float* scores = kept.scores;
   const size_t last = layers.size() - 1;
   const bool replace = fusion == "replace";
   i64 widest = k;
@@ -173,11 +195,11 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
   std::vector<double> sums(2 * B * widest);
 
   const auto norm_of = [&](size_t l) {
-    return Norm(kept.means[l].const_data_ptr<float>(), kept.rstds[l].const_data_ptr<float>(), layers[l]);
+    return Norm(kept.means[l], kept.rstds[l], layers[l]);
   };
   {
     const Norm norm = norm_of(last);
-    const float* raws = kept.raw[last].const_data_ptr<float>();
+    const float* raws = kept.raw[last];
     at::parallel_for(0, B, 1, [&](i64 begin, i64 end) {
       std::vector<i64> places_(k);
       for (i64 b = begin; b < end; b++) {
@@ -213,17 +235,16 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
     const Norm norm = norm_of(l);
     std::optional<Norm> previous;
     if (l) previous.emplace(norm_of(l - 1));
-    std::vector<float> scale(m), offset(m), slope(m);
+    std::vector<float> offset(m), slope(m);
     for (i64 o = 0; o < m; o++) {
       double g = 0, gx_ = 0;
       for (i64 b = 0; b < B; b++) g += sums[2 * (b * m + o)], gx_ += sums[2 * (b * m + o) + 1];
       to.shifts[l].data_ptr<float>()[o] = static_cast<float>(g);
       to.scales[l].data_ptr<float>()[o] = static_cast<float>(gx_);
-      // graw = a (g - mean(g) - xhat mean(g xhat)) = a g + slope raw + offset
+      // The norm's gradient is a (g - mean(g) - normalised mean(g normalised)).
       const double count = static_cast<double>(B * P);
-      scale[o] = norm.a[o];
-      slope[o] = static_cast<float>(-norm.a[o] * norm.rstd[o] * gx_ / count);
-      offset[o] = static_cast<float>(-norm.a[o] * g / count - static_cast<double>(slope[o]) * norm.mean[o]);
+      offset[o] = static_cast<float>(g / count);
+      slope[o] = static_cast<float>(norm.rstd[o] * gx_ / count);
     }
     std::vector<float> flipped(n * m * taps);
     for (i64 o = 0; o < m; o++)
@@ -234,7 +255,7 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
     const Frame frame(map.height, map.width, layer.pad, taps);
     std::vector<float> of_weight(B * m * n * taps);
     std::vector<double> next(2 * B * widest);
-    const float* raws = kept.raw[l].const_data_ptr<float>();
+    const float* raws = kept.raw[l];
     at::parallel_for(0, B, 1, [&](i64 begin, i64 end) {
       std::vector<float> in(n * frame.size), out(m * frame.size), rows(std::max(m, n) * frame.length);
       std::vector<float> of_mean(C), tiled(map.by_position() ? map.width * C : 0);
@@ -246,12 +267,13 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
             float* row = rows.data() + o * frame.length + h * frame.row;
             const float* g = current + (b * m + o) * P + h * map.width;
             const float* raw = raws + (b * m + o) * P + h * map.width;
-            for (i64 w = 0; w < map.width; w++) row[w] = scale[o] * g[w] + slope[o] * raw[w] + offset[o];
+            for (i64 w = 0; w < map.width; w++)
+              row[w] = norm.a[o] * ((g[w] - offset[o]) - (raw[w] - norm.mean[o]) * slope[o]);
             std::fill(row + map.width, row + frame.row, 0.f);
             std::memcpy(out.data() + o * frame.size + (h + frame.pad) * frame.row + frame.pad, row,
                         map.width * sizeof(float));
           }
-        const float* before = (l ? kept.raw[l - 1] : kept.picked).const_data_ptr<float>() + b * n * P;
+        const float* before = (l ? kept.raw[l - 1] : kept.picked) + b * n * P;
         frame.fill(in.data(), before, n, l ? previous->a.data() : nullptr, l ? previous->b.data() : nullptr, l > 0);
         (taps == 9 ? kernel_gradient<true> : kernel_gradient<false>)(
             frame, in.data(), n, rows.data(), m, of_weight.data() + b * m * n * taps);
@@ -270,7 +292,7 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
           continue;
         }
         if (down) {
-          const float* hidden = kept.hidden.const_data_ptr<float>() + b * units;
+          const float* hidden = kept.hidden + b * units;
           float* g = of_hidden.data() + b * units;
           std::fill(g, g + units, 0.f);
           for (i64 j = 0; j < k; j++)
@@ -316,7 +338,7 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
     std::swap(sums, next);
   }
   if (!down) return;
-  const float *mean = kept.mean.const_data_ptr<float>(), *hidden = kept.hidden.const_data_ptr<float>();
+  const float *mean = kept.mean, *hidden = kept.hidden;
   float *of_down = to.down.data_ptr<float>(), *of_up = to.up.data_ptr<float>();
   at::parallel_for(0, units, 1, [&](i64 begin, i64 end) {
     for (i64 u = begin; u < end; u++)
@@ -333,8 +355,8 @@ void backward(const Tensor& of_out, const Map& map, const std::vector<Layer>& la
 
 const float* values(const std::optional<Tensor>& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
-// All that a forward pass gives, one after the other: see mod_training.py.
-std::vector<Tensor> mod_training(const Tensor& x, const std::optional<Tensor>& index,
+// The output, and the two tensors of `Kept`.
+std::tuple<Tensor, Tensor, Tensor> mod_training(const Tensor& x, const std::optional<Tensor>& index,
                                  const std::optional<Tensor>& down, const std::optional<Tensor>& up,
                                  at::TensorList weights, at::TensorList scales, at::TensorList shifts,
                                  at::TensorList running_means, at::TensorList running_vars,
@@ -344,38 +366,27 @@ std::vector<Tensor> mod_training(const Tensor& x, const std::optional<Tensor>& i
   const auto layers = layers_of(weights, scales, shifts, dilation);
   const i64 B = map.batch, k = layers[0].inputs, units = down ? down->size(0) : 0;
   const auto floats = at::TensorOptions().dtype(at::kFloat);
-  Kept kept;
-  kept.index = index ? index->contiguous() : at::empty({B, k}, floats.dtype(at::kLong));
-  kept.scores = at::empty({down ? B : 0, k}, floats);
-  kept.mean = at::empty({down ? B : 0, map.channels}, floats);
-  kept.hidden = at::empty({down ? B : 0, units}, floats);
-  kept.picked = at::empty({B, k, map.height, map.width}, floats);
-  for (const Layer& layer : layers) {
-    kept.raw.push_back(at::empty({B, layer.outputs, map.height, map.width}, floats));
-    kept.means.push_back(at::empty({layer.outputs}, floats));
-    kept.rstds.push_back(at::empty({layer.outputs}, floats));
-  }
+  Tensor channels = index ? index->clone(at::MemoryFormat::Contiguous) : at::empty({B, k}, floats.dtype(at::kLong));
+  Tensor values_ = at::empty({Kept::size(map, layers, units)}, floats);
+  const Kept kept(channels, values_, map, layers, units);
   Tensor out = at::empty_like(x);
   (x.scalar_type() == at::kFloat ? forward<float> : forward<bf16>)(
       x, map, layers, values(down), values(up), units, order == "index", std::string(fusion), running_means,
       running_vars, eps, momenta, kept, out);
-  std::vector<Tensor> all{out, kept.index, kept.scores, kept.mean, kept.hidden, kept.picked};
-  for (const auto* list : {&kept.raw, &kept.means, &kept.rstds}) all.insert(all.end(), list->begin(), list->end());
-  return all;
+  return {out, channels, values_};
 }
 
 // Gradients of x (empty where it is not wanted), down, up, and of each layer's weight, scale, shift.
-std::vector<Tensor> mod_training_backward(const Tensor& of_out, at::TensorList all,
+std::vector<Tensor> mod_training_backward(const Tensor& of_out, const Tensor& channels, const Tensor& kept_,
                                           const std::optional<Tensor>& down, const std::optional<Tensor>& up,
                                           at::TensorList weights, at::TensorList scales, at::TensorList shifts,
                                           int64_t dilation, bool by_position, c10::string_view fusion, bool wants_x) {
   const Map map(of_out.sizes().data(), by_position);
   const auto layers = layers_of(weights, scales, shifts, dilation);
   const size_t n = layers.size();
-  Kept kept{all[0], all[1], all[2], all[3], all[4],
-            all.slice(5, n).vec(), all.slice(5 + n, n).vec(), all.slice(5 + 2 * n, n).vec()};
   const auto floats = at::TensorOptions().dtype(at::kFloat);
   const i64 units = down ? down->size(0) : 0;
+  const Kept kept(channels, kept_, map, layers, units);
   Gradients to;
   if (wants_x) to.x = at::empty_like(of_out);
   to.down = down ? at::zeros({units, map.channels}, floats) : at::empty({0}, floats);

@@ -37,10 +37,10 @@ _CORE = "Tensor[] weights, Tensor[] scales, Tensor[] shifts"
 _LIBRARY.define(
     f"mod_training(Tensor x, Tensor? index, Tensor? down, Tensor? up, {_CORE}, "
     "Tensor(a!)[] running_means, Tensor(b!)[] running_vars, float[] eps, float[] momenta, "
-    "int dilation, bool by_position, str order, str fusion) -> Tensor[]"
+    "int dilation, bool by_position, str order, str fusion) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    f"mod_training_backward(Tensor grad, Tensor[] kept, Tensor? down, Tensor? up, {_CORE}, "
+    f"mod_training_backward(Tensor grad, Tensor channels, Tensor kept, Tensor? down, Tensor? up, {_CORE}, "
     "int dilation, bool by_position, str fusion, bool wants_x) -> Tensor[]"
 )
 
@@ -190,14 +190,17 @@ class TrainedBlock(torch.autograd.Function):
         """One operator, which also gives what the gradient needs."""
         by_position = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         tensors = tuple(t.contiguous() for t in tensors)
+        if down is not None and up is not None:
+            down, up = down.contiguous(), up.contiguous()
         n = len(norms)
         running = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
-        out, *kept = mod_training(
-            x if by_position else x.contiguous(),
-            *(index, down, up, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], *running),
-            *([norm.eps for norm in norms], [norm.momentum for norm in norms]),
-            *(dilation, by_position, order, fusion),
-        )
+        with torch._C._AutoDispatchBelowAutograd():  # which would only look for gradients here
+            out, *kept = mod_training(
+                x if by_position else x.contiguous(),
+                *(index, down, up, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], *running),
+                *([norm.eps for norm in norms], [norm.momentum for norm in norms]),
+                *(dilation, by_position, order, fusion),
+            )
         ctx.save_for_backward(down, up, *tensors, *kept)
         ctx.layers, ctx.dilation, ctx.by_position, ctx.fusion = n, dilation, by_position, fusion
         return cast("Tensor", out)
@@ -213,11 +216,12 @@ class TrainedBlock(torch.autograd.Function):
         down, up, *rest = ctx.saved_tensors
         n, wants_x = ctx.layers, ctx.needs_input_grad[0]
         form = torch.channels_last if ctx.by_position else torch.contiguous_format
-        of_x, of_down, of_up, *of_tensors = mod_training_backward(
-            grad.contiguous(memory_format=form),
-            *(rest[3 * n :], down, up, rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n]),
-            *(ctx.dilation, ctx.by_position, ctx.fusion, wants_x),
-        )
+        with torch._C._AutoDispatchBelowAutograd():
+            of_x, of_down, of_up, *of_tensors = mod_training_backward(
+                grad.contiguous(memory_format=form),
+                *(*rest[3 * n :], down, up, rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n]),
+                *(ctx.dilation, ctx.by_position, ctx.fusion, wants_x),
+            )
         of_selector = (None, None) if down is None else (of_down, of_up)
         return of_x if wants_x else None, None, *of_selector, None, None, None, None, *of_tensors
 
@@ -244,7 +248,7 @@ def flops(x: Sequence[int], _index: Any, down: Sequence[int] | None, *rest: Any,
 
 
 def backward_flops(
-    grad: Sequence[int], _kept: Any, down: Sequence[int] | None, *rest: Any, **_named: Any
+    grad: Sequence[int], _channels: Any, _kept: Any, down: Sequence[int] | None, *rest: Any, **_named: Any
 ) -> int:
     """Those of the backward pass: twice the forward pass's."""
     return 2 * flops(grad, None, down, *rest)
