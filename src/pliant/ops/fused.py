@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pliant.anatomy import Block
-from pliant.methods.mixture_of_depths import ChannelSelector, MoDBlock
+from pliant.methods.mixture_of_depths import MoDBlock
+from pliant.methods.selectors import ChannelSelector
 from pliant.ops.mod_block import in_pytorch, mod_block_
 
 _NATIVE = (torch.float32, torch.bfloat16)
@@ -108,6 +109,10 @@ def fusable(block: MoDBlock) -> str:
     """
     if not isinstance(block.selector, ChannelSelector):
         return "its channels are not chosen by a learned selector"
+    if block.gate != "output":
+        return f"gate={block.gate!r} is not in the operator"
+    if cast("Tensor | None", block.selector.fc2.bias) is not None:
+        return "its selector has a bias"
     if block.inner_shortcut:
         return "inner_shortcut adds the core's input to its output"
     if not isinstance(block.last_act, nn.Identity):
