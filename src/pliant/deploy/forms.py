@@ -178,7 +178,7 @@ class ConvScorer(nn.Module):
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__()
-        self.fc1, self.fc2 = (_pointwise(layer) for layer in (scorer.fc1, scorer.fc2))
+        self.fc1, self.fc2 = _pointwise(scorer.fc1.weight), _pointwise(*scorer.upper())
         self.k = scorer.k if isinstance(scorer, ChannelSelector) else 0
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -346,11 +346,13 @@ class OneImageConv(nn.Module):
         return thread(y, ROUTING, routing) if layer.passes_on else y
 
 
-def _pointwise(layer: nn.Linear) -> nn.Conv2d:
+def _pointwise(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
     """A linear layer as a 1x1 convolution, at least float32."""
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    conv = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=False)
-    conv.weight = nn.Parameter(layer.weight.detach()[:, :, None, None].to(dtype), requires_grad=False)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None)
+    conv.weight = nn.Parameter(weight.detach()[:, :, None, None].to(dtype), requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
     return conv
 
 

@@ -36,7 +36,8 @@ class Variant:
 
 
 _STEADY = {"order": "index", "fusion": "original"}
-_SOFT = {"straight_through": 0.1}
+_SHARP = {"temperature": 0.1}
+_SOFT = {**_SHARP, "straight_through": True}
 _BY_STAGE = {"c": [16, 4, 2]}
 _SEPARABLE = {"c": 2, "core": "separable"}
 
@@ -85,7 +86,12 @@ VARIANTS: dict[str, Variant] = {
         "which channels is learned, and constant once trained: no selector in the deployed network",
         FIRST,
     ),
-    "straight-through": Variant(_SOFT, "the ranking learns from channels that it did not choose"),
+    "temperature": Variant(
+        _SHARP, "scores of a trained network were all near a half: they chose, and weighed nothing"
+    ),
+    "straight-through": Variant(
+        _SOFT, "the ranking learns from channels that it did not choose", "temperature"
+    ),
     "straight-through, steady": Variant(
         {**_SOFT, **_STEADY},
         "the same, each filter of the core at its own channels",

@@ -83,9 +83,11 @@ class MixtureOfDepths(Method):
             that every channel's score learns (ours; squeeze-and-excitation, arXiv 1709.01507,
             by the selector that is there already). With ``selection="first"`` it has a selector
             too, which does not select. ``"none"`` nothing; needs `straight_through`.
-        straight_through: a temperature. In training, the ranking's gradient is that of a soft
-            one (SoftSort, arXiv 2006.16038), so that channels that were not selected learn too.
-            None: gradients reach the selector through the scores alone.
+        temperature: logits are divided by it. A low one makes more of small differences: with
+            one of 1, scores of a network that has just begun to learn are all nearly a half.
+        straight_through: in training, the ranking's gradient is that of a soft one (SoftSort,
+            arXiv 2006.16038), so that channels that were not selected learn too. Off: gradients
+            reach the selector through the scores alone.
         selector_bias: one learned number is added to each channel's logit.
         core: ``"block"`` a narrow copy of the replaced block; ``"separable"`` a depthwise 3x3 and
             a 1x1 convolution, k (9 + k) multiplications for each position in place of 18 k^2 of
@@ -121,7 +123,8 @@ class MixtureOfDepths(Method):
     blocks: Literal["odd", "all"] | tuple[str, ...] = "odd"
     stages: tuple[int, ...] | None = None
     gate: Gate = "output"
-    straight_through: float | None = None
+    temperature: float = 1.0
+    straight_through: bool = False
     selector_bias: bool = False
     core: Core = "block"
     inner_shortcut: bool = False
@@ -143,7 +146,7 @@ class MixtureOfDepths(Method):
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
-        for name in ("selector_bias", "inner_shortcut", "last_act", "zero_init_last"):
+        for name in ("straight_through", "selector_bias", "inner_shortcut", "last_act", "zero_init_last"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.blocks not in ("odd", "all"):
@@ -168,20 +171,17 @@ class MixtureOfDepths(Method):
 
     def _check_selection(self) -> None:
         """Refuse what no selector of this kind can do."""
-        soft, ranked = self.straight_through, self.selection in ("learned", "static")
-        if soft is not None:
-            if isinstance(soft, bool) or not isinstance(soft, (int, float)) or not 0 < soft < math.inf:
-                raise ValueError(f"straight_through must be a positive number or None, not {soft!r}")
-            if not ranked and self.selection != "none":
-                raise ValueError(
-                    f"straight_through is for a ranking; selection={self.selection!r} has none"
-                )
+        t, ranked = self.temperature, self.selection in ("learned", "static")
+        if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t < math.inf:
+            raise ValueError(f"temperature must be a positive number, not {t!r}")
+        if self.straight_through and not ranked and self.selection != "none":
+            raise ValueError(f"straight_through is for a ranking; selection={self.selection!r} has none")
         if self.gate == "map" and self.selection not in ("learned", "first", "none"):
             raise ValueError(
                 f"gate='map' takes the scores of all channels of an input, which selection="
                 f"{self.selection!r} has not; 'learned' and 'first' have"
             )
-        if self.gate == "none" and ranked and soft is None:
+        if self.gate == "none" and ranked and not self.straight_through:
             raise ValueError(
                 "gate='none' leaves the selector without a gradient for ever; straight_through gives it one"
             )
@@ -282,13 +282,15 @@ class MixtureOfDepths(Method):
 
     def selector(self, channels: int, k: int) -> nn.Module | None:
         """What chooses k of C channels, and scores them; None: the first k, without scores."""
-        hidden = max(1, channels // self.reduction)
+        hidden, t, bias = max(1, channels // self.reduction), self.temperature, self.selector_bias
         if self.selection == "learned":
-            return ChannelSelector(channels, k, hidden, self.order, self.gate, self.selector_bias)
+            return ChannelSelector(channels, k, hidden, self.order, self.gate, bias=bias, temperature=t)
         if self.selection == "static":
-            return StaticSelector(channels, k, self.order, self.gate == "output")
+            scored = self.gate == "output"
+            return StaticSelector(channels, k, self.order, scored=scored, temperature=t)
         if self.selection == "first":
-            return FirstSelector(channels, k, hidden, self.selector_bias) if self.gate == "map" else None
+            gated = self.gate == "map"
+            return FirstSelector(channels, k, hidden, bias=bias, temperature=t) if gated else None
         return RandomSelector(channels, k, self.selection == "fixed", self.order)
 
 

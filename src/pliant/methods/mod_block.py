@@ -98,12 +98,12 @@ class MoDBlock(Block):
 
         The soft ranking minus itself is zero, times `x`: nothing is added but a gradient.
         """
-        if self.straight_through is None or not (self.training and torch.is_grad_enabled()):
+        if not (self.straight_through and self.training and torch.is_grad_enabled()):
             return picked
         selector = cast("ChannelSelector | StaticSelector", self.selector)
         logits = selector.logits(seen)
         ranked = cast("Tensor", index).view(-1, self.k)[: len(logits)]
-        soft = relaxed(logits, ranked, self.straight_through)
+        soft = relaxed(logits, ranked)
         nothing = (soft - soft.detach()).to(x.dtype).expand(x.shape[0], -1, -1)
         return picked + torch.einsum("bkc,bchw->bkhw", nothing, x.detach()).to(picked.dtype)
 
@@ -122,7 +122,7 @@ class MoDBlock(Block):
         if (
             native.unfit(x)
             or self.gate != "output"
-            or (self.straight_through is not None and self.training)
+            or (self.straight_through and self.training)
             or isinstance(selector, StaticSelector)
             or (learned and selector.fc2.bias is not None)
             or self.inner_shortcut
@@ -136,7 +136,7 @@ class MoDBlock(Block):
             return None
         index = down = up = None
         if learned:
-            down, up = selector.fc1.weight, selector.fc2.weight
+            down, (up, _) = selector.fc1.weight, selector.upper()
         elif selector is None:
             index = torch.arange(self.k).expand(x.shape[0], self.k)
         else:

@@ -14,7 +14,7 @@ Shapes in this file::
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,12 @@ class Scorer(nn.Module):
         channels: C.
         hidden: width of the hidden layer.
         bias: add one learned number to each channel's logit, from zero on.
+        temperature: that logits are divided by.
     """
 
-    def __init__(self, channels: int, hidden: int, bias: bool = False) -> None:
+    def __init__(self, channels: int, hidden: int, *, bias: bool = False, temperature: float = 1.0) -> None:
         super().__init__()
+        self.temperature = temperature
         self.fc1 = nn.Linear(channels, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
         with torch.no_grad():
@@ -56,7 +58,15 @@ class Scorer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """The channels' relevance before the sigmoid, [B, C], at least float32."""
         with full_precision(x):
-            return linear(F.relu(linear(pooled(x), self.fc1)), self.fc2)
+            logits = linear(F.relu(linear(pooled(x), self.fc1)), self.fc2)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def upper(self) -> tuple[Tensor, Tensor | None]:
+        """The second layer's weight [C, r] and bias [C], the temperature folded into them."""
+        weight, bias = self.fc2.weight, cast("Tensor | None", self.fc2.bias)
+        if self.temperature == 1:
+            return weight, bias
+        return weight / self.temperature, None if bias is None else bias / self.temperature
 
 
 class ChannelSelector(Scorer):
@@ -71,6 +81,7 @@ class ChannelSelector(Scorer):
         order: ``"score"`` or ``"index"``.
         gate: what its scores are for; see `pliant.MixtureOfDepths`.
         bias: as for `Scorer`.
+        temperature: likewise.
     """
 
     def __init__(
@@ -80,9 +91,11 @@ class ChannelSelector(Scorer):
         hidden: int,
         order: Order = "score",
         gate: Gate = "output",
+        *,
         bias: bool = False,
+        temperature: float = 1.0,
     ) -> None:
-        super().__init__(channels, hidden, bias)
+        super().__init__(channels, hidden, bias=bias, temperature=temperature)
         self.k, self.order, self.gate = k, order, gate
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -109,12 +122,15 @@ class FirstSelector(Scorer):
         k: how many are processed.
         hidden: width of the hidden layer.
         bias: as for `Scorer`.
+        temperature: likewise.
     """
 
     index: Tensor
 
-    def __init__(self, channels: int, k: int, hidden: int, bias: bool = False) -> None:
-        super().__init__(channels, hidden, bias)
+    def __init__(
+        self, channels: int, k: int, hidden: int, *, bias: bool = False, temperature: float = 1.0
+    ) -> None:
+        super().__init__(channels, hidden, bias=bias, temperature=temperature)
         self.register_buffer("index", torch.arange(k), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,17 +181,28 @@ class StaticSelector(nn.Module):
         k: how many are picked.
         order: ``"score"`` or ``"index"``.
         scored: give the sigmoids of the logits as scores; else none.
+        temperature: that logits are divided by.
     """
 
-    def __init__(self, channels: int, k: int, order: Order = "score", scored: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        k: int,
+        order: Order = "score",
+        *,
+        scored: bool = True,
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__()
+        self.temperature = temperature
         self.k, self.order, self.scored = k, order, scored
         # Not equal: topk would pick among ties as it likes.
         self.relevance = nn.Parameter(0.1 * torch.randn(channels))
 
     def logits(self, _x: Tensor) -> Tensor:
         """The channels' relevance, [1, C], at least float32."""
-        return self.relevance.to(torch.promote_types(self.relevance.dtype, torch.float32))[None]
+        wide = torch.promote_types(self.relevance.dtype, torch.float32)
+        return self.relevance.to(wide)[None] / self.temperature
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return scores [k] or None, and index [k]."""
@@ -246,7 +273,7 @@ def gates(logits: Tensor) -> Tensor:
     return 2 * logits.sigmoid()
 
 
-def relaxed(logits: Tensor, index: Tensor, temperature: float) -> Tensor:
+def relaxed(logits: Tensor, index: Tensor) -> Tensor:
     """A soft form of the selection, for its gradient: SoftSort's rows of the best k.
 
     Prillo and Eisenschlos, *SoftSort*, arXiv 2006.16038: the row of a rank is the softmax over
@@ -255,14 +282,13 @@ def relaxed(logits: Tensor, index: Tensor, temperature: float) -> Tensor:
     Args:
         logits: [B, C].
         index: channels in the order in which they are processed, [B, k].
-        temperature: the lower, the nearer to the selection itself.
 
     Returns:
         [B, k, C]; rows sum to one, and are largest at the channel that is selected.
 
     Example:
-        >>> relaxed(torch.tensor([[0.0, 9.0, 4.0]]), torch.tensor([[1]]), 1.0).argmax(2)
+        >>> relaxed(torch.tensor([[0.0, 9.0, 4.0]]), torch.tensor([[1]])).argmax(2)
         tensor([[1]])
     """
     top = logits.gather(1, index)
-    return (-(top[:, :, None] - logits[:, None, :]).abs() / temperature).softmax(2)
+    return (-(top[:, :, None] - logits[:, None, :]).abs()).softmax(2)

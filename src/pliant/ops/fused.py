@@ -64,7 +64,7 @@ class FusedMoDBlock(Block):
         self.dilation = int(convs[1].dilation[0])
         self.inplace = inplace
         # The operator reads both matrices along their outputs.
-        values = [selector.fc1.weight.t(), selector.fc2.weight.t()]
+        values = [selector.fc1.weight.t(), selector.upper()[0].t()]
         for conv in convs:
             bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
             values += [conv.weight, bias]
@@ -111,7 +111,7 @@ def fusable(block: MoDBlock) -> str:
         return "its channels are not chosen by a learned selector"
     if block.gate != "output":
         return f"gate={block.gate!r} is not in the operator"
-    if cast("Tensor | None", block.selector.fc2.bias) is not None:
+    if block.selector.upper()[1] is not None:
         return "its selector has a bias"
     if block.inner_shortcut:
         return "inner_shortcut adds the core's input to its output"
