@@ -28,7 +28,7 @@ from pliant.methods.mixture_of_depths import (
 
 FUSIONS = get_args(Fusion)
 ORDERS = get_args(Order)
-DRAWN = tuple(s for s in get_args(Selection) if s != "none")
+DRAWN = tuple(s for s in get_args(Selection) if s not in ("none", "static"))  # static: test_variants
 
 
 def mod_block(
