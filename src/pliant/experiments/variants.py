@@ -109,9 +109,9 @@ VARIANTS: dict[str, Variant] = {
         "the score multiplies nothing: the selector learns to rank and no more",
         "straight-through",
     ),
-    "separable, gate of the map": Variant(
-        {**_SEPARABLE, **_STEADY, "gate": "map"},
-        "the gate and the core at once",
-        "separable",
+    "gate of the map, c by stage": Variant(
+        {**_BY_STAGE, **_STEADY, "gate": "map"},
+        "the gate and the wider cores at once",
+        "c by stage",
     ),
 }
