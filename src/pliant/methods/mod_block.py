@@ -98,9 +98,9 @@ class MoDBlock(Block):
 
         The soft ranking minus itself is zero, times `x`: nothing is added but a gradient.
         """
-        if not (self.straight_through and self.training and torch.is_grad_enabled()):
+        selector, wanted = self.selector, self.straight_through and self.training
+        if not (wanted and torch.is_grad_enabled() and isinstance(selector, (Scorer, StaticSelector))):
             return picked
-        selector = cast("ChannelSelector | StaticSelector", self.selector)
         logits = selector.logits(seen)
         ranked = cast("Tensor", index).view(-1, self.k)[: len(logits)]
         soft = relaxed(logits, ranked)

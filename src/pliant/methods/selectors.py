@@ -131,7 +131,7 @@ class FirstSelector(Scorer):
         self, channels: int, k: int, hidden: int, *, bias: bool = False, temperature: float = 1.0
     ) -> None:
         super().__init__(channels, hidden, bias=bias, temperature=temperature)
-        self.register_buffer("index", torch.arange(k), persistent=False)
+        self.register_buffer("index", torch.arange(k))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return gates [B, C], and index [k]."""
