@@ -63,10 +63,11 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-bench: setup ## latency and MoD tax in every engine, and training steps, on this machine's CPU: 25 minutes
+bench: setup ## latency and MoD tax in every engine, training steps and the loader, on this machine's CPU: 27 minutes
 	$(BIN)/python -m pliant bench --readme README.md
 	$(BIN)/python -m pliant bench --suite mod-bfloat16
 	$(BIN)/python -m pliant bench --suite steps
+	$(BIN)/python -m pliant bench --suite loader
 
 # For a machine with a GPU and a torch of its own: no .venv, nothing is installed. Every
 # step runs whatever became of the one before; the exit status tells if one failed.
@@ -75,6 +76,7 @@ gpu: ## GPU tests and timings by the Python at hand; DATA=folder of CIFAR-10 add
 	@failed=; step() { echo "+ $$*"; "$$@" || failed="$$failed; $$*"; }; \
 	step $(PYTHON) -m pytest -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py); \
 	for suite in $(GPU_SUITES); do step $(PYTHON) -m pliant bench --device cuda --suite $$suite; done; \
+	step $(PYTHON) -m pliant costs; \
 	if [ -n "$(DATA)" ]; then step $(PYTHON) -m pliant compare cifar10.resnet18 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-cuda.csv; \
 	step $(PYTHON) -m pliant compare cifar10.mobilenetv1_w025 --method condconv path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-condconv-cuda.csv; \
 	step $(PYTHON) -m pliant compare cifar10.resnet50 --method adn --seeds 3 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-adn-cuda.csv; fi; \

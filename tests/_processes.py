@@ -21,7 +21,9 @@ def free_port():
 
 def clean():
     """This process's environment without what a launcher puts there; one thread."""
-    kept = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith(("SLURM_", "TORCHEL"))}
+    kept = {
+        k: v for k, v in os.environ.items() if k not in OURS and not k.startswith(("SLURM_", "TORCHEL"))
+    }
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 

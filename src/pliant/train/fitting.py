@@ -28,6 +28,7 @@ from pliant.train.batches import Batches, eval_size
 from pliant.train.data import Data, load_data
 from pliant.train.evaluation import score
 from pliant.train.keeping import CheckpointFiles, Keep
+from pliant.train.launching import check_launch, environment_plugins
 from pliant.train.objectives import Joint, Objective, make_objective
 from pliant.train.processes import gathered, place
 from pliant.train.recipe import Recipe
@@ -48,7 +49,11 @@ from pliant.train.seeds import mixed_seed, seeded
 from pliant.train.tasks import Classification
 from pliant.train.weights import load_weights
 
-__all__ = ["build", "fit"]
+__all__ = ["Terminated", "build", "fit"]
+
+
+class Terminated(SystemExit):
+    """A signal ended a run that can be continued; by itself, the process ends with status 1."""
 
 
 def fit(
@@ -91,7 +96,8 @@ def fit(
         OSError: the folder cannot be written, or the disk is full; what was kept is whole.
         FileNotFoundError: the data is not there.
         KeyboardInterrupt: Ctrl-C; the run can be continued.
-        SystemExit: SIGTERM; the run can be continued, from the step at hand.
+        Terminated: a ``SystemExit``: SIGTERM, or SIGUSR1; the run can be continued, from the step
+            at hand.
         NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints are kept.
         UnreadableImageError: an image cannot be read, and the recipe stops at such.
 
@@ -106,6 +112,7 @@ def fit(
         (2, True)
     """
     folder = Path(folder) if folder is not None else Path("runs", f"{recipe.name}-s{recipe.seed}")
+    check_launch(recipe)
     finished = resume and (folder / RESULT).is_file()
     if finished or _first():  # for the others the first claims it
         check_claim(folder, recipe, resume=resume)
@@ -190,12 +197,13 @@ def _train(
         max_epochs=recipe.epochs,
         accelerator=recipe.accelerator,
         devices=recipe.devices,
+        num_nodes=recipe.nodes,
         strategy=recipe.strategy,
         precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
         gradient_clip_val=recipe.clip,
         logger=_logger(folder),
         callbacks=[*own, *callbacks],
-        plugins=[CheckpointFiles()],
+        plugins=[CheckpointFiles(), *environment_plugins()],
         enable_progress_bar=progress,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -219,7 +227,7 @@ def _train(
             raise
         raise clear from error
     except SIGTERMException as stop:  # by itself it would end the process as if all were well
-        raise SystemExit(f"terminated; {folder} can be continued with resume") from stop
+        raise Terminated(f"terminated; {folder} can be continued with resume") from stop
     except SystemExit as stop:
         # Lightning makes this of Ctrl-C, and leaves the process deaf to the next.
         if not isinstance(stop.__context__, KeyboardInterrupt):
