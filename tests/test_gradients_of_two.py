@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from _processes import run_two
-from pliant.train import Recipe
+from pliant.train import Recipe, evaluate, read_run
 from pliant.train.data import load_data
 from pliant.train.fitting import build
 from pliant.train.objectives import Joint, make_objective
@@ -37,7 +37,7 @@ METHODS = {
     "condconv": replace(TWO, model="cc_resnet20_cifar"),
     "adn": replace(TWO, model="resnet20_cifar_adn", objective="specialize"),
 }
-NORMS = ("frozen", "own")
+KINDS = ("frozen", "own", "fsdp")
 
 PROGRAM = """
 import json, sys, torch
@@ -56,27 +56,35 @@ class First(Callback):
                 module.eval()
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step == 0:
-            found = {n: p.grad.clone() for n, p in pl_module.model.named_parameters()}
+            grads = {n: p.grad for n, p in pl_module.model.named_parameters()}
+            whole = [g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for g in grads.values()]
+            found = dict(zip(grads, whole))
             torch.save(found, f"{self.path}-{place()[0]}.pt")
 
-folder, recipes, norms = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+folder, recipes, kinds = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 for name, recipe in recipes.items():
-    for kind in norms:
+    for kind in kinds:
         path = f"{folder}/{name}-{kind}"
         callbacks = [First(kind == "frozen", path)]
-        fit(Recipe.from_dict(recipe), path, progress=False, callbacks=callbacks)
+        strategy = "fsdp" if kind == "fsdp" else "ddp"
+        fit(Recipe.from_dict({**recipe, "strategy": strategy}), path, progress=False, callbacks=callbacks)
         print("done", name, kind, flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
-    """What both processes give to their optimisers: a function of method, norms, process."""
+    """What both processes give to their optimisers: a function of method, kind, process."""
     folder = tmp_path_factory.mktemp("two")
     recipes = json.dumps({name: recipe.as_dict() for name, recipe in METHODS.items()})
-    said = run_two(PROGRAM, folder, recipes, json.dumps(NORMS))
-    assert all(text.count("done") == len(METHODS) * len(NORMS) for text in said), said
-    return lambda name, kind, rank: torch.load(folder / f"{name}-{kind}-{rank}.pt", weights_only=True)
+    said = run_two(PROGRAM, folder, recipes, json.dumps(KINDS))
+    assert all(text.count("done") == len(METHODS) * len(KINDS) for text in said), said
+
+    def load(name, kind, rank):
+        return torch.load(folder / f"{name}-{kind}-{rank}.pt", weights_only=True)
+
+    load.folder = folder
+    return load
 
 
 def taken(recipe, frozen):
@@ -119,11 +127,28 @@ def test_with_norms_frozen_two_processes_give_the_gradient_of_the_joint_batch(gr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["own", "fsdp"])
 @pytest.mark.parametrize("name", METHODS)
-def test_norms_take_the_statistics_of_their_own_process(gradients, name):
+def test_norms_take_the_statistics_of_their_own_process(gradients, name, kind):
     """So the gradient is the mean of the halves', and not that of the joint batch."""
     joint, first, second = taken(METHODS[name], frozen=False)
     mean = {n: (first[n] + second[n]) / 2 for n in joint}
     for rank in range(2):
-        assert distance(gradients(name, "own", rank), mean) < 1e-4
+        assert distance(gradients(name, kind, rank), mean) < 1e-4
     assert distance(mean, joint) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_both_strategies_train_the_same_network(gradients, name):
+    """Of DDP, running statistics are the first process's too."""
+    ddp, fsdp = (read_run(gradients.folder / f"{name}-{kind}") for kind in ("own", "fsdp"))
+    one, two = ddp.model.state_dict(), fsdp.model.state_dict()
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4)
+    assert fsdp.test_accuracy == pytest.approx(ddp.test_accuracy, abs=0.01)
+    # What was scored by two processes is what was saved.
+    assert evaluate(fsdp.folder, device="cpu", workers=0).top1 == pytest.approx(fsdp.test_accuracy)
+    held_out = evaluate(ddp.folder, part="val", device="cpu", workers=0)
+    assert held_out.top1 == pytest.approx(ddp.val_accuracy, abs=1e-6)

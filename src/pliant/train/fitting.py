@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import os
@@ -46,6 +47,7 @@ from pliant.train.run import (
 )
 from pliant.train.saved import ADVICE, LAST, PREVIOUS, newest
 from pliant.train.seeds import mixed_seed, seeded
+from pliant.train.sharding import of_the_first, strategy_of
 from pliant.train.tasks import Classification
 from pliant.train.weights import load_weights
 
@@ -83,7 +85,7 @@ def fit(
             ``checkpoint_minutes`` of `Recipe`); of a finished one, return what it gave.
         progress: show a progress bar.
         model: train this network, in place, rather than build ``recipe.model``. Images
-            have as many channels as ``recipe.in_chans`` says.
+            have as many channels as ``recipe.in_chans`` says. Not with ``strategy="fsdp"``.
         objective: what is minimised; by default what the recipe says.
         callbacks: more of Lightning's callbacks. In ``on_train_epoch_end`` the row of the
             epoch is ``pl_module.history[-1]``.
@@ -113,6 +115,10 @@ def fit(
     """
     folder = Path(folder) if folder is not None else Path("runs", f"{recipe.name}-s{recipe.seed}")
     check_launch(recipe)
+    if recipe.strategy == "fsdp" and model is not None:
+        raise ValueError(
+            "strategy=fsdp would leave the given network in shares: name it in the recipe, or use ddp"
+        )
     finished = resume and (folder / RESULT).is_file()
     if finished or _first():  # for the others the first claims it
         check_claim(folder, recipe, resume=resume)
@@ -130,8 +136,9 @@ def fit(
         with tempfile.TemporaryDirectory() as trial:
             save(network, Path(trial, BEST), **about)  # rather fail now than after training
         with _claimed(folder, recipe, resume) as checkpoint:
-            task = _train(recipe, data, network, folder, checkpoint, chosen, progress, callbacks)
-            network.load_state_dict(task.best["weights"])
+            trained = copy.deepcopy(network) if recipe.strategy == "fsdp" else network  # left in shares
+            task = _train(recipe, data, trained, folder, checkpoint, chosen, progress, callbacks)
+            network.load_state_dict(of_the_first(task.best["weights"]))
             return _finish(recipe, data, network.eval(), folder, task, about)
 
 
@@ -198,7 +205,7 @@ def _train(
         accelerator=recipe.accelerator,
         devices=recipe.devices,
         num_nodes=recipe.nodes,
-        strategy=recipe.strategy,
+        strategy=strategy_of(recipe),
         precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
         gradient_clip_val=recipe.clip,
         logger=_logger(folder),

@@ -22,7 +22,7 @@ Precision = Literal["fp32", "bf16"]
 Accelerator = Literal["auto", "cpu", "gpu"]
 OnUnreadable = Literal["skip", "stop"]
 MeanStd = Literal["data", "imagenet", "inception", "clip"]
-Strategy = Literal["auto", "ddp"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 ObjectiveName = Literal["cross_entropy", "joint", "specialize"]
 
 AUGMENTATIONS = ("none", "crop", "flip_crop")
@@ -109,8 +109,8 @@ class Recipe:
         accelerator: ``"auto"`` takes a GPU where there is one.
         devices: how many, on each machine.
         nodes: machines; torchrun or SLURM's srun starts the run on each.
-        strategy: of Lightning's Trainer: ``"ddp"``, which ``"auto"`` means where there are several
-            devices.
+        strategy: of several devices: ``"ddp"``, which ``"auto"`` means; or ``"fsdp"``, which shares
+            gradients and optimiser out (`pliant.train.sharding`).
         unreadable: ``"skip"`` an image that cannot be read, and count it, or ``"stop"``.
         checkpoint_minutes: between checkpoints within an epoch, so what a kill costs at most;
             0: after every step; None: only after each epoch. It does not change the result.
@@ -232,6 +232,14 @@ class Recipe:
             )
         if (self.mixup or self.cutmix) and self.batch % 2:
             raise ValueError(f"mixup and CutMix pair images: batch must be even, not {self.batch}")
+        if self.strategy == "fsdp" and self.devices * self.nodes == 1:
+            raise ValueError(
+                "strategy=fsdp shares a network out over several devices: set devices, or use auto"
+            )
+        if self.strategy == "fsdp" and self.ema is not None:
+            raise ValueError(
+                "ema averages whole weights, which strategy=fsdp has in shares: use ddp, or ema=none"
+            )
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("nesterov belongs to SGD with momentum; turn it off")
         make_objective(self.objective, self.objective_args, self.smoothing)

@@ -25,6 +25,7 @@ from pliant.train.processes import gathered, share_buffers
 from pliant.train.recipe import Recipe
 from pliant.train.saved import OURS, environment, warn_of_changes
 from pliant.train.seeds import mixed_seed, seeded
+from pliant.train.sharding import share_out
 
 
 class NonFiniteLossError(RuntimeError):
@@ -95,6 +96,11 @@ class Classification(pl.LightningModule):
         self._started = time.perf_counter()
         self._resumed: dict[str, Any] | None = None
         self._lr = recipe.lr
+
+    def configure_model(self) -> None:
+        """Take this process's share of the network, if the recipe says so."""
+        if self.recipe.strategy == "fsdp":
+            share_out(self.model, self.device_mesh)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, classes]."""
