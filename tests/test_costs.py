@@ -31,7 +31,7 @@ ROW = StepCost(
 )  # fmt: skip
 RATE = LoaderRate(
     data="images", images=200, kilobytes=100.0, megapixels=0.2, source="shards", work="train", pixels=224,
-    workers=1, rounds=5, images_per_s=100.0, cpu="Some CPU",
+    workers=1, rounds=5, images_per_s=100.0, cpu="Some CPU", index_us=50.0,
 )  # fmt: skip
 PAGE = Path(__file__).parents[1] / "docs" / "imagenet.md"
 
@@ -90,6 +90,7 @@ def test_rows_fill_the_table_by_the_nearest_batch_and_the_quickest_form():
     assert "price at 2.5 an hour" in text
     assert "Some CPU loads 100 images a second" in text
     assert "| 40 | 6400 | 64 |" in text
+    assert "finds ImageNet's images in their shards at its start, in 64 seconds." in text
     header, rule = (t for t in text.splitlines() if t.startswith(("| recipe", "|---|---:|---|")))
     assert header.count("|") == rule.count("|") == mod.count("|")
 

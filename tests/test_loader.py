@@ -33,6 +33,8 @@ def test_every_way_is_timed_in_turn(rows):
     assert ways == [(w, 0, s) for w in ("decode", "train") for s in ("folder", "shards")]
     assert all(r.images_per_s > 0 and r.iqr is not None for r in rows)
     assert [r.ratio for r in rows if r.source == "folder"] == [1.0, 1.0]
+    assert all((r.index_us is None) == (r.source == "folder") for r in rows)
+    assert all(r.index_us > 0 for r in rows if r.source == "shards")
     about = {(r.data, r.images, r.megapixels, r.pixels, r.rounds, r.torch) for r in rows}
     assert about == {(PHOTOGRAPHS, 64, 0.188, 32, 2, torch.__version__)}
     assert 20 < rows[0].kilobytes < 150  # photographs, not noise or one colour
