@@ -63,11 +63,10 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-bench: setup ## latency and MoD tax in every engine, training steps and the loader, on this machine's CPU: 27 minutes
+bench: setup ## latency and MoD tax in every engine, and training steps, on this machine's CPU: 25 minutes
 	$(BIN)/python -m pliant bench --readme README.md
 	$(BIN)/python -m pliant bench --suite mod-bfloat16
 	$(BIN)/python -m pliant bench --suite steps
-	$(BIN)/python -m pliant bench --suite loader
 
 # For a machine with a GPU and a torch of its own: no .venv, nothing is installed. Every
 # step runs whatever became of the one before; the exit status tells if one failed.
