@@ -58,8 +58,8 @@ twenty comparisons without any true difference, one is expected to look decided.
 Latency is that of networks as deployed (norms folded, Mixture-of-Depths blocks in the form that suits
 the engine), as the ratio to the plain network, the median of ratios within a round, its interquartile range
 in brackets; differences under 1.5 points (batch 1) or 3 points (larger batches) mean nothing. A training
-step is forward, loss, backward and optimiser at the recipe's batch and precision. Seconds of an epoch
-are those of the run, on a machine that had other work too: compare training steps instead."""
+step is forward, loss, backward and optimiser at the recipe's batch and precision. How long the runs took
+stands in their rows only: they ran in the background of other work."""
 
 
 def write_evidence(
@@ -149,8 +149,6 @@ def _setting(evidence: Evidence) -> str:
     if machines:
         by = f", commit {', '.join(commits)}" if commits else ""
         told.append(f"Trained on {'; '.join(machines)}{by}.")
-    if (seconds := evidence.seconds(PLAIN)) is not None:
-        told.append(f"An epoch of the plain network took {seconds:.0f} s.")
     return " ".join(told)
 
 
@@ -235,7 +233,7 @@ def _table(evidence: Evidence, family: str, labels: Iterable[str]) -> list[str]:
     settings = evidence.settings()
     heading = ["network", "seeds", "test, %", f"against {PLAIN}, points (95 %)", "parameters", "MACs, M"]
     heading += [f"latency ratio, {engine}, batch {batch}" for engine, batch in settings]
-    heading += ["training step, ratio", "epoch, s"]
+    heading += ["training step, ratio"]
     body = []
     for label in names:
         rows = evidence.rows(label)
@@ -248,9 +246,8 @@ def _table(evidence: Evidence, family: str, labels: Iterable[str]) -> list[str]:
             cells.append(
                 "" if timed is None else f"{timed.time_ratio:.3f} ({timed.time_ratio_iqr or 0:.3f})"
             )
-        step, seconds = evidence.step(label), evidence.seconds(label)
+        step = evidence.step(label)
         cells.append("" if step is None else f"{step.time_ratio:.2f}")
-        cells.append("" if seconds is None else f"{seconds:.0f}")
         body.append(cells)
     spreads = [statistics.stdev(a.values()) for n in names if len(a := evidence.accuracy(n)) > 1]
     if not spreads or all(len(evidence.rows(n)) != 1 for n in names):
