@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import pickle
 import tarfile
 from dataclasses import replace
@@ -14,10 +15,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from _processes import run_two
 from pliant._files import NotWrittenError
 from pliant.cli import app
 from pliant.train import batches as batches_file
-from pliant.train import evaluate, fit, shard_writing
+from pliant.train import evaluate, fit, read_run, shard_writing
 from pliant.train.data import load_data
 from pliant.train.images import UnreadableImageError
 from pliant.train.shard_writing import write_shards
@@ -373,6 +375,41 @@ def test_a_killed_run_on_shards_goes_on_to_the_same_bits(root, workers):
     killed(root / "run", recipe, "on_train_batch_start", 10)
     run = fit(replace(recipe, checkpoint_minutes=3 / 60), root / "run", resume=True, progress=False)
     assert_same(run, whole)
+
+
+TWO = """
+import json, sys
+from lightning.pytorch.callbacks import Callback
+from pliant.train import Recipe, fit
+from pliant.train.processes import place
+
+class Seen(Callback):
+    # The members that this process's batches are made of, in each epoch.
+    def on_train_epoch_end(self, trainer, pl_module):
+        loader = trainer.train_dataloader
+        index = [i for part in loader.order() for i in part.tolist()]
+        print(place()[0], json.dumps([loader.images.where(i).rpartition(".tar/")[2] for i in index]), flush=True)
+
+for folder, recipe in json.loads(sys.argv[1]):
+    fit(Recipe.from_dict(recipe), folder, progress=False, callbacks=[Seen()] * (recipe["data"] == "shards"))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_shards_as_on_a_folder(root):
+    options = {"batch": 3, "devices": 2, "augmentation": "flip_crop", "threads": 1}
+    recipes = [
+        (f"{root}/shards-run", shard_recipe(root / "shards", **options)),
+        (f"{root}/run", folder_recipe(root / "images", val_fraction=None, **options)),
+    ]
+    said = run_two(TWO, json.dumps([(folder, recipe.as_dict()) for folder, recipe in recipes]))
+    shares = [[json.loads(line[2:]) for line in text.splitlines() if line[1:3] == " ["] for text in said]
+    for first, second in zip(*shares, strict=True):  # of each epoch
+        assert len(first) == len(second) == 12
+        assert not set(first) & set(second)
+    assert set(shares[0][0]) != set(shares[0][1])  # other images in the next
+    weights = [read_run(folder).model.state_dict() for folder, _ in recipes]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 def test_the_command_packs(root):
