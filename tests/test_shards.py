@@ -388,7 +388,8 @@ class Seen(Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         loader = trainer.train_dataloader
         index = [i for part in loader.order() for i in part.tolist()]
-        print(place()[0], json.dumps([loader.images.where(i).rpartition(".tar/")[2] for i in index]), flush=True)
+        names = [loader.images.where(i).rpartition(".tar/")[2] for i in index]
+        print(place()[0], json.dumps(names), flush=True)
 
 for folder, recipe in json.loads(sys.argv[1]):
     fit(Recipe.from_dict(recipe), folder, progress=False, callbacks=[Seen()] * (recipe["data"] == "shards"))
