@@ -4,10 +4,8 @@ A `MoDBlock` gathers by broadcast indices, slices and concatenates; each engine 
 else (what was measured stands in ``docs/export.md``):
 
 - a PyTorch program: the fusion as an addition of padded channels, which Inductor fuses;
-- ONNX Runtime: the selector as 1x1 convolutions, one flat gather of whole channels, and the
-  fusion as a constant convolution and an addition, without slices;
-- OpenVINO: the same; for one image, a first 1x1 convolution whose kernel is spread to the
-  channels that were selected, so that the feature map is not gathered.
+- ONNX Runtime and OpenVINO: the selector as 1x1 convolutions, one flat gather of whole channels,
+  and the fusion as a constant convolution and an addition, without slices.
 
 A CondConv layer that runs one image at a time convolves with its mixed kernel.
 
@@ -65,12 +63,7 @@ def use_export_forms(model: Network, target: Target, batch: int | None) -> Netwo
         new: nn.Module
         if isinstance(module, MoDBlock):
             refuse_random(path, module)
-            if target == "program":
-                new = ProgramMoD(module)
-            else:
-                new = GraphMoD(module, batch)
-                if target == "openvino" and batch == 1:
-                    new.spread_first_kernel()
+            new = ProgramMoD(module) if target == "program" else GraphMoD(module, batch)
         elif isinstance(module, CondConv2d) and batch == 1:
             new = OneImageConv(module)
         else:
@@ -193,19 +186,6 @@ class GraphMoD(_ExportedMoD):
         )
         self.register_buffer("place", self._place())
         self.register_buffer("source", self._source())
-        self.spread = False
-
-    def spread_first_kernel(self) -> None:
-        """Convolve the feature map by the first kernel at the selected channels, where that pays.
-
-        For one image, and a core that begins with a 1x1 convolution: that then costs as much as
-        on all channels, which are few outputs; a larger kernel would cost as the block itself.
-        """
-        first = self.core[0] if isinstance(self.core, nn.Sequential) else None
-        needs_picked = self.inner_shortcut or self.fusion == "original" or self.selector is None
-        if not isinstance(first, nn.Conv2d) or needs_picked:
-            return
-        self.spread = first.kernel_size == (1, 1) and first.padding in ((0, 0), 0) and first.groups == 1
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for `x`, of the same shape and dtype."""
@@ -217,26 +197,9 @@ class GraphMoD(_ExportedMoD):
         top, index = self.selector(x)
         if self.by_index:
             top, index = _sorted_by_index(top, index)
-        if self.spread:
-            y = self._process(self._core_of_selected(x, index), None)
-            return self._fuse_selected(x, y.to(x.dtype) * top.sigmoid().to(x.dtype), None, index)
         picked = _gather(x, self._flat(x, index), self.k)
         y = self._process(self.core(picked), picked if self.inner_shortcut else None)
         return self._fuse_selected(x, y.to(x.dtype) * top.sigmoid().to(x.dtype), picked, index)
-
-    def _core_of_selected(self, x: Tensor, index: Tensor) -> Tensor:
-        """The core, its first kernel [O, k] spread to [O, C] at `index` [1, k, 1, 1]."""
-        assert isinstance(self.core, nn.Sequential)
-        first = self.core[0]
-        assert isinstance(first, nn.Conv2d)
-        narrow = first.weight.flatten(1)
-        # One operator; a product with one-hot rows would be four.
-        spread = narrow.new_zeros(len(narrow), self.channels)
-        spread = spread.scatter(1, index.reshape(1, self.k).expand(len(narrow), self.k), narrow)
-        y: Tensor = F.conv2d(x, spread[:, :, None, None], first.bias)
-        for layer in list(self.core)[1:]:
-            y = layer(y)
-        return y
 
     def _flat(self, x: Tensor, index: Tensor) -> Tensor:
         """Rows of `x` as [B C, H, W] that `index` names: [B k]."""
@@ -245,11 +208,10 @@ class GraphMoD(_ExportedMoD):
         first = torch.arange(x.shape[0], device=x.device)[:, None] * self.channels
         return (index.reshape(-1, self.k) + first).reshape(-1)
 
-    def _fuse_selected(self, x: Tensor, y: Tensor, picked: Tensor | None, index: Tensor) -> Tensor:
+    def _fuse_selected(self, x: Tensor, y: Tensor, picked: Tensor, index: Tensor) -> Tensor:
         if self.fusion in ("first", "last"):
             return self._fuse(x, y)
         if self.fusion == "original":
-            assert picked is not None
             y = picked + y
         rows = x.reshape(-1, x.shape[2], x.shape[3])
         rows = rows.index_put((self._flat(x, index),), y.reshape(-1, x.shape[2], x.shape[3]))
