@@ -19,6 +19,7 @@ from pliant.train.data import load_data
 from pliant.train.fitting import build
 from pliant.train.objectives import Joint, make_objective
 from pliant.train.seeds import seeded
+from pliant.train.tasks import rate
 
 TWO = Recipe(
     name="two",
@@ -147,6 +148,10 @@ def test_both_strategies_train_the_same_network(gradients, name):
     assert one.keys() == two.keys()
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4)
+    # The schedule is over when the steps of the processes are, in the first run of a process too.
+    steps = 1131 // 2 // TWO.batch
+    for run in (ddp, fsdp, read_run(gradients.folder / "mod-frozen")):
+        assert run.history[-1]["lr"] == pytest.approx(TWO.lr * rate(TWO, steps - 1, steps))
     assert fsdp.test_accuracy == pytest.approx(ddp.test_accuracy, abs=0.01)
     # What was scored by two processes is what was saved.
     assert evaluate(fsdp.folder, device="cpu", workers=0).top1 == pytest.approx(fsdp.test_accuracy)

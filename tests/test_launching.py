@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from _processes import HERE, OURS, clean, ended, free_port, start, torchrun
 from pliant.cli import app
 from pliant.train import Recipe, fit, fitting, override, read_run, read_state
+from pliant.train.data import load_data
 from pliant.train.launching import Launch, check_launch, environment_plugins, launched
 from test_survival import assert_same
 
@@ -126,6 +127,7 @@ def test_devices_and_nodes_reach_the_trainer(told, tmp_path, monkeypatch):
     monkeypatch.setattr(pl, "Trainer", trainer)
     with pytest.raises(ReachedError):
         fit(override(TWO, ["devices=3", "nodes=2", "strategy=ddp"]), tmp_path / "run", progress=False)
+    assert load_data(TWO).train_batches().steps(6) == 1131 // 6 // 64  # what the schedule is made for
     assert (given["devices"], given["num_nodes"], given["strategy"]) == (3, 2, "ddp")
     assert any(isinstance(plugin, SLURMEnvironment) for plugin in given["plugins"])
 

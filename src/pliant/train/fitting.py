@@ -221,7 +221,8 @@ def _train(
     if recipe.channels_last:
         network.to(memory_format=torch.channels_last)
     train, val, check = data.train_batches(device), data.val_batches(device), data.check_batches(device)
-    task = Classification(network, recipe, classes=len(data.classes), steps=len(train), objective=objective)
+    steps = train.steps(recipe.devices * recipe.nodes)  # the processes are not there yet
+    task = Classification(network, recipe, classes=len(data.classes), steps=steps, objective=objective)
     for loader in (train, val, check):
         loader.unreadable = task.unreadable  # one set, which checkpoints keep
     trainer.callbacks.insert(0, _Epochs(train, folder / METRICS))  # type: ignore[attr-defined]
