@@ -75,6 +75,7 @@ gpu: ## GPU tests and timings by the Python at hand; DATA=folder of CIFAR-10 add
 	@failed=; step() { echo "+ $$*"; "$$@" || failed="$$failed; $$*"; }; \
 	step $(PYTHON) -m pytest -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py); \
 	for suite in $(GPU_SUITES); do step $(PYTHON) -m pliant bench --device cuda --suite $$suite; done; \
+	step $(PYTHON) -m pliant costs; \
 	if [ -n "$(DATA)" ]; then step $(PYTHON) -m pliant compare cifar10.resnet18 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-cuda.csv; \
 	step $(PYTHON) -m pliant compare cifar10.mobilenetv1_w025 --method condconv path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-condconv-cuda.csv; \
 	step $(PYTHON) -m pliant compare cifar10.resnet50 --method adn --seeds 3 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-adn-cuda.csv; fi; \

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 import textwrap
 import threading
-from pathlib import Path
 
 import pytest
 import timm
@@ -19,6 +15,7 @@ from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 from torch import nn
 
+from _processes import run_two
 from _small import VARIANTS, images
 from pliant import CondConv, convert
 
@@ -183,7 +180,7 @@ def test_two_threads_get_what_they_get_alone(variant):
 
 
 PROCESS = """
-    import os, sys, torch
+    import torch
     from torch import distributed, nn
     from torch.nn.parallel import DistributedDataParallel
     from timm.models._efficientnet_builder import decode_arch_def
@@ -192,8 +189,8 @@ PROCESS = """
     from pliant.methods.conditional import CondConv2d, CondLinear, Router
 
     torch.set_num_threads(1)
-    rank, meeting = int(sys.argv[1]), sys.argv[2]
-    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     variants = [
         {"routing": "block"}, {"routing": "layer"}, {"routing": "single"}, {"routing": "shared"},
         {"routing": "hierarchical"}, {"per_channel": True}, {"hidden": 1}, {"form": "experts"},
@@ -237,26 +234,6 @@ PROCESS = """
 """
 
 
-def test_two_processes_train_without_looking_for_unused_parameters(tmp_path):
-    program = textwrap.dedent(PROCESS)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            cwd=Path(__file__).parent,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, text in zip(running, said, strict=True):
-        assert process.returncode == 0, text
+def test_two_processes_train_without_looking_for_unused_parameters():
+    for text in run_two(textwrap.dedent(PROCESS)):
         assert text.count("same gradients") == 10

@@ -285,6 +285,7 @@ def test_gpu_runs_every_step_and_fails_if_one_did(tmp_path):
         "-m pliant bench --device cuda --suite condconv",
         "-m pliant bench --device cuda --suite forms",
         "-m pliant bench --device cuda --suite steps",
+        "-m pliant costs",
         "-m pliant compare cifar10.resnet18 path=cifar accelerator=gpu --rows results/cifar10-cuda.csv",
         "-m pliant compare cifar10.mobilenetv1_w025 --method condconv path=cifar accelerator=gpu "
         "--rows results/cifar10-condconv-cuda.csv",

@@ -23,7 +23,10 @@ BASE = {"name": "x", "model": "resnet20_cifar"}
     ("values", "message"),
     [
         ({"name": ""}, "name is empty"),
-        ({"data": "mnist"}, "data must be one of digits, cifar10, cifar100, folder, imagenet, not 'mnist'"),
+        (
+            {"data": "mnist"},
+            "data must be one of digits, cifar10, cifar100, folder, imagenet, shards, not 'mnist'",
+        ),
         ({"data": "folder"}, "give its path"),
         ({"data": "folder", "path": "x", "download": True}, "cannot be downloaded"),
         ({"val_fraction": None}, "digits has no validation set of its own"),

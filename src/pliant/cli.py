@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from pliant.commands import deploying, experimenting, networks, reading, timing, training
+from pliant.commands import data, deploying, experimenting, networks, reading, timing, training
 
 app = typer.Typer(
     help="Conditional and adaptive computation for vision networks.",
@@ -25,6 +25,7 @@ for command in (
     deploying.export,
     timing.measure,
     timing.depths,
+    data.shards,
     training.recipes,
     training.train,
     training.evaluate,
@@ -34,6 +35,7 @@ for command in (
     experimenting.experiment,
     training.quickstart,
     timing.bench,
+    timing.costs,
 ):
     app.command()(command)
 

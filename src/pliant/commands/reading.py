@@ -40,7 +40,8 @@ def inspect(
 def experts(
     folder: Annotated[Path, typer.Argument(help="a saved CondConv network, as for evaluate")],
     data: Annotated[
-        str | None, typer.Option(help="digits, cifar10, cifar100, folder, imagenet; or the run's own")
+        str | None,
+        typer.Option(help="digits, cifar10, cifar100, folder, imagenet, shards; or the run's own"),
     ] = None,
     path: Annotated[Path | None, typer.Option(help="folder of the data; digits need none")] = None,
     to: Annotated[Path | None, typer.Option(help="folder of the files, if not experts/ in FOLDER")] = None,

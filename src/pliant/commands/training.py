@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -30,6 +31,7 @@ def train(
     """Train a network by a recipe; the best one on validation is saved and tested."""
     from pliant.recipes import get_recipe
     from pliant.train import fit
+    from pliant.train.fitting import Terminated
     from pliant.train.recipe import override
 
     chosen = override(get_recipe(recipe), changes or [])
@@ -38,6 +40,9 @@ def train(
     except KeyboardInterrupt as stop:  # says how to go on, where there is something to go on with
         typer.secho(f"pliant: {stop}" if str(stop) else "pliant: interrupted", fg="red", err=True)
         raise typer.Exit(130) from stop
+    except Terminated as stop:  # a status of its own, by which a job knows that it is to go on
+        typer.secho(f"pliant: {stop}", fg="red", err=True)
+        raise typer.Exit(128 + signal.SIGTERM) from stop
     typer.echo(f"best epoch {run.best_epoch + 1}: validation {100 * run.val_accuracy:.2f} %")
     if (base := run.history[run.best_epoch].get("val_accuracy_base")) is not None:
         typer.echo(f"its base network: validation {100 * base:.2f} %; evaluate --depths scores all depths")
@@ -51,7 +56,8 @@ def train(
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="a saved model: a folder that `save` or `train` wrote")],
     data: Annotated[
-        str | None, typer.Option(help="digits, cifar10, cifar100, folder, imagenet; or the run's own")
+        str | None,
+        typer.Option(help="digits, cifar10, cifar100, folder, imagenet, shards; or the run's own"),
     ] = None,
     path: Annotated[Path | None, typer.Option(help="folder of the data; digits need none")] = None,
     part: Annotated[str, typer.Option(help="test or val")] = "test",

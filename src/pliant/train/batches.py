@@ -76,7 +76,11 @@ class Batches(ABC):
         rank, world = place()
         if not self.train:
             return -(-len(range(rank, len(self.images), world)) // self.recipe.batch)
-        return max(1, len(self.images) // world // self.recipe.batch)
+        return self.steps(world)
+
+    def steps(self, processes: int) -> int:
+        """Training batches of an epoch in each of so many processes, which may not have started yet."""
+        return max(1, len(self.images) // processes // self.recipe.batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each batch of this epoch, or what is left of it."""

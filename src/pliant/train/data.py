@@ -8,7 +8,7 @@ Shapes in this file::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,6 +28,7 @@ from torch import Tensor
 from pliant.train.batches import Batches, make_batches
 from pliant.train.images import FileImages, ImageSet, TensorImages
 from pliant.train.recipe import Recipe
+from pliant.train.shards import ShardImages, class_names, find_shards, index_shards
 
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 CIFAR = {
@@ -41,6 +42,7 @@ MEAN_STD = {
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
 Part = Literal["test", "val"]
+PARTS = ("train", "val", "test")
 DIGITS_TEST = 0.3  # share of the 1797 digits
 
 
@@ -116,6 +118,8 @@ def load_data(recipe: Recipe) -> Data:
         whole, rest, classes = _digits(recipe)
     elif recipe.data in CIFAR:
         whole, rest, classes = _cifar(recipe)
+    elif recipe.data == "shards":
+        return _shards(recipe)
     else:
         return _folders(recipe)
     assert recipe.val_fraction is not None  # `Recipe` sees to it
@@ -148,6 +152,8 @@ def load_part(
             raise ValueError(f"{root} has no val/; score its test images")
         images, classes = _files(found, recipe)
         return images, tuple(classes)
+    if recipe.data == "shards" and not divided:
+        return _shard_part(recipe, part)
     data = load_data(recipe)
     chosen = data.val if part == "val" or data.test is None else data.test
     return chosen, data.classes
@@ -242,10 +248,7 @@ def _cifar(recipe: Recipe) -> tuple[TensorImages, TensorImages, list[str]]:
 def _fitted(images: Tensor, recipe: Recipe) -> Tensor:
     """Bytes of the recipe's size and channels, [N, C, S, S], from any [N, c, s, s]."""
     if images.shape[1] != recipe.in_chans:
-        if recipe.in_chans not in (1, 3):
-            raise ValueError(
-                f"images have 1 or 3 channels, but model_args asks for in_chans = {recipe.in_chans}"
-            )
+        _check_channels(recipe)
         images = (
             images.expand(-1, 3, -1, -1) if recipe.in_chans == 3 else images.float().mean(1, keepdim=True)
         )
@@ -256,29 +259,64 @@ def _fitted(images: Tensor, recipe: Recipe) -> Tensor:
 
 def _folders(recipe: Recipe) -> Data:
     root = _root(recipe)
-    parts = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
+    parts = {name: root / name for name in PARTS if (root / name).is_dir()}
     if recipe.data == "imagenet" and not {"train", "val"} <= parts.keys():
         raise FileNotFoundError(
             f"{root} has no train/ and val/ folders that hold one folder a class, as ImageNet is laid out; "
-            f"for other layouts use data=folder"
+            f"for other layouts use data=folder, or data=shards for tar files"
         )
     train, classes = _files(parts.get("train", root), recipe)
     read = {name: _files(folder, recipe, classes)[0] for name, folder in parts.items() if name != "train"}
+    return _parted(recipe, train, read, classes, divided="train" in parts)
+
+
+def _shards(recipe: Recipe) -> Data:
+    parts = find_shards(recipe.path or "")
+    read = {name: _packed(shards, recipe) for name, shards in parts.items()}
+    train = read.pop("train", None) or read.pop("", None)
+    if train is None:
+        raise ValueError(
+            f"the shards of {recipe.path} are of {', '.join(read)}: there is nothing to train on"
+        )
+    classes = _named([*parts.get("train", []), *parts.get("", [])], train)
+    for name, images in read.items():
+        if len(images) and int(images.labels.max()) >= len(classes):
+            raise ValueError(
+                f"the {name} shards of {recipe.path} have class {int(images.labels.max())}, and those that "
+                f"are trained on {len(classes)} classes"
+            )
+    return _parted(recipe, train, read, classes, divided="train" in parts)
+
+
+def _shard_part(recipe: Recipe, part: Part) -> tuple[ShardImages, tuple[str, ...]]:
+    """One set of shards: ``"test"`` is those of test, else of val, else all."""
+    parts = find_shards(recipe.path or "")
+    wanted = ("test", "val", "") if part == "test" else ("val",)
+    found = next((name for name in wanted if name in parts), None)
+    if found is None:
+        has = ", ".join(sorted(parts)) or "no part"
+        raise ValueError(f"the shards of {recipe.path} have no {part}: they are of {has}")
+    images = _packed(parts[found], recipe)
+    return images, tuple(_named(parts[found], images))
+
+
+def _parted(
+    recipe: Recipe, train: ImageSet, read: Mapping[str, ImageSet], classes: Sequence[str], *, divided: bool
+) -> Data:
+    """The sets, where some parts are given: `train` is all there is unless `divided`."""
     test: ImageSet | None
-    val: ImageSet
-    if "train" not in parts:
+    if not divided:
         if read or recipe.val_fraction is None:
             raise ValueError(
-                f"{root} has no train/ beside {', '.join(parts) or 'the classes'}; set val_fraction"
+                f"{recipe.path} has no train/ beside {', '.join(read) or 'the classes'}; set val_fraction"
             )
-        whole: ImageSet = train
-        test = None
+        whole, test = train, None
         if recipe.test_fraction:
             whole, test = divide(train, recipe.test_fraction, recipe.split_seed)
         rest, val = divide(whole, recipe.val_fraction, recipe.split_seed)
     elif recipe.val_fraction is None:
         if "val" not in read:
-            raise ValueError(f"{root} has no val/; set val_fraction to hold images of train/ out")
+            raise ValueError(f"{recipe.path} has no val/; set val_fraction to hold images of train/ out")
         rest, val, test = train, read["val"], read.get("test")
     else:
         rest, val = divide(train, recipe.val_fraction, recipe.split_seed)
@@ -301,10 +339,7 @@ def _files(
     """The images of a folder that holds one folder a class, and the classes."""
     from torchvision.datasets import ImageFolder
 
-    if recipe.in_chans not in (1, 3):
-        raise ValueError(
-            f"images have 1 or 3 channels, but model_args asks for in_chans = {recipe.in_chans}"
-        )
+    _check_channels(recipe)
     try:
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:
@@ -318,3 +353,21 @@ def _files(
         )
     paths, labels = zip(*found.samples, strict=True)
     return FileImages(paths, torch.tensor(labels), recipe.in_chans), list(found.classes)
+
+
+def _packed(shards: Sequence[Path], recipe: Recipe) -> ShardImages:
+    """The images of some shards."""
+    _check_channels(recipe)
+    return ShardImages(shards, *index_shards(shards), recipe.in_chans)
+
+
+def _named(shards: Sequence[Path], images: ShardImages) -> list[str]:
+    """The classes of shards that `images` come from."""
+    return class_names(shards, int(images.labels.max()) + 1 if len(images) else 0)
+
+
+def _check_channels(recipe: Recipe) -> None:
+    if recipe.in_chans not in (1, 3):
+        raise ValueError(
+            f"images have 1 or 3 channels, but model_args asks for in_chans = {recipe.in_chans}"
+        )

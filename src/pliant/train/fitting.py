@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import os
@@ -28,6 +29,7 @@ from pliant.train.batches import Batches, eval_size
 from pliant.train.data import Data, load_data
 from pliant.train.evaluation import score
 from pliant.train.keeping import CheckpointFiles, Keep
+from pliant.train.launching import check_launch, environment_plugins
 from pliant.train.objectives import Joint, Objective, make_objective
 from pliant.train.processes import gathered, place
 from pliant.train.recipe import Recipe
@@ -45,10 +47,15 @@ from pliant.train.run import (
 )
 from pliant.train.saved import ADVICE, LAST, PREVIOUS, newest
 from pliant.train.seeds import mixed_seed, seeded
+from pliant.train.sharding import of_the_first, strategy_of
 from pliant.train.tasks import Classification
 from pliant.train.weights import load_weights
 
-__all__ = ["build", "fit"]
+__all__ = ["Terminated", "build", "fit"]
+
+
+class Terminated(SystemExit):
+    """A signal ended a run that can be continued; by itself, the process ends with status 1."""
 
 
 def fit(
@@ -78,7 +85,7 @@ def fit(
             ``checkpoint_minutes`` of `Recipe`); of a finished one, return what it gave.
         progress: show a progress bar.
         model: train this network, in place, rather than build ``recipe.model``. Images
-            have as many channels as ``recipe.in_chans`` says.
+            have as many channels as ``recipe.in_chans`` says. Not with ``strategy="fsdp"``.
         objective: what is minimised; by default what the recipe says.
         callbacks: more of Lightning's callbacks. In ``on_train_epoch_end`` the row of the
             epoch is ``pl_module.history[-1]``.
@@ -91,7 +98,8 @@ def fit(
         OSError: the folder cannot be written, or the disk is full; what was kept is whole.
         FileNotFoundError: the data is not there.
         KeyboardInterrupt: Ctrl-C; the run can be continued.
-        SystemExit: SIGTERM; the run can be continued, from the step at hand.
+        Terminated: a ``SystemExit``: SIGTERM, or SIGUSR1; the run can be continued, from the step
+            at hand.
         NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints are kept.
         UnreadableImageError: an image cannot be read, and the recipe stops at such.
 
@@ -106,6 +114,11 @@ def fit(
         (2, True)
     """
     folder = Path(folder) if folder is not None else Path("runs", f"{recipe.name}-s{recipe.seed}")
+    check_launch(recipe)
+    if recipe.strategy == "fsdp" and model is not None:
+        raise ValueError(
+            "strategy=fsdp would leave the given network in shares: name it in the recipe, or use ddp"
+        )
     finished = resume and (folder / RESULT).is_file()
     if finished or _first():  # for the others the first claims it
         check_claim(folder, recipe, resume=resume)
@@ -123,8 +136,9 @@ def fit(
         with tempfile.TemporaryDirectory() as trial:
             save(network, Path(trial, BEST), **about)  # rather fail now than after training
         with _claimed(folder, recipe, resume) as checkpoint:
-            task = _train(recipe, data, network, folder, checkpoint, chosen, progress, callbacks)
-            network.load_state_dict(task.best["weights"])
+            trained = copy.deepcopy(network) if recipe.strategy == "fsdp" else network  # left in shares
+            task = _train(recipe, data, trained, folder, checkpoint, chosen, progress, callbacks)
+            network.load_state_dict(of_the_first(task.best["weights"]))
             return _finish(recipe, data, network.eval(), folder, task, about)
 
 
@@ -190,12 +204,13 @@ def _train(
         max_epochs=recipe.epochs,
         accelerator=recipe.accelerator,
         devices=recipe.devices,
-        strategy=recipe.strategy,
+        num_nodes=recipe.nodes,
+        strategy=strategy_of(recipe),
         precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
         gradient_clip_val=recipe.clip,
         logger=_logger(folder),
         callbacks=[*own, *callbacks],
-        plugins=[CheckpointFiles()],
+        plugins=[CheckpointFiles(), *environment_plugins()],
         enable_progress_bar=progress,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -206,7 +221,8 @@ def _train(
     if recipe.channels_last:
         network.to(memory_format=torch.channels_last)
     train, val, check = data.train_batches(device), data.val_batches(device), data.check_batches(device)
-    task = Classification(network, recipe, classes=len(data.classes), steps=len(train), objective=objective)
+    steps = train.steps(recipe.devices * recipe.nodes)  # the processes are not there yet
+    task = Classification(network, recipe, classes=len(data.classes), steps=steps, objective=objective)
     for loader in (train, val, check):
         loader.unreadable = task.unreadable  # one set, which checkpoints keep
     trainer.callbacks.insert(0, _Epochs(train, folder / METRICS))  # type: ignore[attr-defined]
@@ -219,7 +235,7 @@ def _train(
             raise
         raise clear from error
     except SIGTERMException as stop:  # by itself it would end the process as if all were well
-        raise SystemExit(f"terminated; {folder} can be continued with resume") from stop
+        raise Terminated(f"terminated; {folder} can be continued with resume") from stop
     except SystemExit as stop:
         # Lightning makes this of Ctrl-C, and leaves the process deaf to the next.
         if not isinstance(stop.__context__, KeyboardInterrupt):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 T = TypeVar("T")
 
@@ -34,3 +35,31 @@ def gathered(value: T) -> list[T]:
     found: list[T] = [value] * world
     torch.distributed.all_gather_object(found, value)
     return found
+
+
+def agreed(*wanted: bool, device: torch.device | str = "cpu") -> tuple[bool, ...]:
+    """For each of some wishes, whether any process has it; every one of them has to call this.
+
+    Args:
+        wanted: this process's.
+        device: that its group communicates on.
+
+    Example:
+        >>> agreed(True, False)
+        (True, False)
+    """
+    if place()[1] == 1:
+        return wanted
+    votes = torch.tensor(wanted, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+    return tuple(map(bool, votes.tolist()))
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers; every one of them has to call this.
+
+    Batch norms keep the statistics of their own process's images.
+    """
+    if place()[1] > 1:
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, src=0)

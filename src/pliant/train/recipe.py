@@ -15,13 +15,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pliant.train.objectives import make_objective
 
-DataName = Literal["digits", "cifar10", "cifar100", "folder", "imagenet"]
+DataName = Literal["digits", "cifar10", "cifar100", "folder", "imagenet", "shards"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["step", "cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 Accelerator = Literal["auto", "cpu", "gpu"]
 OnUnreadable = Literal["skip", "stop"]
 MeanStd = Literal["data", "imagenet", "inception", "clip"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 ObjectiveName = Literal["cross_entropy", "joint", "specialize"]
 
 AUGMENTATIONS = ("none", "crop", "flip_crop")
@@ -51,8 +52,10 @@ class Recipe:
         note: where the recipe comes from, and what in it is not its source's.
         data: ``"digits"`` (8 x 8 images shipped by scikit-learn), ``"cifar10"``,
             ``"cifar100"``, ``"folder"`` (one folder a class, or ``train/`` and ``val/``
-            that hold such folders), ``"imagenet"`` (the latter, with ``val/``).
-        path: folder of the data; digits need none.
+            that hold such folders), ``"imagenet"`` (the latter, with ``val/``), ``"shards"``
+            (tar files in webdataset's format).
+        path: folder of the data; digits need none. Of shards also a pattern:
+            ``"data/{train,val}-*.tar"`` (`pliant.train.shards.find_shards`).
         download: let torchvision download CIFAR into `path`.
         pixels: height and width of the network's input.
         resize: short side that an image from a folder is resized to before the central
@@ -62,7 +65,7 @@ class Recipe:
             data set's; or what a network that gives `weights` was trained with, as timm names
             it: ``"imagenet"``, ``"inception"`` (0.5 throughout), ``"clip"``.
         val_fraction: share of the training images held out for validation, stratified.
-            None: the ``val/`` folder validates, and nothing is tested unless there is a
+            None: the ``val/`` folder (or shards) validates, and nothing is tested unless there is a
             ``test/``. With a fraction, ``val/`` (or ``test/``) is the test set. For
             digits and CIFAR a fraction is needed.
         test_fraction: share of the images of a folder without ``train/`` that are held
@@ -104,8 +107,10 @@ class Recipe:
         threads: of torch on the CPU; None leaves them as they are.
         channels_last: memory format of network and images.
         accelerator: ``"auto"`` takes a GPU where there is one.
-        devices: how many.
-        strategy: of Lightning's Trainer (``"auto"``, ``"ddp"``).
+        devices: how many, on each machine.
+        nodes: machines; torchrun or SLURM's srun starts the run on each.
+        strategy: of several devices: ``"ddp"``, which ``"auto"`` means; or ``"fsdp"``, which shares
+            gradients and optimiser out (`pliant.train.sharding`).
         unreadable: ``"skip"`` an image that cannot be read, and count it, or ``"stop"``.
         checkpoint_minutes: between checkpoints within an epoch, so what a kill costs at most;
             0: after every step; None: only after each epoch. It does not change the result.
@@ -161,7 +166,8 @@ class Recipe:
     channels_last: bool = False
     accelerator: Accelerator = "auto"
     devices: int = 1
-    strategy: str = "auto"
+    nodes: int = 1
+    strategy: Strategy = "auto"
     unreadable: OnUnreadable = "skip"
     checkpoint_minutes: float | None = 5.0
 
@@ -176,8 +182,8 @@ class Recipe:
         for name in ("name", "model"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; a recipe needs one")
-        least = {"pixels": 1, "epochs": 1, "batch": 1, "step_size": 1, "devices": 1, "resize": self.pixels}
-        least |= {"threads": 1, "workers": 0, "seed": 0, "split_seed": 0}
+        least = {"pixels": 1, "epochs": 1, "batch": 1, "step_size": 1, "resize": self.pixels}
+        least |= {"devices": 1, "nodes": 1, "threads": 1, "workers": 0, "seed": 0, "split_seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -216,7 +222,7 @@ class Recipe:
             raise ValueError(f"data = {self.data!r} lies in a folder: give its path (path=...)")
         if self.download and self.data not in ("cifar10", "cifar100"):
             raise ValueError(f"download is for CIFAR; {self.data!r} cannot be downloaded")
-        if self.val_fraction is None and self.data not in ("folder", "imagenet"):
+        if self.val_fraction is None and self.data not in ("folder", "imagenet", "shards"):
             raise ValueError(
                 f"{self.data} has no validation set of its own: val_fraction must be a number, such as 0.1"
             )
@@ -226,6 +232,14 @@ class Recipe:
             )
         if (self.mixup or self.cutmix) and self.batch % 2:
             raise ValueError(f"mixup and CutMix pair images: batch must be even, not {self.batch}")
+        if self.strategy == "fsdp" and self.devices * self.nodes == 1:
+            raise ValueError(
+                "strategy=fsdp shares a network out over several devices: set devices, or use auto"
+            )
+        if self.strategy == "fsdp" and self.ema is not None:
+            raise ValueError(
+                "ema averages whole weights, which strategy=fsdp has in shares: use ddp, or ema=none"
+            )
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("nesterov belongs to SGD with momentum; turn it off")
         make_objective(self.objective, self.objective_args, self.smoothing)

@@ -21,10 +21,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pliant.train.objectives import Joint, Objective, make_objective
 from pliant.train.passes import BothPasses
-from pliant.train.processes import gathered
+from pliant.train.processes import gathered, share_buffers
 from pliant.train.recipe import Recipe
 from pliant.train.saved import OURS, environment, warn_of_changes
 from pliant.train.seeds import mixed_seed, seeded
+from pliant.train.sharding import share_out
 
 
 class NonFiniteLossError(RuntimeError):
@@ -96,6 +97,11 @@ class Classification(pl.LightningModule):
         self._resumed: dict[str, Any] | None = None
         self._lr = recipe.lr
 
+    def configure_model(self) -> None:
+        """Take this process's share of the network, if the recipe says so."""
+        if self.recipe.strategy == "fsdp":
+            share_out(self.model, self.device_mesh)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, classes]."""
         if self.recipe.channels_last:
@@ -154,8 +160,9 @@ class Classification(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Look at the last step's loss, before anything is kept."""
+        """Look at the last step's loss, before anything is kept; score one network in all processes."""
         self._look()
+        share_buffers(self.model)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], number: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the validation images (0) or of the training images (1)."""

@@ -1,0 +1,326 @@
+"""Images in shards: tar files in the convention of the webdataset format, read at any position.
+
+The members of a sample stand side by side and share a key, their name up to the first dot of its
+last part: ``n01440764/10026.jpg`` (the image) and ``n01440764/10026.cls`` (its class, a number).
+
+`webdataset` streams such files through a buffer that it shuffles in, and cannot say where it
+stands. But a tar file is not compressed, so an index of where each image lies makes it a set like
+any other: any image at any time, an order that is a function of (seed, epoch), and so runs that are
+resumed to the same bits. The index is made by reading the headers.
+
+Shapes in this file::
+
+    N  images of a set    labels  int64 [N], classes
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp")
+LABEL = "cls"
+CLASSES = "classes.txt"
+PARTS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
+_OPEN = 128  # files that a process holds open: below the usual limit of 1024
+_BLOCK = 512  # a tar file consists of such
+
+
+class DamagedShardError(ValueError):
+    """A shard that is not what was written; the message names it and the last whole member."""
+
+
+class ShardImages:
+    """Images in tar files, read when they are asked for.
+
+    Args:
+        shards: the files.
+        index: of each image: ``shard`` (a number), ``offset`` and ``size`` in bytes, ``member``
+            (its name): a structured array [N], see `index_shards`.
+        labels: int64 [N].
+        channels: 1 (grey) or 3 (colour): what images are turned into.
+    """
+
+    def __init__(
+        self, shards: Sequence[Path], index: np.ndarray[Any, Any], labels: Tensor, channels: int = 3
+    ) -> None:
+        self.shards, self.index, self.labels, self.channels = tuple(shards), index, labels, channels
+        self._files: dict[int, BinaryIO] = {}
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, for workers that are not forked."""
+        return {**vars(self), "_files": {}}
+
+    def subset(self, index: Tensor) -> ShardImages:
+        """Those at `index`, in that order."""
+        return ShardImages(self.shards, self.index[index.numpy()], self.labels[index], self.channels)
+
+    def image(self, i: int) -> Image.Image:
+        """Image `i`, decoded whole.
+
+        Raises:
+            ValueError: the shard ends before the image does, or the member is no image's.
+        """
+        with Image.open(io.BytesIO(self.content(i))) as image:
+            return image.convert("L" if self.channels == 1 else "RGB")
+
+    def content(self, i: int) -> bytes:
+        """The bytes of image `i`, as they were before they were put into a shard."""
+        shard, offset, size, _ = self.index[i]
+        file = self._file(int(shard))
+        file.seek(int(offset))
+        content = file.read(int(size))
+        if len(content) < size:
+            raise ValueError(f"the shard ends after {len(content)} of its {size} bytes")
+        return content
+
+    def where(self, i: int) -> str:
+        """Its shard and member, as ``train-00000.tar/dog/17.jpg``."""
+        shard, _, _, member = self.index[i]
+        return f"{self.shards[int(shard)]}/{member.decode()}"
+
+    def _file(self, shard: int) -> BinaryIO:
+        if self._process != os.getpid():  # forked: a file that two processes read has one position
+            self._files, self._process = {}, os.getpid()
+        if shard not in self._files:
+            while len(self._files) >= _OPEN:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[shard] = self.shards[shard].open("rb")
+        return self._files[shard]
+
+
+def find_shards(pattern: str) -> dict[str, list[Path]]:
+    """The shards that a path names, by part: ``train``, ``val``, ``test``, or ``""``.
+
+    Args:
+        pattern: a folder, of whose ``.tar`` files and those one level below all are taken; or a
+            file's path, in which ``*``, ``?`` and ``[...]`` match, and braces stand for each of a
+            list or range: ``data/{train,val}-{000..127}.tar``.
+
+    A shard is of a part if a word of its name, or else its folder's name, says so: ``train``, ``val``
+    (or ``validation``) or ``test``. If no name does, all shards are of part ``""``.
+    Where names end in ``-of-00128``, all of the 128 have to be there.
+
+    Raises:
+        FileNotFoundError: there are none, or one of a list, a range or a number of 128 is missing.
+        ValueError: some names have such a word and others do not.
+    """
+    folder = Path(pattern)
+    if folder.is_dir():
+        found = sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")])
+    else:
+        found = [path for one in braces(pattern) for path in _matching(one)]
+    if not found:
+        raise FileNotFoundError(
+            f"path = {pattern!r} names no shards: it should be a folder of .tar files, or their names, "
+            f"with * or {{000..127}} for many"
+        )
+    parts: dict[str, list[Path]] = {}
+    for path in found:
+        parts.setdefault(_part(path), []).append(path)
+    if "" in parts and len(parts) > 1:
+        other = next(part for part in parts if part)
+        raise ValueError(
+            f"{parts[''][0]} does not say whether it is of train, val or test, while "
+            f"{parts[other][0]} is of {other}; rename it, or give path= as a pattern that leaves it out"
+        )
+    for paths in parts.values():
+        _check_complete(paths)
+    return parts
+
+
+def braces(pattern: str) -> list[str]:
+    """What a pattern with braces stands for, as in a shell.
+
+    Example:
+        >>> braces("{train,val}-{08..10}.tar")
+        ['train-08.tar', 'train-09.tar', 'train-10.tar', 'val-08.tar', 'val-09.tar', 'val-10.tar']
+        >>> braces("{a{1,2},b}")
+        ['a1', 'a2', 'b']
+    """
+    before, opened, rest = pattern.partition("{")
+    depth, start, options = 1, 0, []
+    for at, sign in enumerate(rest):
+        depth += (sign == "{") - (sign == "}")
+        if depth == 0 or (depth == 1 and sign == ","):
+            options.append(rest[start:at])
+            start = at + 1
+        if depth == 0:
+            break
+    if not opened or depth:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", options[0]) if len(options) == 1 else None
+    if span is not None:
+        first, last = span.groups()
+        options = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    inner = [text for option in options for text in braces(option)]
+    return [before + text + after for text in inner for after in braces(rest[start:])]
+
+
+def _matching(pattern: str) -> list[Path]:
+    if not glob.has_magic(pattern):
+        if not Path(pattern).is_file():
+            raise FileNotFoundError(f"there is no shard {pattern}")
+        return [Path(pattern)]
+    return sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207 - Path.glob takes no absolute pattern
+
+
+def _part(path: Path) -> str:
+    words = re.split(r"[^a-z]+", path.stem.lower())
+    found = next((PARTS[word] for word in words if word in PARTS), None)
+    return found or PARTS.get(path.parent.name.lower(), "")
+
+
+def _check_complete(paths: Sequence[Path]) -> None:
+    """Refuse a set of numbered shards of which some are missing."""
+    for path in paths:
+        counted = re.search(r"-of-(\d+)$", path.stem)
+        if counted is None:
+            continue
+        # All that share a name up to their number.
+        start = re.sub(r"\d+-of-\d+$", "", path.stem)
+        there = {p.name for p in paths if p.parent == path.parent and p.stem.startswith(start)}
+        digits, total = len(counted.group(1)), int(counted.group(1))
+        for n in range(total):
+            name = f"{start}{n:0{digits}d}-of-{counted.group(1)}.tar"
+            if name not in there:
+                raise FileNotFoundError(
+                    f"{path.parent / name} is missing: of {total} shards {len(there)} are there"
+                )
+        return
+
+
+def index_shards(shards: Sequence[Path]) -> tuple[np.ndarray[Any, Any], Tensor]:
+    """Where the images of some shards lie, and their classes.
+
+    Returns:
+        A structured array [N] (``shard``, ``offset``, ``size``, ``member``), and int64 [N].
+
+    Raises:
+        DamagedShardError: a shard is cut off, is no tar file, or is compressed.
+        ValueError: a sample lacks its image or its class, or the class is no number.
+    """
+    places: list[tuple[int, int, int, bytes]] = []
+    labels: list[int] = []
+    for number, shard in enumerate(shards):
+        for member, offset, size, label in _samples(shard):
+            places.append((number, offset, size, member.encode()))
+            labels.append(label)
+    longest = max((len(place[3]) for place in places), default=1)
+    kinds = [("shard", np.int32), ("offset", np.int64), ("size", np.int64), ("member", f"S{longest}")]
+    return np.array(places, dtype=kinds), torch.tensor(labels, dtype=torch.long)
+
+
+def _samples(shard: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Member, offset and size of each image, and its class."""
+    key = image = label = None
+    with shard.open("rb") as file:
+        for member in _members(shard, file):
+            if not member.isreg():
+                continue
+            head, extension = _split(member.name)
+            if head != key:
+                if key is not None:
+                    yield _sample(shard, key, image, label)
+                key, image, label = head, None, None
+            if extension == LABEL:
+                file.seek(member.offset_data)
+                label = _label(f"{shard}/{member.name}", file.read(member.size))
+            elif extension in IMAGES:
+                image = member
+        if key is not None:
+            yield _sample(shard, key, image, label)
+
+
+def _sample(
+    shard: Path, key: str, image: tarfile.TarInfo | None, label: int | None
+) -> tuple[str, int, int, int]:
+    if image is None or label is None:
+        lacking = f"image (.{', .'.join(IMAGES)})" if image is None else f"class (.{LABEL})"
+        raise ValueError(
+            f"sample {key} of {shard} has no {lacking}; its members have to stand side by side"
+        )
+    return image.name, image.offset_data, image.size, label
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension of a member.
+
+    Example:
+        >>> _split("a.b/dog.seg.PNG")
+        ('a.b/dog', 'seg.png')
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _label(where: str, content: bytes) -> int:
+    text = content.decode(errors="replace").strip()
+    if not text.isdecimal():
+        raise ValueError(f"{where} holds {text[:20]!r}; a class is a number from 0 on")
+    return int(text)
+
+
+def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file that is whole.
+
+    `tarfile` ends without a word where a file is cut off between members, or a header is damaged;
+    so the mark of its end is looked for.
+    """
+    last = "its beginning"
+    try:
+        archive = tarfile.TarFile(fileobj=file)
+        while (member := archive.next()) is not None:
+            yield member
+            archive.members = []  # type: ignore[attr-defined]  # or it keeps them all
+            last = member.name
+    except (tarfile.TarError, EOFError) as error:
+        raise DamagedShardError(_damaged(shard, last, str(error))) from error
+    file.seek(archive.offset)
+    if file.read(_BLOCK) != bytes(_BLOCK):
+        raise DamagedShardError(_damaged(shard, last, "no end of archive follows"))
+
+
+def _damaged(shard: Path, last: str, why: str) -> str:
+    return (
+        f"shard {shard} is damaged or cut off after {last} ({why}); copy or write it again (a shard is "
+        f"a .tar file that is not compressed)"
+    )
+
+
+def class_names(shards: Sequence[Path], count: int) -> list[str]:
+    """Names of the classes: the lines of ``classes.txt`` beside the shards, else their numbers.
+
+    Args:
+        shards: the file is looked for in the folder of the first, and in the one above.
+        count: classes that labels speak of.
+
+    Raises:
+        ValueError: the file names fewer.
+    """
+    for folder in (shards[0].parent, shards[0].parent.parent):
+        path = folder / CLASSES
+        if path.is_file():
+            names = path.read_text(encoding="utf-8").splitlines()
+            if len(names) < count:
+                raise ValueError(
+                    f"{path} names {len(names)} classes, but the shards have class {count - 1}"
+                )
+            return names
+    return [str(n) for n in range(count)]
