@@ -327,6 +327,7 @@ def write_recovery_page(path: str | Path, rows: Sequence[Recovery]) -> None:
     """
     table, first = recovery_markdown(rows), rows[0]
     recipes = sorted({f"`{row.recipe}` ({row.epochs} epochs, learning rate {row.lr:g})" for row in rows})
+    seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
     text = f"""# Recovery after a conversion
 
 Test accuracy in percent after each epoch; "plain" is the network before its conversion, "converted"
@@ -335,9 +336,11 @@ the network before its first step, and behind a slash stands the base network of
 
 {table}
 
-Recipes: {"; ".join(recipes)}; {first.data}, {first.pixels} px, seeds
-{", ".join(map(str, sorted({row.seed for row in rows})))}. Machine: {first.gpu or first.cpu}, {first.cores}
-cores; torch {first.torch}, timm {first.timm}, pliant {first.pliant}. Written by `pliant recover`.
+Recipes: {"; ".join(recipes)}.
+
+Images: {first.data}, {first.pixels} px; seeds: {seeds}. Machine: {first.gpu or first.cpu},
+{first.cores} cores; torch {first.torch}, timm {first.timm}, pliant {first.pliant}.
+Written by `pliant recover`.
 """
     with atomic_path(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
