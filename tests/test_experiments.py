@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from pliant import cli, experiments
 from pliant.compare import read_scores, write_scores
-from pliant.experiments import EXPERIMENTS, Cell, cells_of, run_cells, states, walking
-from pliant.experiments.cells import cifar10_controls, key_of
+from pliant.experiments import EXPERIMENTS, Cell, cells_of, rivals_of, run_cells, states, walking
+from pliant.experiments.cells import cifar10_controls, cifar10_variants, key_of
 from pliant.experiments.timing import STEP, Effort, time_cells
+from pliant.experiments.variants import RIVALS, VARIANTS
 from pliant.measuring.rows import read_rows
 from pliant.models import list_networks
 from pliant.train.recipe import Recipe, differences
@@ -115,6 +116,32 @@ def test_cells_can_be_chosen_and_shortened():
             cells_of(name, **wrong)
     with pytest.raises(ValueError, match="no experiment 'snow'; there are cifar10-controls"):
         cells_of("snow")
+
+
+def test_variants_are_of_the_controls_recipe_one_seed_of_each_first():
+    cells = cifar10_variants()
+    seeds = [cell.recipe.seed for cell in cells]
+    assert seeds == sorted(seeds)
+    assert [cell.label for cell in cells[: len(VARIANTS)]] == list(VARIANTS)
+    plain = cifar10_controls()[0].recipe
+    network = ["name", "model", "model_args", "seed"]
+    for cell in cells[: len(VARIANTS)]:
+        assert differences(plain, cell.recipe, leaving_out=network) == []
+        assert cell.recipe.name == "cifar10.resnet20_mod.controls"
+        assert timm.create_model(cell.recipe.model, **cell.recipe.model_args).num_classes == 10
+    known = {*VARIANTS, *(cell.label for cell in cifar10_controls())}
+    assert all(variant.control in known for variant in VARIANTS.values())
+    assert not set(VARIANTS) & {cell.label for cell in cifar10_controls()}
+    with pytest.raises(ValueError, match="no list of cells for device 'cuda'; there is one for cpu"):
+        cells_of("cifar10-variants", "cuda")
+
+
+def test_rivals_are_cells_of_the_controls():
+    rivals = rivals_of("cifar10-variants")
+    assert {cell.label for cell in rivals} == set(RIVALS)
+    keys = {key for cell in cells_of("cifar10-controls") for key in cell.keys}
+    assert keys.issuperset(key for cell in rivals for key in cell.keys)
+    assert rivals_of("cifar10-controls") == []
 
 
 # --- walking -----------------------------------------------------------------------------------
@@ -284,5 +311,11 @@ def test_the_command_lists_runs_and_times(tmp_path, monkeypatch):
     )
     run("tiny", "--measure", *place)
     assert timed == [tmp_path / "results" / "tiny-latency-cpu.csv"]
+    monkeypatch.setattr(
+        "pliant.experiments.timing.time_cells",
+        lambda cells, path, **_: timed.append([cell.label for cell in cells]) or [1],
+    )
+    run("cifar10-variants", "--measure", "--only", "static", "--seeds", 1, *place)
+    assert set(timed[-1]) == {*RIVALS, "static"}
     with pytest.raises(ValueError, match="one at a time"):
         run("tiny", "--measure", "--list", *place)

@@ -57,14 +57,8 @@ def test_which_form_a_block_gets():
         return use_export_forms(_export.mod(block, **options), target, batch).layer1[1]
 
     assert isinstance(layer("program", None), ProgramMoD)
-    assert not layer("onnx", 1).spread
-    assert layer("openvino", 1).spread
-    assert not layer("openvino", None).spread
-    # A 3x3 kernel on all channels, or channels that are needed themselves: gathered.
-    assert not layer("openvino", 1, "basic").spread
-    assert not layer("openvino", 1, inner_shortcut=True).spread
-    assert not layer("openvino", 1, fusion="original").spread
-    assert layer("openvino", 1, fusion="last").spread
+    assert isinstance(layer("onnx", 1), GraphMoD)
+    assert isinstance(layer("openvino", None), GraphMoD)
 
 
 def test_blocks_of_an_exported_form_say_their_shape():

@@ -28,7 +28,7 @@ from pliant.methods.mixture_of_depths import (
 
 FUSIONS = get_args(Fusion)
 ORDERS = get_args(Order)
-DRAWN = tuple(s for s in get_args(Selection) if s != "none")
+DRAWN = tuple(s for s in get_args(Selection) if s not in ("none", "static"))  # static: test_variants
 
 
 def mod_block(
@@ -550,7 +550,10 @@ def test_padding_mode_and_process_group_are_kept():
         ({"c": "64"}, "c must be a whole number of at least 1, not '64'"),
         ({"reduction": 0}, "reduction must be a whole number of at least 1, not 0"),
         ({"reduction": None}, "reduction must be a whole number of at least 1, not None"),
-        ({"selection": "best"}, "selection must be one of learned, random, fixed, first, none; not 'best'"),
+        (
+            {"selection": "best"},
+            "selection must be one of learned, static, random, fixed, first, none; not 'best'",
+        ),
         ({"order": "channel"}, "order must be one of score, index; not 'channel'"),
         ({"fusion": "middle"}, "fusion must be one of first, last, original, replace; not 'middle'"),
         ({"blocks": "even"}, "blocks must be 'odd', 'all' or a tuple of paths, not 'even'"),

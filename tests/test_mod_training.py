@@ -22,6 +22,7 @@ from pliant.ops import building, mod_training
 
 FUSIONS, ORDERS = get_args(Fusion), get_args(Order)
 DRAWN = tuple(s for s in get_args(Selection) if s != "none")
+KNOWN = tuple(s for s in DRAWN if s != "static")
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 built = pytest.fixture(lambda: mod_training.ready() or pytest.skip(f"not built: {mod_training._outcome}"))
@@ -49,7 +50,7 @@ def plain(block: MoDBlock, x: torch.Tensor) -> torch.Tensor:
         scores, index = block.selector(x)
     where = index.expand(len(x), k)[:, :, None, None].expand(-1, -1, *x.shape[2:])
     y = block._process(x.gather(1, where))
-    y = y if scores is None else y * scores[:, :, None, None]
+    y = y if scores is None else y * scores[..., None, None]
     if block.fusion == "first":
         return torch.cat((x[:, :k] + y, x[:, k:]), 1)
     if block.fusion == "last":
@@ -164,7 +165,7 @@ def test_a_compiler_sees_the_plain_operators():
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("selection", DRAWN)
+@pytest.mark.parametrize("selection", KNOWN)
 @pytest.mark.parametrize(("kind", "dilation"), [(BasicBlock, 1), (Bottleneck, 1), (Bottleneck, 2)])
 def test_native_is_the_plain_form(built, kind, dilation, selection, fusion):
     sizes = [(16, 4, 3, 5, 6), (32, 8, 1, 1, 7), (16, 16, 2, 8, 8)]

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from pliant import MixtureOfDepths, plan
-from pliant.methods.mixture_of_depths import ChannelSelector
+from pliant.methods.selectors import ChannelSelector
 
 
 @pytest.mark.parametrize("hidden", [1, 4])

@@ -12,7 +12,7 @@ from pliant.commands._common import Device, progress_of
 
 
 def experiment(
-    name: Annotated[str, typer.Argument(help="cifar10-controls")],
+    name: Annotated[str, typer.Argument(help="cifar10-controls or cifar10-variants")],
     where: Annotated[
         list[str] | None,
         typer.Argument(help="key=value changes of where it runs: path=FOLDER threads=2 workers=0"),
@@ -36,7 +36,7 @@ def experiment(
     ] = False,
 ) -> None:
     """Train all networks of an experiment, one row each; the same command goes on where it stopped."""
-    from pliant.experiments import cells_of, run_cells, states
+    from pliant.experiments import cells_of, rivals_of, run_cells, states
     from pliant.experiments.walking import scores_in
 
     if list_ + measure + page > 1:
@@ -61,7 +61,7 @@ def experiment(
 
         with progress_of("timing") as step:
             timed = time_cells(
-                cells,
+                [*rivals_of(name, device), *cells],
                 results / f"{name}-latency-{device}.csv",
                 device=device,
                 threads=cells[0].recipe.threads,

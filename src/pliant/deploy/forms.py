@@ -4,10 +4,8 @@ A `MoDBlock` gathers by broadcast indices, slices and concatenates; each engine 
 else (what was measured stands in ``docs/export.md``):
 
 - a PyTorch program: the fusion as an addition of padded channels, which Inductor fuses;
-- ONNX Runtime: the selector as 1x1 convolutions, one flat gather of whole channels, and the
-  fusion as a constant convolution and an addition, without slices;
-- OpenVINO: the same; for one image, a first 1x1 convolution whose kernel is spread to the
-  channels that were selected, so that the feature map is not gathered.
+- ONNX Runtime and OpenVINO: the selector as 1x1 convolutions, one flat gather of whole channels,
+  and the fusion as a constant convolution and an addition, without slices.
 
 A CondConv layer that runs one image at a time convolves with its mixed kernel.
 
@@ -31,7 +29,15 @@ from torch import Tensor, nn
 from pliant.anatomy import Block
 from pliant.methods.conditional import ROUTING, CondConv2d
 from pliant.methods.mixing import mix
-from pliant.methods.mixture_of_depths import ChannelSelector, MoDBlock, RandomSelector
+from pliant.methods.mixture_of_depths import MoDBlock
+from pliant.methods.selectors import (
+    ChannelSelector,
+    FirstSelector,
+    RandomSelector,
+    Scorer,
+    StaticSelector,
+    gates,
+)
 from pliant.threaded import thread
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -65,12 +71,7 @@ def use_export_forms(model: Network, target: Target, batch: int | None) -> Netwo
         new: nn.Module
         if isinstance(module, MoDBlock):
             refuse_random(path, module)
-            if target == "program":
-                new = ProgramMoD(module)
-            else:
-                new = GraphMoD(module, batch)
-                if target == "openvino" and batch == 1:
-                    new.spread_first_kernel()
+            new = ProgramMoD(module) if target == "program" else GraphMoD(module, batch)
         elif isinstance(module, CondConv2d) and batch == 1:
             new = OneImageConv(module)
         else:
@@ -100,22 +101,29 @@ class _ExportedMoD(Block):
         block: in evaluation mode; its parts are used.
     """
 
+    scale: Tensor | None
+
     def __init__(self, block: MoDBlock) -> None:
         super().__init__(block.channels)
         self.k, self.fusion, self.inner_shortcut = block.k, block.fusion, block.inner_shortcut
         self.core, self.last_act = block.core, block.last_act
         self.before = block.channels - block.k if block.fusion == "last" else 0
-        index = None
-        if block.selector is None:
+        self.gate = block.gate
+        index = scale = None
+        if isinstance(block.selector, StaticSelector):
+            constant = block.selector.constant()
+            index, scale = constant.index, constant.scores
+        elif block.selector is None:
             index = torch.arange(block.k)
-        elif isinstance(block.selector, RandomSelector):
+        elif isinstance(block.selector, (RandomSelector, FirstSelector)):
             index = block.selector.index
-        # Constant channels; None where a selector picks them.
+        # Constant channels, and their scores if they have some; None where a selector picks them.
         self.register_buffer("index", index)
+        self.register_buffer("scale", None if scale is None else scale[:, None, None])
 
     def _process(self, y: Tensor, picked: Tensor | None) -> Tensor:
         processed: Tensor = self.last_act(y if picked is None else y + picked)
-        return processed
+        return processed if self.scale is None else processed * self.scale.to(processed.dtype)
 
 
 class ProgramMoD(_ExportedMoD):
@@ -129,46 +137,53 @@ class ProgramMoD(_ExportedMoD):
 
     def __init__(self, block: MoDBlock) -> None:
         super().__init__(block)
-        self.selector = block.selector if self.index is None else None
+        # A selector of constant channels is needed for its gates, if it has some.
+        self.selector = block.selector if self.index is None or self.gate == "map" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for `x`, of the same shape and dtype."""
         scores: Tensor | None = None
         if self.selector is not None:
             scores, chosen = self.selector(x)
-        else:
-            assert self.index is not None
+        if self.index is not None:
             chosen = self.index.expand(x.shape[0], self.k)
         where = chosen[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])
         picked = x.gather(1, where) if self.index is None else x.index_select(1, self.index)
         y = self._process(self.core(picked), picked if self.inner_shortcut else None).to(x.dtype)
-        if scores is not None:
+        if scores is not None and self.gate == "output":
             y = y * scores.to(y.dtype)[:, :, None, None]
         if self.fusion in ("first", "last"):
             after = self.channels - self.k - self.before
-            return x + F.pad(y, (0, 0, 0, 0, self.before, after))
-        return x.scatter_add(1, where, y) if self.fusion == "original" else x.scatter(1, where, y)
+            fused = x + F.pad(y, (0, 0, 0, 0, self.before, after))
+        else:
+            fused = x.scatter_add(1, where, y) if self.fusion == "original" else x.scatter(1, where, y)
+        if scores is not None and self.gate == "map":
+            fused = fused * scores.to(fused.dtype)[:, :, None, None]
+        return fused
 
 
-class ConvSelector(nn.Module):
-    """`ChannelSelector` in 1x1 convolutions, which keep the layout of a feature map.
+class ConvScorer(nn.Module):
+    """`Scorer` in 1x1 convolutions, which keep the layout of a feature map.
 
     Args:
-        selector: whose weights it takes.
+        scorer: whose weights it takes.
     """
 
-    def __init__(self, selector: ChannelSelector) -> None:
+    def __init__(self, scorer: Scorer) -> None:
         super().__init__()
-        self.k = selector.k
-        self.fc1, self.fc2 = (_pointwise(layer) for layer in (selector.fc1, selector.fc2))
+        self.fc1, self.fc2 = _pointwise(scorer.fc1.weight), _pointwise(*scorer.upper())
+        self.k = scorer.k if isinstance(scorer, ChannelSelector) else 0
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The k largest logits and their channels for `x`, both [B, k, 1, 1], best first."""
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """The k largest logits and their channels for `x`, both [B, k, 1, 1], best first; and all.
+
+        Of a scorer that does not rank, all [B, C, 1, 1] alone.
+        """
         wide = torch.promote_types(x.dtype, torch.float32)
         mean = x.to(wide).mean((2, 3), keepdim=True)
         logits = self.fc2(F.relu(self.fc1(mean)))
-        top, index = logits.topk(self.k, dim=1, sorted=True)
-        return top, index
+        top, index = logits.topk(self.k, dim=1, sorted=True) if self.k else (None, None)
+        return top, index, logits
 
 
 class GraphMoD(_ExportedMoD):
@@ -186,57 +201,37 @@ class GraphMoD(_ExportedMoD):
     def __init__(self, block: MoDBlock, batch: int | None) -> None:
         super().__init__(block)
         self.batch = batch
-        self.first_channels = block.selector is None
+        self.first_channels = block.selector is None or isinstance(block.selector, FirstSelector)
         self.by_index = getattr(block.selector, "order", "score") == "index"
-        self.selector = (
-            ConvSelector(block.selector) if isinstance(block.selector, ChannelSelector) else None
-        )
+        self.selector = ConvScorer(block.selector) if isinstance(block.selector, Scorer) else None
         self.register_buffer("place", self._place())
         self.register_buffer("source", self._source())
-        self.spread = False
-
-    def spread_first_kernel(self) -> None:
-        """Convolve the feature map by the first kernel at the selected channels, where that pays.
-
-        For one image, and a core that begins with a 1x1 convolution: that then costs as much as
-        on all channels, which are few outputs; a larger kernel would cost as the block itself.
-        """
-        first = self.core[0] if isinstance(self.core, nn.Sequential) else None
-        needs_picked = self.inner_shortcut or self.fusion == "original" or self.selector is None
-        if not isinstance(first, nn.Conv2d) or needs_picked:
-            return
-        self.spread = first.kernel_size == (1, 1) and first.padding in ((0, 0), 0) and first.groups == 1
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for `x`, of the same shape and dtype."""
-        if self.selector is None:
+        top = index = logits = None
+        if self.selector is not None:
+            top, index, logits = self.selector(x)
+        if top is None or index is None:
             assert self.index is not None
             picked = x[:, : self.k] if self.first_channels else x.index_select(1, self.index)
             y = self._process(self.core(picked), picked if self.inner_shortcut else None).to(x.dtype)
-            return self._fuse(x, y)
-        top, index = self.selector(x)
+            fused = self._fuse(x, y)
+        else:
+            fused = self._selected(x, top, index)
+        if self.gate == "map" and logits is not None:
+            fused = fused * gates(logits).to(x.dtype)
+        return fused
+
+    def _selected(self, x: Tensor, top: Tensor, index: Tensor) -> Tensor:
+        """`x` with what the core gives for the channels `index` [B, k, 1, 1], whose logits are `top`."""
         if self.by_index:
             top, index = _sorted_by_index(top, index)
-        if self.spread:
-            y = self._process(self._core_of_selected(x, index), None)
-            return self._fuse_selected(x, y.to(x.dtype) * top.sigmoid().to(x.dtype), None, index)
         picked = _gather(x, self._flat(x, index), self.k)
-        y = self._process(self.core(picked), picked if self.inner_shortcut else None)
-        return self._fuse_selected(x, y.to(x.dtype) * top.sigmoid().to(x.dtype), picked, index)
-
-    def _core_of_selected(self, x: Tensor, index: Tensor) -> Tensor:
-        """The core, its first kernel [O, k] spread to [O, C] at `index` [1, k, 1, 1]."""
-        assert isinstance(self.core, nn.Sequential)
-        first = self.core[0]
-        assert isinstance(first, nn.Conv2d)
-        narrow = first.weight.flatten(1)
-        # One operator; a product with one-hot rows would be four.
-        spread = narrow.new_zeros(len(narrow), self.channels)
-        spread = spread.scatter(1, index.reshape(1, self.k).expand(len(narrow), self.k), narrow)
-        y: Tensor = F.conv2d(x, spread[:, :, None, None], first.bias)
-        for layer in list(self.core)[1:]:
-            y = layer(y)
-        return y
+        y = self._process(self.core(picked), picked if self.inner_shortcut else None).to(x.dtype)
+        if self.gate == "output":
+            y = y * top.sigmoid().to(x.dtype)
+        return self._fuse_selected(x, y, picked, index)
 
     def _flat(self, x: Tensor, index: Tensor) -> Tensor:
         """Rows of `x` as [B C, H, W] that `index` names: [B k]."""
@@ -245,11 +240,10 @@ class GraphMoD(_ExportedMoD):
         first = torch.arange(x.shape[0], device=x.device)[:, None] * self.channels
         return (index.reshape(-1, self.k) + first).reshape(-1)
 
-    def _fuse_selected(self, x: Tensor, y: Tensor, picked: Tensor | None, index: Tensor) -> Tensor:
+    def _fuse_selected(self, x: Tensor, y: Tensor, picked: Tensor, index: Tensor) -> Tensor:
         if self.fusion in ("first", "last"):
             return self._fuse(x, y)
         if self.fusion == "original":
-            assert picked is not None
             y = picked + y
         rows = x.reshape(-1, x.shape[2], x.shape[3])
         rows = rows.index_put((self._flat(x, index),), y.reshape(-1, x.shape[2], x.shape[3]))
@@ -313,11 +307,13 @@ class OneImageConv(nn.Module):
         return thread(y, ROUTING, routing) if layer.passes_on else y
 
 
-def _pointwise(layer: nn.Linear) -> nn.Conv2d:
+def _pointwise(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
     """A linear layer as a 1x1 convolution, at least float32."""
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    conv = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=False)
-    conv.weight = nn.Parameter(layer.weight.detach()[:, :, None, None].to(dtype), requires_grad=False)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None)
+    conv.weight = nn.Parameter(weight.detach()[:, :, None, None].to(dtype), requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
     return conv
 
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 
 from pliant.deploy.folding import fold_norms
 from pliant.methods.mixture_of_depths import MoDBlock
+from pliant.methods.selectors import StaticSelector
 from pliant.ops import building
 from pliant.ops.fused import FusedMoDBlock, fusable
 from pliant.switch import Depth
@@ -54,6 +55,9 @@ def optimize(model: Network, example: Tensor, *, fused: bool = True, channels_la
         True
     """
     network = fold_norms(model, example).requires_grad_(False)
+    for block in _blocks(network).values():
+        if isinstance(block.selector, StaticSelector):  # what is constant need not be ranked each time
+            block.selector = block.selector.constant()
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
         if example.dim() == 4:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pliant.methods.mixture_of_depths import ChannelSelector
+from pliant.methods.selectors import ChannelSelector
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pliant.compare import BASE_ALONE, PLAIN, Score, controls_by_name
+from pliant.experiments.variants import RIVALS, SCORE_ORDER, VARIANTS
 from pliant.recipes.adaptive_depth import is_adaptive
 from pliant.train.recipe import WHERE, Accelerator, Recipe, override
 
@@ -17,6 +18,7 @@ Key = tuple[str, str, str, str, int, int]
 # Families of cells, and what the page calls them, in its order.
 FAMILIES = {
     "controls": "Selection and its controls",
+    "variants": "Variants",
     "sweep": "Width of the block and where its output goes (Table 9)",
     "depth": "Depths between no block and all of them",
     "adn": "Adaptive depth against networks trained alone",
@@ -172,8 +174,59 @@ def _combinations(plain: Recipe) -> dict[str, Recipe]:
     }
 
 
+def cifar10_variants(device: str = "cpu") -> list[Cell]:
+    """The recipe and network of `cifar10_controls` on a CPU, with variants of Mixture-of-Depths.
+
+    First one seed of each variant, then two further seeds of each: `cells_of` with ``only`` has those
+    of the best.
+
+    Raises:
+        ValueError: another device.
+
+    Example:
+        >>> cells = cifar10_variants()
+        >>> cells[0].label, cells[0].recipe.model_args
+        ('gate of the map', {'gate': 'map'})
+    """
+    if device != "cpu":
+        raise ValueError(f"no list of cells for device {device!r}; there is one for cpu")
+    network = "resnet20"
+    mod = controls_by_name(f"cifar10.{network}.controls")[SCORE_ORDER]
+    return [
+        Cell(
+            network=network,
+            family="variants",
+            label=label,
+            recipe=replace(
+                mod,
+                model_args={**mod.model_args, **variant.options},
+                seed=seed,
+                accelerator="cpu",
+            ),
+        )
+        for seed in range(3)
+        for label, variant in VARIANTS.items()
+    ]
+
+
 # Experiments by name: their cells on a device.
-EXPERIMENTS: dict[str, Callable[[str], list[Cell]]] = {"cifar10-controls": cifar10_controls}
+EXPERIMENTS: dict[str, Callable[[str], list[Cell]]] = {
+    "cifar10-controls": cifar10_controls,
+    "cifar10-variants": cifar10_variants,
+}
+# Experiments that are held against cells of another one, and which: these are not run again.
+BORROWED: dict[str, tuple[str, tuple[str, ...]]] = {"cifar10-variants": ("cifar10-controls", RIVALS)}
+
+
+def rivals_of(name: str, device: str = "cpu", *, epochs: int | None = None) -> list[Cell]:
+    """Cells of another experiment that this one's are held against; none for most.
+
+    Example:
+        >>> list(dict.fromkeys(cell.label for cell in rivals_of("cifar10-variants")))
+        ['plain', 'MoD, score order', 'first k channels', 'blocks removed']
+    """
+    other, labels = BORROWED.get(name, ("", ()))
+    return cells_of(other, device, only=labels, epochs=epochs) if other else []
 
 
 def cells_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -47,11 +46,6 @@ class Evidence:
     def against(self, one: str, other: str) -> Paired:
         """Difference of two labels' accuracies."""
         return paired(self.accuracy(one), self.accuracy(other))
-
-    def seconds(self, label: str) -> float | None:
-        """Mean seconds of an epoch of training."""
-        found = [s.seconds / s.epochs for s in self.rows(label)]
-        return statistics.fmean(found) if found else None
 
     def settings(self, *, steps: bool = False) -> list[tuple[str, int]]:
         """Engines and batches in which latency was timed, or batches of training steps."""

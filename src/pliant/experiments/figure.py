@@ -8,12 +8,14 @@ from pathlib import Path
 from pliant.analysis._figure import plain, write_figure
 from pliant.compare import MOD_CONTROLS, PLAIN, REMOVED
 from pliant.experiments.evidence import Evidence
+from pliant.experiments.variants import VARIANTS
 
 # Kind of a network: marker and colour (Okabe and Ito's).
 _KINDS = {
     "plain network, and without blocks": ("s", "#000000"),
     "learned selection": ("o", "#D55E00"),
     "selection that is not learned": ("o", "#0072B2"),
+    "variants": ("D", "#CC79A7"),
     "depths in between": ("^", "#009E73"),
 }
 
@@ -31,7 +33,7 @@ def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
     from matplotlib.figure import Figure
 
     # The question is theirs; all other networks, some several times as slow, are in the tables.
-    labels = [label for family in ("controls", "depth") for label in evidence.labels(family)]
+    labels = [label for family in ("controls", "variants", "depth") for label in evidence.labels(family)]
     panels = {
         (engine, batch): [
             name for name in labels if evidence.accuracy(name) and evidence.time(name, engine, batch)
@@ -94,4 +96,6 @@ def _kind(label: str) -> str:
         return "plain network, and without blocks"
     if label in list(MOD_CONTROLS)[:2]:
         return "learned selection"
+    if label in VARIANTS:
+        return "variants"
     return "selection that is not learned" if label in MOD_CONTROLS else "depths in between"

@@ -9,14 +9,17 @@ from pathlib import Path
 
 from pliant._files import atomic_path
 from pliant.compare import BASE_ALONE, MOD_CONTROLS, PLAIN, REMOVED
-from pliant.experiments.cells import FAMILIES, cells_of, key_of
+from pliant.experiments.cells import BORROWED, FAMILIES, cells_of, key_of, rivals_of
 from pliant.experiments.claims import MISSING, answer, mean_and_spread, sentence
 from pliant.experiments.evidence import Evidence, gather
 from pliant.experiments.figure import plot_evidence
+from pliant.experiments.tables import markdown
+from pliant.experiments.variants import FIRST, SCORE_ORDER, VARIANTS
+from pliant.experiments.variants_page import findings as findings_of_variants
 from pliant.experiments.walking import scores_in
 from pliant.measuring.rows import read_rows
 
-SCORE_ORDER, INDEX_ORDER, FRESH, FIXED, FIRST, _ = MOD_CONTROLS
+_, INDEX_ORDER, FRESH, FIXED, _, _ = MOD_CONTROLS
 LEARNED = (SCORE_ORDER, INDEX_ORDER)
 # Questions, and the rivals that learned selection has to beat for a yes.
 QUESTIONS = {
@@ -27,6 +30,7 @@ EQUAL_TIME = "Does it beat no block at all at equal measured time?"
 EQUAL_TRAINING = "And at equal time of a training step?"
 # Other families: each label, and what it is held against.
 HELD_AGAINST: dict[str, Mapping[str, str]] = {
+    "variants": {label: variant.control for label, variant in VARIANTS.items()},
     "adn": {"ADN, super-net": PLAIN, "ADN, base-net": BASE_ALONE},
     "condconv": {"CondConv, 4 experts": PLAIN, "CondConv, 8 experts": PLAIN},
     "combinations": {
@@ -38,8 +42,11 @@ HELD_AGAINST: dict[str, Mapping[str, str]] = {
     },
 }
 
+# Families whose tables have the two ends of the question too.
+_BESIDE = ("variants", "sweep", "depth", "combinations")
+
 _HEAD = """\
-# Evidence
+# {title}
 
 Written by `pliant experiment {name} --page` from the rows in [results](../results/README.md), its
 sentences too. What is missing is said to be missing; the same command without `--page` goes on
@@ -58,8 +65,8 @@ twenty comparisons without any true difference, one is expected to look decided.
 Latency is that of networks as deployed (norms folded, Mixture-of-Depths blocks in the form that suits
 the engine), as the ratio to the plain network, the median of ratios within a round, its interquartile range
 in brackets; differences under 1.5 points (batch 1) or 3 points (larger batches) mean nothing. A training
-step is forward, loss, backward and optimiser at the recipe's batch and precision. Seconds of an epoch
-are those of the run, on a machine that had other work too: compare training steps instead."""
+step is forward, loss, backward and optimiser at the recipe's batch and precision. How long the runs took
+stands in their rows only: they ran in the background of other work."""
 
 
 def write_evidence(
@@ -75,7 +82,7 @@ def write_evidence(
         name: of `pliant.experiments.EXPERIMENTS`.
         results: folder of the rows, ``NAME-DEVICE.csv`` and ``NAME-latency-DEVICE.csv``, which
             gets the figures.
-        docs: folder that gets ``evidence.md``.
+        docs: folder that gets the page, ``evidence.md`` or ``variants.md``.
         epochs: of a rehearsal; by default the experiment's.
 
     Returns:
@@ -87,11 +94,18 @@ def write_evidence(
     results, docs = Path(results), Path(docs)
     parts: list[Evidence] = []
     figures: dict[int, str] = {}
-    for device in ("cpu", "cuda"):
-        scores = scores_in(results / f"{name}-{device}.csv")
+    # What borrows has one list of cells, for the CPU.
+    for device in ("cpu",) if name in BORROWED else ("cpu", "cuda"):
+        scores = [
+            score
+            for source in (BORROWED.get(name, ("",))[0], name)
+            if source
+            for score in scores_in(results / f"{source}-{device}.csv")
+        ]
         timed = results / f"{name}-latency-{device}.csv"
         times = read_rows(timed) if timed.exists() else []
-        for evidence in gather(cells_of(name, device, epochs=epochs), scores, times, device):
+        cells = [*rivals_of(name, device, epochs=epochs), *cells_of(name, device, epochs=epochs)]
+        for evidence in gather(cells, scores, times, device):
             if not evidence.scores and device == "cuda":
                 continue  # a second device is told of only where it was used
             figure = results / f"{name}-{evidence.network}-{device}.svg"
@@ -99,7 +113,7 @@ def write_evidence(
                 figures[len(parts)] = _link(figure, docs)
             parts.append(evidence)
     text = page(name, parts, figures)
-    path = docs / "evidence.md"
+    path = docs / f"{_title(name).lower()}.md"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -113,10 +127,11 @@ def page(name: str, parts: Sequence[Evidence], figures: Mapping[int, str] | None
         parts: what is known of each network.
         figures: links, by the number of the part.
     """
-    lines = [_HEAD.format(name=name), ""]
+    find = findings_of_variants if name in BORROWED else _findings
+    lines = [_HEAD.format(name=name, title=_title(name)), ""]
     titles = [f" ({e.network}, {e.device})" if len(parts) > 1 else "" for e in parts]
     for number, (evidence, title) in enumerate(zip(parts, titles, strict=True)):
-        lines += [f"## What the rows show{title}", "", *_findings(evidence), ""]
+        lines += [f"## What the rows show{title}", "", *find(evidence), ""]
         if link := (figures or {}).get(number):
             lines += [f"![Accuracy against latency]({link})", ""]
     lines += [_HOW_TO_READ.format(setting="\n\n".join(map(_setting, parts))), ""]
@@ -126,6 +141,10 @@ def page(name: str, parts: Sequence[Evidence], figures: Mapping[int, str] | None
                 lines += [f"## {heading}{title}", "", *_compared(evidence, family)]
                 lines += [*_table(evidence, family, labels), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _title(name: str) -> str:
+    return "Variants" if name in BORROWED else "Evidence"
 
 
 def _link(figure: Path, docs: Path) -> str:
@@ -149,8 +168,6 @@ def _setting(evidence: Evidence) -> str:
     if machines:
         by = f", commit {', '.join(commits)}" if commits else ""
         told.append(f"Trained on {'; '.join(machines)}{by}.")
-    if (seconds := evidence.seconds(PLAIN)) is not None:
-        told.append(f"An epoch of the plain network took {seconds:.0f} s.")
     return " ".join(told)
 
 
@@ -195,7 +212,7 @@ def _equal_time(evidence: Evidence, question: str, settings: Iterable[tuple[str,
     return [
         f"**{question}** {answer(verdicts)}",
         "",
-        *_markdown(
+        *markdown(
             ("setting", "network", "time ratio", "rival at this time", "difference, points (95 %)"), rows
         ),
     ]
@@ -228,14 +245,15 @@ def _compared(evidence: Evidence, family: str) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _table(evidence: Evidence, family: str, labels: Iterable[str]) -> list[str]:
+def _table(evidence: Evidence, family: str, labels: Sequence[str]) -> list[str]:
     """A family's rows, below the plain network's and those that they are held against."""
-    others = [PLAIN, *([SCORE_ORDER, REMOVED] if family in ("sweep", "depth", "combinations") else [])]
-    names = list(dict.fromkeys([*others, *HELD_AGAINST.get(family, {}).values(), *labels]))
+    others = [PLAIN, *([SCORE_ORDER, REMOVED] if family in _BESIDE else [])]
+    held = (label for label in HELD_AGAINST.get(family, {}).values() if label not in labels)
+    names = list(dict.fromkeys([*others, *held, *labels]))
     settings = evidence.settings()
     heading = ["network", "seeds", "test, %", f"against {PLAIN}, points (95 %)", "parameters", "MACs, M"]
     heading += [f"latency ratio, {engine}, batch {batch}" for engine, batch in settings]
-    heading += ["training step, ratio", "epoch, s"]
+    heading += ["training step, ratio"]
     body = []
     for label in names:
         rows = evidence.rows(label)
@@ -248,21 +266,15 @@ def _table(evidence: Evidence, family: str, labels: Iterable[str]) -> list[str]:
             cells.append(
                 "" if timed is None else f"{timed.time_ratio:.3f} ({timed.time_ratio_iqr or 0:.3f})"
             )
-        step, seconds = evidence.step(label), evidence.seconds(label)
+        step = evidence.step(label)
         cells.append("" if step is None else f"{step.time_ratio:.2f}")
-        cells.append("" if seconds is None else f"{seconds:.0f}")
         body.append(cells)
     spreads = [statistics.stdev(a.values()) for n in names if len(a := evidence.accuracy(n)) > 1]
     if not spreads or all(len(evidence.rows(n)) != 1 for n in names):
-        return _markdown(heading, body)
+        return markdown(heading, body)
     note = f"Seeds of one network spread by up to {max(spreads):.2f} points here (standard deviation)."
     return [
-        *_markdown(heading, body),
+        *markdown(heading, body),
         "",
         f"{note} Where there is one seed, hold its difference against that.",
     ]
-
-
-def _markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |" for cells in [heading, *rows]]
-    return [lines[0], "|---" + "|---:" * (len(heading) - 1) + "|", *lines[1:]]

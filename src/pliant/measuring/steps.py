@@ -295,8 +295,8 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case("resnet50_adn", None, 64, DTYPES),
     ),
 }
-# Seconds of the rounds of one case in one dtype, so that the CPU's suite takes about three minutes.
-MOST_SECONDS = 12.0
+# Seconds of the rounds of one case in one dtype, so that the CPU's suite takes three minutes.
+MOST_SECONDS = 9.0
 
 
 def run_step_bench(

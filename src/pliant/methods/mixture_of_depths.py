@@ -5,35 +5,46 @@ ranks the channels of a feature map; the top k go through a narrow copy of the b
 that stood here, are scaled by their scores and added to the first k channels. All
 shapes are fixed, so the graph is static.
 
-Shapes in this file::
+The method is here; the block is `pliant.methods.mod_block`, what chooses and scores channels
+`pliant.methods.selectors`, and the cores are `pliant.methods.narrow`.
 
-    B  batch             x       [B, C, H, W]  feature map
-    C  channels          scores  [B, k]        sigmoid scores, best first
-    k  processed, C // c index   [B, k] or [k] channels that are processed
-    r  reduction         y       [B, k, H, W]  the core's output
+Shapes in this file: a feature map has C channels, of which k = C // c are processed.
 """
 
 from __future__ import annotations
 
-import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Literal, get_args
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from pliant.anatomy import Block, BlockInfo, RemovedBlock, stages
-from pliant.methods import routed
-from pliant.methods.narrow import core_width, last_activation, narrow_core, unfit
-from pliant.methods.precision import full_precision, linear, pooled
+from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
+from pliant.methods.mod_block import Fusion, MoDBlock, without_mod_blocks
+from pliant.methods.narrow import Core, core_width, narrow_core, unfit
+from pliant.methods.selectors import (
+    ChannelSelector,
+    FirstSelector,
+    Gate,
+    Order,
+    RandomSelector,
+    StaticSelector,
+)
 from pliant.surgery import Method, PassedOver, Site, Survey
 
-Network = TypeVar("Network", bound=nn.Module)
+__all__ = [
+    "ChannelSelector",
+    "Fusion",
+    "MixtureOfDepths",
+    "MoDBlock",
+    "Order",
+    "RandomSelector",
+    "Selection",
+    "without_mod_blocks",
+]
 
-Selection = Literal["learned", "random", "fixed", "first", "none"]
-Order = Literal["score", "index"]
-Fusion = Literal["first", "last", "original", "replace"]
+Selection = Literal["learned", "static", "random", "fixed", "first", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +56,17 @@ class MixtureOfDepths(Method):
 
     Args:
         c: k = C // c channels of C are processed (section 3.2). None: the width of
-            the network's first block, the largest that is legal (64 for ResNet-50).
+            the network's first block, the largest that is legal (64 for ResNet-50). Several:
+            one for each stage of the network; 0 removes that stage's blocks.
         reduction: r of the selector, C -> C // r -> C (section 3.1; 16 in the paper). A
             selector with one hidden unit ranks the channels alike for every input (or, silent, not at all).
         selection: which channels. ``"learned"`` by the selector; ``"random"`` fresh
             for each sample and forward, from torch's default generator, in evaluation
             too (the paper's MoD50-rand); ``"fixed"`` random, drawn once; ``"first"``
             the first k; ``"none"`` removes the block, the control that the paper
-            leaves out. Only ``"learned"`` has a selector and scores.
+            leaves out; ``"static"`` is learned without looking at the input, one logit for
+            each channel, so that it is constant in the deployed network (ours). Only
+            ``"learned"`` and ``"static"`` have scores.
         order: in which order the channels reach the core. ``"score"`` best first, the
             literal reading; ``"index"`` as they stand in `x`, a steadier input for
             each filter of the core.
@@ -64,6 +78,20 @@ class MixtureOfDepths(Method):
             all but each stage's first; or the paths of the blocks, ``("layer3.1",)``.
         stages: numbers of the stages to change, 0-based; None is all of them. Not
             together with paths in `blocks`.
+        gate: what the scores multiply. ``"output"`` what the core gives; ``"map"`` the whole
+            feature map, the core's output added: each channel by twice its own sigmoid, so
+            that every channel's score learns (ours; squeeze-and-excitation, arXiv 1709.01507,
+            by the selector that is there already). With ``selection="first"`` it has a selector
+            too, which does not select. ``"none"`` nothing; needs `straight_through`.
+        temperature: logits are divided by it. A low one makes more of small differences: with
+            one of 1, scores of a network that has just begun to learn are all nearly a half.
+        straight_through: in training, the ranking's gradient is that of a soft one (SoftSort,
+            arXiv 2006.16038), so that channels that were not selected learn too. Off: gradients
+            reach the selector through the scores alone.
+        selector_bias: one learned number is added to each channel's logit.
+        core: ``"block"`` a narrow copy of the replaced block; ``"separable"`` a depthwise 3x3 and
+            a 1x1 convolution, k (9 + k) multiplications for each position in place of 18 k^2 of
+            a basic block (ours).
         inner_shortcut: add the core's input to its output. Off: equation 1 adds
             `x` already.
         last_act: end with the replaced block's activation, behind the inner shortcut if
@@ -87,29 +115,40 @@ class MixtureOfDepths(Method):
         4
     """
 
-    c: int | None = None
+    c: int | tuple[int, ...] | None = None
     reduction: int = 16
     selection: Selection = "learned"
     order: Order = "score"
     fusion: Fusion = "first"
     blocks: Literal["odd", "all"] | tuple[str, ...] = "odd"
     stages: tuple[int, ...] | None = None
+    gate: Gate = "output"
+    temperature: float = 1.0
+    straight_through: bool = False
+    selector_bias: bool = False
+    core: Core = "block"
     inner_shortcut: bool = False
     last_act: bool = False
     zero_init_last: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("c", 1 if self.c is None else self.c), ("reduction", self.reduction)):
+        # A checkpoint's JSON knows lists only.
+        if isinstance(self.c, (tuple, list)):
+            if not _all_of(int, self.c) or min(self.c, default=-1) < 0:
+                raise ValueError(f"several c must be whole numbers of at least 0, not {self.c!r}")
+            object.__setattr__(self, "c", tuple(self.c))
+        one = 1 if self.c is None or isinstance(self.c, tuple) else self.c
+        for name, value in (("c", one), ("reduction", self.reduction)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        for name, kind in (("selection", Selection), ("order", Order), ("fusion", Fusion)):
+        kinds = {"selection": Selection, "order": Order, "fusion": Fusion, "gate": Gate, "core": Core}
+        for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
-        for name in ("inner_shortcut", "last_act", "zero_init_last"):
+        for name in ("straight_through", "selector_bias", "inner_shortcut", "last_act", "zero_init_last"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        # A checkpoint's JSON knows lists only.
         if self.blocks not in ("odd", "all"):
             if not _all_of(str, self.blocks):
                 raise ValueError(f"blocks must be 'odd', 'all' or a tuple of paths, not {self.blocks!r}")
@@ -128,6 +167,24 @@ class MixtureOfDepths(Method):
                 "last_act with zero_init_last and without inner_shortcut gives the core and the "
                 "selector a gradient of zero for ever; drop one of the two"
             )
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        """Refuse what no selector of this kind can do."""
+        t, ranked = self.temperature, self.selection in ("learned", "static")
+        if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t < math.inf:
+            raise ValueError(f"temperature must be a positive number, not {t!r}")
+        if self.straight_through and not ranked and self.selection != "none":
+            raise ValueError(f"straight_through is for a ranking; selection={self.selection!r} has none")
+        if self.gate == "map" and self.selection not in ("learned", "first", "none"):
+            raise ValueError(
+                f"gate='map' takes the scores of all channels of an input, which selection="
+                f"{self.selection!r} has not; 'learned' and 'first' have"
+            )
+        if self.gate == "none" and ranked and not self.straight_through:
+            raise ValueError(
+                "gate='none' leaves the selector without a gradient for ever; straight_through gives it one"
+            )
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the blocks to replace; see `Method.survey`."""
@@ -137,10 +194,7 @@ class MixtureOfDepths(Method):
                 raise ValueError(f"stages holds {n}, but {type(model).__name__} has {len(found)} stages")
         every = {block.path: block for stage in found for block in stage.blocks}
         wanted = self._wanted(every)
-        c = self.c
-        if c is None and found:
-            first = found[0].blocks[0]
-            c = min(first.in_channels, first.out_channels)
+        c = self._by_stage(found, type(model).__name__)
         sites, passed_over = [], []
         for n, stage in enumerate(found):
             for i, block in enumerate(stage.blocks):
@@ -158,8 +212,7 @@ class MixtureOfDepths(Method):
                     if why and wanted is not None:
                         raise ValueError(f"blocks names {block.path}, which cannot be replaced: {why}")
                 if take:
-                    assert c is not None
-                    sites.append(Site(block.path, self._detail(block, c)))
+                    sites.append(Site(block.path, self._detail(block, c[n])))
                 else:
                     passed_over.append(PassedOver(block.path, why))
         notes = []
@@ -170,8 +223,8 @@ class MixtureOfDepths(Method):
                 "again; zero_init_last=True starts as the network without them (but not with "
                 "fusion='replace' or inner_shortcut)"
             )
-        constant = [s.path for s in sites if self.selection == "learned" and s.detail["hidden"] == 1]
-        if constant:
+        constant = [s.path for s in sites if self.selection == "learned" and s.detail.get("hidden") == 1]
+        if constant and not self.selector_bias:
             notes.append(
                 f"one hidden unit ranks the channels alike for every input, so the selection of "
                 f"{', '.join(constant)} is constant; choose a smaller reduction than {self.reduction}"
@@ -180,10 +233,10 @@ class MixtureOfDepths(Method):
 
     def replace(self, module: nn.Module, site: Site) -> nn.Module:
         """Build the block for one site; see `Method.replace`."""
-        if self.selection == "none":
+        if "k" not in site.detail:
             return RemovedBlock(site.detail["C"])
         channels, k = site.detail["C"], site.detail["k"]
-        core = narrow_core(module, channels, k, zero_init_last=self.zero_init_last)
+        core = narrow_core(module, channels, k, kind=self.core, zero_init_last=self.zero_init_last)
         return MoDBlock(module, core, channels, k, self)
 
     def _wanted(self, every: dict[str, BlockInfo]) -> set[str] | None:
@@ -201,238 +254,44 @@ class MixtureOfDepths(Method):
                 )
         return set(self.blocks)
 
+    def _by_stage(self, found: Sequence[Stage], network: str) -> tuple[int, ...]:
+        """The c of each stage; 0: no blocks."""
+        if isinstance(self.c, tuple):
+            if len(self.c) != len(found):
+                raise ValueError(f"c={self.c} is for {len(self.c)} stages, but {network} has {len(found)}")
+            return self.c
+        first = found[0].blocks[0] if found else None
+        widest = min(first.in_channels, first.out_channels) if first else 0
+        return (widest if self.c is None else self.c,) * len(found)
+
     def _detail(self, block: BlockInfo, c: int) -> dict[str, int]:
         channels = block.in_channels
-        k = channels // c
-        if self.selection == "none":
+        if self.selection == "none" or c == 0:
             return {"C": channels}
-        narrowest = min(k, core_width(block.module, channels, k))
+        k = channels // c
+        narrowest = k if self.core == "separable" else min(k, core_width(block.module, channels, k))
         if narrowest < 1:
             raise ValueError(
                 f"{block.path}: C = {channels} channels with c = {c} leave k = {k} for the selector "
                 f"and {narrowest} inside its core; choose a smaller c"
             )
         detail = {"C": channels, "c": c, "k": k}
-        if self.selection == "learned":
+        if self.selection == "learned" or (self.selection == "first" and self.gate == "map"):
             detail["hidden"] = max(1, channels // self.reduction)
         return detail
 
-
-class ChannelSelector(nn.Module):
-    """Rank the channels of a feature map and pick the best k (section 3.1, figure 2).
-
-    GAP -> Linear(C, C // r) -> ReLU -> Linear(C // r, C) -> top k -> sigmoid, without
-    bias or norm. Ranks the logits: saturated sigmoids tie. Half and bfloat16 are
-    promoted to float32, under autocast too, because ranking needs the digits.
-
-    Weights start as PyTorch's, but each hidden unit's sign is chosen so that its weights
-    sum to at least zero: pooled activations are not negative, so it starts active. Of the
-    few units that a narrow block has, otherwise all are often silent for every input, and
-    then nothing is ever learned.
-
-    Args:
-        channels: C.
-        k: how many are picked.
-        hidden: width of the hidden layer.
-        order: ``"score"`` or ``"index"``.
-    """
-
-    def __init__(self, channels: int, k: int, hidden: int, order: Order = "score") -> None:
-        super().__init__()
-        self.k, self.order = k, order
-        self.fc1 = nn.Linear(channels, hidden, bias=False)
-        self.fc2 = nn.Linear(hidden, channels, bias=False)
-        with torch.no_grad():
-            total = self.fc1.weight.sum(1, keepdim=True)
-            self.fc1.weight.copy_(torch.where(total < 0, -self.fc1.weight, self.fc1.weight))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores [B, k], at least float32, and index [B, k], int64, for `x`.
-
-        `x` is a feature map [B, C, H, W], or its means [B, C].
-        """
-        logits = self.logits(x)
-        # sorted=True: unsorted, engines return different orders for the same values.
-        top, index = logits.topk(self.k, dim=1, sorted=True)
-        if self.order == "index":
-            index, rank = index.sort(dim=1)
-            top = top.gather(1, rank)
-        return top.sigmoid(), index
-
-    def logits(self, x: Tensor) -> Tensor:
-        """The channels' relevance before the sigmoid, [B, C], at least float32."""
-        with full_precision(x):
-            return linear(F.relu(linear(pooled(x), self.fc1)), self.fc2)
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return f"k={self.k}, order={self.order!r}"
-
-
-class RandomSelector(nn.Module):
-    """Pick k channels at random, without scores: the paper's MoD50-rand.
-
-    Args:
-        channels: C.
-        k: how many are picked.
-        fixed: draw once, now, instead of afresh for each sample and forward.
-        order: ``"score"`` keeps the random order, ``"index"`` sorts.
-    """
-
-    index: Tensor | None
-
-    def __init__(self, channels: int, k: int, fixed: bool, order: Order = "score") -> None:
-        super().__init__()
-        self.channels, self.k, self.order = channels, k, order
-        drawn = torch.randperm(channels)[:k] if fixed else None
-        if drawn is not None and order == "index":
-            drawn = drawn.sort().values
-        self.register_buffer("index", drawn)
-
-    def forward(self, x: Tensor) -> tuple[None, Tensor]:
-        """Return no scores, and index [k] when fixed, else [B, k]."""
-        if self.index is not None:
-            return None, self.index
-        # The default generator: one of our own would break graphs.
-        index = torch.rand(x.shape[0], self.channels, device=x.device).topk(self.k, dim=1).indices
-        return None, index.sort(dim=1).values if self.order == "index" else index
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return f"k={self.k}, fixed={self.index is not None}, order={self.order!r}"
-
-
-class MoDBlock(Block):
-    """One Mixture-of-Depths block: select, process, scale, fuse (sections 3.1 to 3.3).
-
-    Args:
-        replaced: the block whose place it takes; gives device, dtype, drop path and, if asked
-            for, its last activation.
-        core: the narrow block, [B, k, H, W] to [B, k, H, W].
-        channels: C.
-        k: channels that are processed.
-        config: the method's options.
-    """
-
-    selector: nn.Module | None
-
-    def __init__(
-        self, replaced: nn.Module, core: nn.Module, channels: int, k: int, config: MixtureOfDepths
-    ) -> None:
-        super().__init__(channels)
-        self.k = k
-        self.fusion: Fusion = config.fusion
-        self.inner_shortcut = config.inner_shortcut
-        like = next(replaced.parameters())
-        with torch.device(like.device):
-            if config.selection == "learned":
-                hidden = max(1, channels // config.reduction)
-                self.selector = ChannelSelector(channels, k, hidden, config.order).to(like.dtype)
-            elif config.selection == "first":
-                self.selector = None
-            else:
-                fixed = config.selection == "fixed"
-                self.selector = RandomSelector(channels, k, fixed, config.order)
-        self.core = core
-        self.last_act = last_activation(replaced) if config.last_act else nn.Identity()
-        drop_path = getattr(replaced, "drop_path", None)
-        self.drop_path = nn.Identity() if drop_path is None else copy.deepcopy(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
-        if routed.usual():
-            return self._trained(x)
-        if self.selector is None:
-            return self._fuse(x, self._process(x[:, : self.k]), None)
-        scores, index = self.selector(x)
-        if index.dim() == 1:
-            return self._fuse(x, self._process(x.index_select(1, index)), index)
-        y = self._process(x.gather(1, _spread(index, x)))
-        if scores is not None:
-            y = y * scores.to(y.dtype)[:, :, None, None]
-        return self._fuse(x, y, index)
-
-    def _trained(self, x: Tensor) -> Tensor:
-        """The same, by operators whose gradients take fewer passes over `x`."""
-        if (native := self._native(x)) is not None:
-            return native
-        scores, at = None, cast("routed.At", 0)
-        if isinstance(self.selector, ChannelSelector):
-            means, x = routed.pool(x)
-            scores, at = self.selector(means)
-        elif self.selector is not None:
-            at = self.selector(x)[1].expand(x.shape[0], self.k)
-        picked, x = routed.gather(x, at, self.k)
-        y = self._process(picked)
-        if self.fusion in ("first", "last"):
-            at = 0 if self.fusion == "first" else self.channels - self.k
-        return routed.fuse(x, y, scores, at, self.fusion == "replace")
-
-    def _native(self, x: Tensor) -> Tensor | None:
-        """The same by one operator, where it is there and knows this block."""
-        from pliant.ops import mod_training as native  # on use: few processes train on a CPU
-
-        selector: Any = self.selector
-        learned = type(selector) is ChannelSelector
-        if (
-            native.unfit(x)
-            or self.inner_shortcut
-            or type(self.last_act) is not nn.Identity
-            or type(self.drop_path) is not nn.Identity
-            or isinstance(layers := native.layers_of(self.core), str)
-            or (learned and selector.fc1.weight.dtype != torch.float32)
-            or native.watched([self.core, *self.core.children(), *([] if selector is None else [selector])])
-            or not native.ready()
-        ):
-            return None
-        index = down = up = None
-        if learned:
-            down, up = selector.fc1.weight, selector.fc2.weight
-        elif selector is None:
-            index = torch.arange(self.k).expand(x.shape[0], self.k)
-        else:
-            index = selector(x)[1].expand(x.shape[0], self.k)
-        order = selector.order if learned else "score"
-        return native.train_block(x, index, down, up, layers, order, self.fusion)
-
-    def _process(self, picked: Tensor) -> Tensor:
-        y = self.core(picked)
-        y = self.last_act(y + picked if self.inner_shortcut else y)
-        processed: Tensor = self.drop_path(y)
-        return processed
-
-    def _fuse(self, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
-        k, y = self.k, y.to(x.dtype)
-        if self.fusion == "first":
-            return torch.cat((x[:, :k] + y, x[:, k:]), 1)
-        if self.fusion == "last":
-            return torch.cat((x[:, :-k], x[:, -k:] + y), 1)
-        if index is None:
-            index = torch.arange(k, device=x.device)
-        where = _spread(index.expand(x.shape[0], k), x)
-        return x.scatter_add(1, where, y) if self.fusion == "original" else x.scatter(1, where, y)
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return f"channels={self.channels}, k={self.k}, fusion={self.fusion!r}"
-
-
-def without_mod_blocks(model: Network) -> Network:
-    """A copy of a network with its Mixture-of-Depths blocks removed.
-
-    The base line of the MoD tax: no MoD block can be cheaper than none.
-
-    Raises:
-        ValueError: the network has no Mixture-of-Depths block.
-    """
-    model = copy.deepcopy(model)
-    blocks = [(path, m) for path, m in model.named_modules() if isinstance(m, MoDBlock)]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no Mixture-of-Depths block to remove")
-    for path, block in blocks:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, RemovedBlock(block.channels))
-    return model
+    def selector(self, channels: int, k: int) -> nn.Module | None:
+        """What chooses k of C channels, and scores them; None: the first k, without scores."""
+        hidden, t, bias = max(1, channels // self.reduction), self.temperature, self.selector_bias
+        if self.selection == "learned":
+            return ChannelSelector(channels, k, hidden, self.order, self.gate, bias=bias, temperature=t)
+        if self.selection == "static":
+            scored = self.gate == "output"
+            return StaticSelector(channels, k, self.order, scored=scored, temperature=t)
+        if self.selection == "first":
+            gated = self.gate == "map"
+            return FirstSelector(channels, k, hidden, bias=bias, temperature=t) if gated else None
+        return RandomSelector(channels, k, self.selection == "fixed", self.order)
 
 
 def _all_of(kind: type, values: object) -> bool:
@@ -440,8 +299,3 @@ def _all_of(kind: type, values: object) -> bool:
     return isinstance(values, (tuple, list)) and all(
         isinstance(v, kind) and not isinstance(v, bool) for v in values
     )
-
-
-def _spread(index: Tensor, x: Tensor) -> Tensor:
-    """`index` [B, k] as [B, k, H, W], to gather and scatter whole channels of `x`."""
-    return index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])

@@ -25,11 +25,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pliant.methods.precision import full_precision, pooled
+from pliant.methods.selectors import gates
 
 _LIBRARY = cast("Any", torch.library).Library("pliant", "FRAGMENT")
 _LIBRARY.define(
     "mod_block_(Tensor(a!) x, Tensor down, Tensor up, Tensor weight1, Tensor bias1, Tensor weight2, "
-    "Tensor bias2, Tensor? weight3, Tensor? bias3, int dilation, str order, str fusion) -> ()",
+    "Tensor bias2, Tensor? weight3, Tensor? bias3, int dilation, str order, str fusion, "
+    "str gate='output') -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 mod_block_: Any = torch.ops.pliant.mod_block_.default
@@ -48,6 +50,7 @@ def in_pytorch(
     dilation: int,
     order: str,
     fusion: str,
+    gate: str = "output",
 ) -> None:
     """The block in PyTorch's own operators, on any device: what the fused forms compute.
 
@@ -68,6 +71,7 @@ def in_pytorch(
         dilation: of the 3x3 convolutions, and their padding.
         order: ``"score"`` or ``"index"``, as for `MixtureOfDepths`.
         fusion: ``"first"``, ``"last"``, ``"original"`` or ``"replace"``, likewise.
+        gate: ``"output"``, ``"map"`` or ``"none"``, likewise.
 
     Example:
         >>> x = torch.zeros(1, 2, 4, 4)
@@ -95,7 +99,9 @@ def in_pytorch(
     y = F.conv2d(y, weight2, bias2, **three)
     if weight3 is not None:
         y = F.conv2d(F.relu(y), weight3, bias3)
-    y = (y * top.sigmoid().to(y.dtype)[:, :, None, None]).to(x.dtype)
+    if gate == "output":
+        y = y * top.sigmoid().to(y.dtype)[:, :, None, None]
+    y = y.to(x.dtype)
     if fusion == "first":
         x[:, :k] += y
     elif fusion == "last":
@@ -104,6 +110,8 @@ def in_pytorch(
         x.scatter_add_(1, where, y)
     else:
         x.scatter_(1, where, y)
+    if gate == "map":
+        x *= gates(logits).to(x.dtype)[:, :, None, None]
 
 
 def _fake(x: Tensor, *_: Any) -> None:

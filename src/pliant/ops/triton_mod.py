@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from pliant.methods.mixture_of_depths import Fusion, Order
+from pliant.methods.mixture_of_depths import Fusion
+from pliant.methods.selectors import Order
 from pliant.ops.mod_block import in_pytorch
 
 INSTALLED = find_spec("triton") is not None

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.measuring.macs import count_macs, count_parameters
-from pliant.methods.mixture_of_depths import ChannelSelector, MoDBlock
+from pliant.methods.mixture_of_depths import MoDBlock
+from pliant.methods.selectors import ChannelSelector
 from pliant.published.report import CountRow, Paper
 from pliant.published.rows import PublishedRow
 

@@ -59,7 +59,7 @@ class Engine(ABC):
         absent = [name for name in self.packages if not _installed(name)]
         if not absent:
             return ""
-        return f'{" and ".join(absent)} not installed: pip install "pliant[{EXTRA_OF[absent[0]]}]"'
+        return f'{" and ".join(absent)} not installed: pip install "pliant[{EXTRA_OF[self.packages[-1]]}]"'
 
     @property
     def version(self) -> str:

@@ -1,4 +1,7 @@
-"""The files of engines that take ONNX or what is made of it."""
+"""Engines that run an ONNX file: the file, which is the same for all of them.
+
+Shapes: images [B, C, H, W].
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pliant.deploy.engines.base import FileEngine, evaluated
 from pliant.methods.mixture_of_depths import MoDBlock
 
 
-def write_file(
-    model: nn.Module,
-    example: Tensor,
-    path: Path,
-    optimized: bool,
-    dynamic_batch: bool,
-    compiled: bool = False,
-) -> Path:
-    """Write a network as ONNX or OpenVINO file, by the ending of `path`.
+class ONNXEngine(FileEngine):
+    """An engine that runs an ONNX file, in float32 or in int8, of any number of images."""
 
-    A network with Mixture-of-Depths blocks goes as it is through PyTorch's exporter, as ONNX, unless
+    by_pytorch = False
+
+    def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
+        """By numbers and form; see `FileEngine.shared`. A bfloat16 of the engine's own is float32 here."""
+        numbers = "int8" if precision == "int8" else "float32"
+        return f"{numbers} onnx{' optimized' * optimized}{' native' * native}"
+
+    def write(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        folder: Path,
+        *,
+        precision: str = "float32",
+        threads: int | None = None,
+        optimized: bool = False,
+    ) -> Path:
+        """An ``.onnx`` file for any batch; see `FileEngine.write`."""
+        self._check(example, precision, threads)
+        network, images = evaluated(model, "float32"), example.float()
+        path = folder / "network.onnx"
+        if precision == "int8":
+            return _write_int8(network, images, path, optimized)
+        return write_onnx(network, images, path, optimized)
+
+
+def write_onnx(
+    model: nn.Module, example: Tensor, path: Path, optimized: bool, compiled: bool = False
+) -> Path:
+    """Write a network as ONNX file for any batch.
+
+    A network with Mixture-of-Depths blocks goes as it is through PyTorch's exporter, unless
     their best form is asked for; that, and every other network, is what `export` writes.
 
     Args:
@@ -29,15 +57,13 @@ def write_file(
         example: images [B, C, H, W], float32.
         path: of the file.
         optimized: bring Mixture-of-Depths blocks into the form that suits the engine.
-        dynamic_batch: the file takes any number of images; otherwise that of `example`.
         compiled: as `export` takes it; that is then the best form.
     """
     from pliant.deploy.export import export  # on use: it is not needed to import pliant
 
     example = example.contiguous()
     if optimized or compiled or not any(isinstance(m, MoDBlock) for m in model.modules()):
-        how: dict[str, Any] = {"dynamic_batch": dynamic_batch, "compiled": compiled}
-        return export(model, path, example, batches=(1,), **how)
+        return export(model, path, example, batches=(1,), compiled=compiled)
     # What PyTorch makes of it, for any batch.
     images = example[:1].repeat(2, 1, 1, 1)  # of one image it would make a file for one image
     batch: Any = torch.export.Dim("batch", min=1)
@@ -48,13 +74,12 @@ def write_file(
     return path
 
 
-def write_int8(model: nn.Module, example: Tensor, folder: Path, optimized: bool) -> Path:
-    """Write a network as ONNX file in 8-bit integers, for any batch (`pliant.deploy.int8`).
+def _write_int8(model: nn.Module, example: Tensor, path: Path, optimized: bool) -> Path:
+    """Write a network as ONNX file in 8-bit integers (`pliant.deploy.int8`).
 
-    Its ranges are those of random images: it is for timing. ONNX Runtime and OpenVINO run the same
-    file; the arguments are those of `write_file`.
+    Its ranges are those of random images: it is for timing.
     """
     from pliant.deploy.int8 import quantise, random_images
 
-    source = write_file(model, example, folder / "float32.onnx", optimized, dynamic_batch=True)
-    return quantise(source, folder / "network.onnx", random_images(example))
+    source = write_onnx(model, example, path.with_name("float32.onnx"), optimized)
+    return quantise(source, path, random_images(example))

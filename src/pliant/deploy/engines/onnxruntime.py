@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
-from pliant.deploy.engines.files import write_file, write_int8
+from pliant.deploy.engines.base import Runner, evaluated, outputs
+from pliant.deploy.engines.files import ONNXEngine, write_onnx
 from pliant.deploy.onnx_file import open_session
 
 
-class ONNXRuntime(FileEngine):
+class ONNXRuntime(ONNXEngine):
     """A session of ONNX Runtime with all of its graph optimisations.
 
     It runs a float model as it is, in float32: it has no bfloat16 for the CPU. In int8 it runs a
@@ -28,12 +28,7 @@ class ONNXRuntime(FileEngine):
     devices = ("cpu",)
     precisions = ("float32", "int8")
     packages = ("onnx", "onnxscript", "onnxruntime")
-    by_pytorch = False
     native_precisions = ("float32",)
-
-    def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
-        """An ONNX file is for any batch; see `FileEngine.shared`."""
-        return f"{precision} onnx{' optimized' * optimized}{' native' * native}"
 
     def write(
         self,
@@ -50,12 +45,12 @@ class ONNXRuntime(FileEngine):
 
         With `native`, compiled for this machine (`pliant.deploy.onnx_native`).
         """
+        if not native:
+            how: dict[str, Any] = {"precision": precision, "threads": threads, "optimized": optimized}
+            return super().write(model, example, folder, **how)
         self._check(example, precision, threads)
         network = evaluated(model, precision)
-        if precision == "int8":
-            return write_int8(network, example, folder, optimized)
-        path = folder / "network.onnx"
-        return write_file(network, example, path, optimized, dynamic_batch=True, compiled=native)
+        return write_onnx(network, example, folder / "network.onnx", optimized, compiled=True)
 
     def load(
         self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None

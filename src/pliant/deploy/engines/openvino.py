@@ -6,24 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pliant.deploy.engines.base import FileEngine, Runner, evaluated, outputs
-from pliant.deploy.engines.files import write_file, write_int8
+from pliant.deploy.engines.base import Runner, outputs
+from pliant.deploy.engines.files import ONNXEngine
 from pliant.deploy.extras import require
 
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 
-class OpenVINO(FileEngine):
-    """A model compiled by OpenVINO for latency, for one shape of input.
+class OpenVINO(ONNXEngine):
+    """A model that OpenVINO compiled from an ONNX file, for latency and for one shape of input.
 
     In bfloat16 the file and the images stay float32 and the engine computes in bfloat16, by
     its hint. That hint is always given: the default on a CPU that has bfloat16 is
     bfloat16, whatever the file holds.
 
-    In int8 it runs the file that ONNX Runtime does (`pliant.deploy.int8`), which that has to be
-    installed for; what is not quantised there is float32.
+    It runs the files that ONNX Runtime does, which that has to be installed for. In int8
+    (`pliant.deploy.int8`) what is not quantised there is float32.
 
     Example:
         >>> OpenVINO().unfit("cuda", "float32")
@@ -33,32 +33,7 @@ class OpenVINO(FileEngine):
     name = "openvino"
     devices = ("cpu",)
     precisions = tuple(HINTS)
-    packages = ("openvino",)
-    by_pytorch = False
-
-    def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
-        """Its ONNX files are ONNX Runtime's too; a float block's best form depends on the batch."""
-        if precision != "int8":
-            return "" if optimized else "float32 onnx"
-        return f"int8 onnx{' optimized' * optimized}"
-
-    def write(
-        self,
-        model: nn.Module,
-        example: Tensor,
-        folder: Path,
-        *,
-        precision: str = "float32",
-        threads: int | None = None,
-        optimized: bool = False,
-    ) -> Path:
-        """An ``.onnx`` file for any batch or, in float and optimized, an ``.xml`` with its ``.bin``."""
-        self._check(example, precision, threads)
-        network = evaluated(model, "float32")
-        if precision == "int8":
-            return write_int8(network, example.float(), folder, optimized)
-        path = folder / ("network.xml" if optimized else "network.onnx")
-        return write_file(network, example.float(), path, optimized, dynamic_batch=not optimized)
+    packages = ("onnx", "onnxscript", "onnxruntime", "openvino")
 
     def load(
         self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
