@@ -220,9 +220,11 @@ def test_where_shares_do_not_fit_is_told(told, tmp_path):
     told({})
     with pytest.raises(ValueError, match="ema averages whole weights, which strategy=fsdp has in shares"):
         replace(TWO, strategy="fsdp", ema=0.9)
+    with pytest.raises(ValueError, match="a teacher has not been tried beside shares of a student"):
+        replace(TWO, strategy="fsdp", teacher="resnet20_cifar")
     with pytest.raises(ValueError, match="strategy=fsdp shares a network out over several devices"):
         fit(replace(TWO, strategy="fsdp", devices=1), tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match="strategy=fsdp would leave the given network in shares"):
+    with pytest.raises(ValueError, match="strategy=fsdp would leave a given network in shares"):
         fit(
             replace(TWO, strategy="fsdp"),
             tmp_path / "run",

@@ -19,8 +19,9 @@ from pliant.checkpoint import load, read_config
 from pliant.recipes import get_recipe
 from pliant.train import Recipe, Run, evaluate, fit, override, read_run
 from pliant.train.objectives import CrossEntropy
+from pliant.train.optimizing import make_optimizer, rate
 from pliant.train.run import claimed
-from pliant.train.tasks import NonFiniteLossError, make_optimizer, rate
+from pliant.train.tasks import NonFiniteLossError
 
 TINY = Recipe(
     name="tiny",

@@ -244,7 +244,7 @@ def _describe(
         method = conversion.method
         if METHODS.get(method.name) is not type(method):
             raise ValueError(f"{method.name} is not in pliant.methods.METHODS, so load could not find it")
-    given = {k: v for k, v in {**_arguments(model), **(arguments or {})}.items() if v is not None}
+    given = {k: v for k, v in {**arguments_of(model), **(arguments or {})}.items() if v is not None}
     check_arguments(given)
     num_classes = given.get("num_classes") if hasattr(model, "num_classes") else None
     names = known.get("label_names")
@@ -273,7 +273,7 @@ def _describe(
     )
 
 
-def _arguments(model: nn.Module) -> dict[str, Any]:
+def arguments_of(model: nn.Module) -> dict[str, Any]:
     """What timm recorded, brought up to date with the model's head, pool and image size."""
     arguments = dict(getattr(model, "_model_args", {}))
     current = getattr(timm.models, "get_model_args", None)

@@ -32,6 +32,7 @@ for command in (
     reading.inspect,
     reading.experts,
     training.compare,
+    training.recover,
     experimenting.experiment,
     training.quickstart,
     timing.bench,

@@ -33,7 +33,7 @@ def show(table: Table) -> None:
 
 def options_of(method: type[Method], changes: list[str]) -> dict[str, Any]:
     """``["c=16", "order=index"]`` as keyword arguments of a method."""
-    from pliant.train.recipe import literal
+    from pliant.train.values import literal
 
     known = inspect.signature(method).parameters
     options = {}

@@ -33,6 +33,8 @@ def inspect(
         typer.echo(f"{state.path}: epoch {state.epoch}, step {state.step}")
         # The date is that of the process's start; `threads` and the rest tell how it computed.
         about = {**state.environment, **state.recipe.as_dict()}
+        if state.teacher is not None:
+            about["teacher"] = "{network}, weights {sha256}".format(**state.teacher)
     for name, value in about.items():
         typer.echo(f"{name:18} {value}")
 

@@ -121,6 +121,45 @@ def compare(
     show(terminal_summary(scores))
 
 
+def recover(
+    recipe: Annotated[str, typer.Argument(help="of a converted network: cifar10.resnet20_mod.recover")],
+    changes: Changes = None,
+    folder: Annotated[Path, typer.Option(help="of runs; finished ones are kept")] = Path("runs/recover"),
+    rows: Annotated[Path | None, typer.Option(help="CSV file that gets the rows, appended")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Markdown file that is written from all rows of --rows")
+    ] = None,
+    teacher: Annotated[bool, typer.Option(help="train with the teacher")] = True,
+    control: Annotated[bool, typer.Option(help="train without it too")] = True,
+    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+) -> None:
+    """Convert a trained network (weights=PATH), train a little, and report each epoch's accuracy."""
+    from rich.table import Table
+
+    from pliant import recovery
+    from pliant.recipes import get_recipe
+    from pliant.train.recipe import override
+
+    if page is not None and rows is None:
+        raise ValueError("--page is written from the rows: add --rows")
+
+    def keep(found: list[recovery.Recovery]) -> None:
+        if rows is not None:
+            recovery.write_recoveries(rows, found, append=True)
+
+    chosen = override(get_recipe(recipe), changes or [])
+    options: Any = {"teacher": teacher, "control": control, "progress": progress}
+    found = recovery.recover(chosen, folder / recipe, finished=keep, **options)
+    if page is not None:
+        assert rows is not None
+        recovery.write_recovery_page(page, recovery.read_recoveries(rows))
+    headings, lines = recovery.recovery_table(found)
+    table = Table(*headings, caption="test accuracy, %")
+    for line in lines:
+        table.add_row(*line)
+    show(table)
+
+
 def quickstart(
     changes: Changes = None,
     folder: Annotated[Path, typer.Option(help="for runs, rows, figures and the page")] = Path(

@@ -244,7 +244,7 @@ def time_steps(
 
 def _step(model: nn.Module, recipe: Recipe, device: torch.device) -> Callable[[], None]:
     """One step of training by a recipe, on random images."""
-    from pliant.train.tasks import make_optimizer
+    from pliant.train.optimizing import make_optimizer
 
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     x = torch.randn(recipe.batch, *_size(recipe), device=device).to(memory_format=layout)

@@ -21,13 +21,17 @@ from pliant.surgery import Method, convert, inherit_conversions, mark_named
 
 Builder = Callable[..., nn.Module]
 
+# Of each registered name: a function of its keyword arguments that gives the plain network and
+# the methods that convert it.
+_PARTS: dict[str, Callable[..., tuple[nn.Module, tuple[Method, ...]]]] = {}
+
 
 def register(
     module: str,
     name: str,
     build: Builder,
     *,
-    method: type[Method] | None = None,
+    methods: tuple[type[Method], ...] = (),
     input_size: tuple[int, int, int] = (3, 224, 224),
     num_classes: int = 1000,
     feature_levels: int | tuple[int, ...] = 5,
@@ -42,8 +46,8 @@ def register(
         module: ``__name__`` of the file that registers.
         name: the network's name.
         build: gives the plain network for timm's keyword arguments.
-        method: converts the network; keyword arguments of ``create_model`` that are
-            its options go to it, all others to `build`.
+        methods: convert the network, in this order; keyword arguments of ``create_model``
+            that are a method's options go to it, all others to `build`.
         input_size: channels, height, width the network is made for.
         num_classes: classes by default.
         feature_levels: how many feature maps ``features_only`` gives by default, or which.
@@ -51,7 +55,7 @@ def register(
         feature_class: timm's way to ``features_only``; None: by the modules of the stages.
             ``"getter"`` for networks that give their features themselves (ViT).
         config: what else timm's configuration says (names of first and last layer).
-        method_defaults: options of the method for this name.
+        method_defaults: options of the methods for this name.
 
     Raises:
         ValueError: timm knows the name already (it would only warn, and overwrite).
@@ -59,13 +63,18 @@ def register(
     if timm.is_model(name):
         raise ValueError(f"timm already has a model named {name!r}; choose another name")
     indices = tuple(range(feature_levels)) if isinstance(feature_levels, int) else feature_levels
-    options = set(inspect.signature(method).parameters) if method else set()
+    options = [(method, inspect.signature(method).parameters.keys()) for method in methods]
+
+    def parts(**kwargs: Any) -> tuple[nn.Module, tuple[Method, ...]]:
+        told = method_defaults | kwargs
+        chosen = tuple(method(**{k: told[k] for k in names & told.keys()}) for method, names in options)
+        theirs = {k for _, names in options for k in names}
+        return build(**{k: v for k, v in kwargs.items() if k not in theirs}), chosen
 
     def network(**kwargs: Any) -> nn.Module:
-        chosen = method_defaults | {k: kwargs.pop(k) for k in options & kwargs.keys()}
-        model = build(**kwargs)
-        if method is not None:
-            convert(model, method(**chosen), inplace=True)
+        model, chosen = parts(**kwargs)
+        if chosen:
+            convert(model, *chosen, inplace=True)
             mark_named(model)
         return model
 
@@ -106,3 +115,30 @@ def register(
     home.__dict__.setdefault("default_cfgs", {}).update(generate_default_cfgs({name: settings}))
     setattr(home, name, entry)
     register_model(entry)
+    _PARTS[name] = parts
+
+
+def plain_form(name: str, **arguments: Any) -> tuple[nn.Module, tuple[Method, ...]]:
+    """A named network before its methods converted it, and these methods.
+
+    Args:
+        name: a network that timm knows; of one that pliant did not register there are no
+            methods, and the network is timm's.
+        arguments: as for ``timm.create_model``; the options of the methods go to these.
+
+    Returns:
+        The plain network with fresh weights, and the methods in the order of their use:
+        ``convert(network, *methods)`` has the structure of ``timm.create_model(name, ...)``.
+
+    Raises:
+        ValueError: a method does not take an option's value.
+        TypeError: the network does not take an argument.
+
+    Example:
+        >>> network, methods = plain_form("resnet20_cifar_mod_adn", c=8, num_classes=5)
+        >>> network.num_classes, [method.name for method in methods], methods[0].c
+        (5, ['MixtureOfDepths', 'AdaptiveDepth'], 8)
+    """
+    if name not in _PARTS:
+        return timm.create_model(name, **arguments), ()
+    return _PARTS[name](**arguments)

@@ -37,7 +37,7 @@ for _base in ("resnet18", "resnet34", "resnet50", "resnet101"):
         __name__,
         f"{_base}_adn",
         partial(ResNet, block=_block, layers=_layers),
-        method=AdaptiveDepth,
+        methods=(AdaptiveDepth,),
     )
 
 for _base in ("resnet18", "resnet20", "resnet56", "resnet50"):
@@ -45,7 +45,7 @@ for _base in ("resnet18", "resnet20", "resnet56", "resnet50"):
         __name__,
         f"{_base}_cifar_adn",
         CIFAR_NETWORKS[_base],
-        method=AdaptiveDepth,
+        methods=(AdaptiveDepth,),
         input_size=CIFAR_SIZE,
         num_classes=10,
         feature_levels=feature_levels(_base),
@@ -55,7 +55,7 @@ register(
     __name__,
     "mobilenetv2_adn",
     partial(mobilenet, version=2),
-    method=AdaptiveDepth,
+    methods=(AdaptiveDepth,),
     flatten=True,
     config=MOBILE,
     # The paper does not say which blocks; of the stages of two, none.
@@ -67,7 +67,7 @@ for _base, _size in VITS.items():
         __name__,
         f"{_base}_adn",
         partial(VisionTransformer, **_size),
-        method=AdaptiveDepth,
+        methods=(AdaptiveDepth,),
         config={"first_conv": "patch_embed.proj", "classifier": "head"},
         feature_levels=(2, 5, 8, 11),  # what leaves each of the four groups
         feature_class="getter",

@@ -38,7 +38,7 @@ for _base, (_block, _layers) in RESNETS.items():
         __name__,
         f"{_base}_mod",
         partial(ResNet, block=_block, layers=_layers),
-        method=MixtureOfDepths,
+        methods=(MixtureOfDepths,),
     )
 
 for _base, _build in CIFAR_NETWORKS.items():
@@ -46,7 +46,7 @@ for _base, _build in CIFAR_NETWORKS.items():
         __name__,
         f"{_base}_cifar_mod",
         _build,
-        method=MixtureOfDepths,
+        methods=(MixtureOfDepths,),
         input_size=CIFAR_SIZE,
         num_classes=10,
         feature_levels=feature_levels(_base),

@@ -38,6 +38,33 @@ def cifar_network(short: str) -> str:
     return known[short]
 
 
+def plain_network(short: str) -> str:
+    """Short name of the plain network behind a converted one.
+
+    Example:
+        >>> [plain_network(name) for name in ("resnet20_mod_adn", "cc_mobilenetv1_025", "resnet20")]
+        ['resnet20', 'mobilenetv1_w025', 'resnet20']
+    """
+    base, *_ = short.removeprefix("cc_").partition("_mod")[0].partition("_adn")
+    base = base.removesuffix("_cc")
+    # MobileNetV1's plain widths have a letter more, because timm took the name without.
+    return base.replace("mobilenetv1_", "mobilenetv1_w") if short.startswith("cc_") else base
+
+
+def start_arguments(short: str) -> dict[str, bool]:
+    """Options by which a converted network keeps what it can of a trained one.
+
+    Experts start as copies; narrow blocks start as no blocks, so that nothing untrained is added.
+
+    Example:
+        >>> start_arguments("resnet20_mod_cc"), start_arguments("resnet20_adn")
+        ({'zero_init_last': True, 'upcycle': True}, {})
+    """
+    parts = short.split("_")
+    mod = {"zero_init_last": True} if "mod" in parts else {}
+    return mod | ({"upcycle": True} if "cc" in parts else {})
+
+
 def close(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is not known."""
     known = sorted(known)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from pliant.recipes._networks import cifar_network
+from pliant.recipes._networks import cifar_network, plain_network, start_arguments
 from pliant.recipes.ablations import ablation_forms
 from pliant.recipes.adaptive_depth import objective_of, table3_forms
-from pliant.train.recipe import Recipe
+from pliant.train.recipe import PLAIN, Recipe
 
 PAPER = (
     "arXiv 2409.17016, appendix D: 90/10 split for training and validation, the best epoch on "
@@ -73,6 +73,41 @@ def controls(network: str = "resnet20_mod") -> Recipe:
     )
 
 
+def recover(network: str = "resnet20_mod") -> Recipe:
+    """3 epochs that mend a trained network after its conversion, taught by what it was. Ours.
+
+    It starts from the plain network's weights, ``weights=``: by default what the `short` recipe of
+    the plain network left. Each method keeps what it can of them
+    (`pliant.train.weights.load_weights`), and the teacher is the network before the conversion. A
+    plain network's form, trained on alike, is the control. `pliant.recovery.recover` (``pliant
+    recover``) reports the accuracy of each epoch, with and without the teacher.
+
+    Args:
+        network: a short name, such as ``"resnet20_mod"``, ``"cc_resnet20"``, ``"resnet20_adn"``.
+
+    Example:
+        >>> recipe = recover("resnet20_mod")
+        >>> recipe.teacher, recipe.weights, recipe.model_args
+        ('plain', 'runs/cifar10.resnet20-s0', {'zero_init_last': True})
+    """
+    whole = short(network)
+    return replace(
+        whole,
+        name=f"{whole.name}.recover",
+        note="ours; mends a trained network after its conversion",
+        model_args=start_arguments(network),
+        weights=f"runs/{short(plain_network(network)).name}-s0",
+        teacher=PLAIN,
+        epochs=3,
+        lr=0.02,
+        warmup=0.25,
+        smoothing=0,
+        erasing=0,
+        ema=None,
+        test_each=True,
+    )
+
+
 def paper(network: str = "resnet18_mod") -> Recipe:
     """The paper's protocol; `Recipe.note` says what it leaves open and we chose.
 
@@ -113,6 +148,7 @@ def for_cifar100(recipe: Recipe) -> Recipe:
 FORMS: dict[str, Callable[[str], Recipe]] = {
     "short": short,
     "controls": controls,
+    "recover": recover,
     "paper": paper,
     **ablation_forms(short),
     **table3_forms(short),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import timm
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,9 +26,11 @@ from pliant.checkpoint import save
 from pliant.switch import Depth
 from pliant.train.batches import Batches, eval_size
 from pliant.train.data import Data, load_data
+from pliant.train.distillation import Teaching
 from pliant.train.evaluation import score
 from pliant.train.keeping import CheckpointFiles, Keep
 from pliant.train.launching import check_launch, environment_plugins
+from pliant.train.networks import begun, build, teaching_of
 from pliant.train.objectives import Joint, Objective, make_objective
 from pliant.train.processes import gathered, place
 from pliant.train.recipe import Recipe
@@ -49,7 +50,6 @@ from pliant.train.saved import ADVICE, LAST, PREVIOUS, newest
 from pliant.train.seeds import mixed_seed, seeded
 from pliant.train.sharding import of_the_first, strategy_of
 from pliant.train.tasks import Classification
-from pliant.train.weights import load_weights
 
 __all__ = ["Terminated", "build", "fit"]
 
@@ -66,6 +66,7 @@ def fit(
     progress: bool = True,
     model: nn.Module | None = None,
     objective: Objective | Joint | None = None,
+    teacher: nn.Module | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train a network by a recipe, keep the best epoch on validation, test it once.
@@ -87,14 +88,16 @@ def fit(
         model: train this network, in place, rather than build ``recipe.model``. Images
             have as many channels as ``recipe.in_chans`` says. Not with ``strategy="fsdp"``.
         objective: what is minimised; by default what the recipe says.
+        teacher: learn from a copy of this network, by ``recipe.distill_args``, rather than from
+            ``recipe.teacher``. It is given what `model` is given.
         callbacks: more of Lightning's callbacks. In ``on_train_epoch_end`` the row of the
             epoch is ``pl_module.history[-1]``.
 
     Raises:
         ValueError: a folder that holds something else, that another process trains in, or
             whose checkpoints are all damaged; a network that does not fit the data, the
-            objective or the weights, or that `pliant.checkpoint.save` could not save (found
-            before training).
+            objective, the weights or the teacher, or that `pliant.checkpoint.save` could not save
+            (found before training); a resumed run whose teacher is another.
         OSError: the folder cannot be written, or the disk is full; what was kept is whole.
         FileNotFoundError: the data is not there.
         KeyboardInterrupt: Ctrl-C; the run can be continued.
@@ -115,9 +118,10 @@ def fit(
     """
     folder = Path(folder) if folder is not None else Path("runs", f"{recipe.name}-s{recipe.seed}")
     check_launch(recipe)
-    if recipe.strategy == "fsdp" and model is not None:
+    if recipe.strategy == "fsdp" and (model is not None or teacher is not None):
         raise ValueError(
-            "strategy=fsdp would leave the given network in shares: name it in the recipe, or use ddp"
+            "strategy=fsdp would leave a given network in shares, and was not tried with a teacher: "
+            "use ddp, or name the network in the recipe"
         )
     finished = resume and (folder / RESULT).is_file()
     if finished or _first():  # for the others the first claims it
@@ -126,41 +130,19 @@ def fit(
         return read_run(folder)
     with _quiet(), _threads(recipe.threads), seeded(recipe.seed, "weights"):
         data = load_data(recipe)
-        network = build(recipe, len(data.classes)) if model is None else model
         kept = resume and any((folder / name).is_file() for name in (LAST, PREVIOUS))
-        if recipe.weights is not None and not kept:
-            load_weights(network, recipe.weights, classes=data.classes, mean=data.mean, std=data.std)
+        network = begun(recipe, data, model, weights=not kept)
         chosen = objective or make_objective(recipe.objective, recipe.objective_args, recipe.smoothing)
         _check_objective(chosen, network)
+        teaching = teaching_of(recipe, data, network, teacher)
         about = _about(recipe, data, network)
         with tempfile.TemporaryDirectory() as trial:
             save(network, Path(trial, BEST), **about)  # rather fail now than after training
         with _claimed(folder, recipe, resume) as checkpoint:
             trained = copy.deepcopy(network) if recipe.strategy == "fsdp" else network  # left in shares
-            task = _train(recipe, data, trained, folder, checkpoint, chosen, progress, callbacks)
+            task = _train(recipe, data, trained, folder, checkpoint, chosen, teaching, progress, callbacks)
             network.load_state_dict(of_the_first(task.best["weights"]))
             return _finish(recipe, data, network.eval(), folder, task, about)
-
-
-def build(recipe: Recipe, classes: int) -> nn.Module:
-    """The recipe's network for a number of classes, with fresh weights.
-
-    Raises:
-        ValueError: timm has no such network, or it takes no such arguments.
-    """
-    if not timm.is_model(recipe.model):
-        import difflib
-
-        close = difflib.get_close_matches(recipe.model, timm.list_models(), n=3)
-        raise ValueError(f"there is no network {recipe.model!r}; close names: {', '.join(close) or 'none'}")
-    arguments = {"in_chans": recipe.in_chans, **recipe.model_args, "num_classes": classes}
-    try:
-        network: nn.Module = timm.create_model(recipe.model, **arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"{recipe.model} does not take model_args = {dict(recipe.model_args)}: {error}"
-        ) from error
-    return network
 
 
 def _check_objective(objective: Objective | Joint, network: nn.Module) -> None:
@@ -190,6 +172,7 @@ def _train(
     folder: Path,
     checkpoint: Path | None,
     objective: Objective | Joint,
+    teaching: Teaching | None,
     progress: bool,
     callbacks: Sequence[Callback],
 ) -> Classification:
@@ -222,13 +205,16 @@ def _train(
         network.to(memory_format=torch.channels_last)
     train, val, check = data.train_batches(device), data.val_batches(device), data.check_batches(device)
     steps = train.steps(recipe.devices * recipe.nodes)  # the processes are not there yet
-    task = Classification(network, recipe, classes=len(data.classes), steps=steps, objective=objective)
-    for loader in (train, val, check):
+    task = Classification(
+        network, recipe, classes=len(data.classes), steps=steps, objective=objective, teaching=teaching
+    )
+    scored = [val, check, *([data.test_batches(device)] if recipe.test_each else [])]
+    for loader in (train, *scored):
         loader.unreadable = task.unreadable  # one set, which checkpoints keep
     trainer.callbacks.insert(0, _Epochs(train, folder / METRICS))  # type: ignore[attr-defined]
     handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(task, train, [val, check], ckpt_path=checkpoint)
+        trainer.fit(task, train, scored, ckpt_path=checkpoint)
     except OSError as error:
         clear = _clear(error, folder)
         if clear is error:

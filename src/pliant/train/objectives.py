@@ -81,6 +81,11 @@ class Joint:
                 f"would not be trained"
             )
 
+    @property
+    def taught(self) -> dict[str, float]:
+        """Weight of each network that learns from its labels, by the ending of its terms' names."""
+        return {"": self.alpha, "_base": 1 - self.alpha}
+
     def check(self, network: nn.Module) -> None:
         """Refuse a network that it cannot train.
 
@@ -161,6 +166,11 @@ class Specialization(Joint):
         object.__setattr__(self, "stages", tuple(self.stages))  # JSON knows lists only
         if not (self.stages or self.logits):
             raise ValueError("stages=() with logits off leaves nothing that trains the base network")
+
+    @property
+    def taught(self) -> dict[str, float]:
+        """As of `Joint`; the base-net learns from the super-net alone."""
+        return {"": self.alpha}
 
     def check(self, network: nn.Module) -> None:
         """As `Joint.check`, and for the stages.

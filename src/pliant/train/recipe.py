@@ -5,15 +5,15 @@ Nothing heavy is imported here, so recipes are listed and changed at once.
 
 from __future__ import annotations
 
-import ast
 import difflib
 import os
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from pliant.train.distillation import make_distillation
 from pliant.train.objectives import make_objective
+from pliant.train.values import checked, literal, parsed
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder", "imagenet", "shards"]
 Optimizer = Literal["sgd", "adamw"]
@@ -29,11 +29,13 @@ AUGMENTATIONS = ("none", "crop", "flip_crop")
 # The starts of timm's configuration strings, each with its own options after a dash.
 AUTO_AUGMENTATIONS = ("rand", "original", "originalr", "v0", "v0r", "3a", "augmix")
 
+PLAIN = "plain"  # the teacher that is the network itself, before its conversion
+
 # May differ between a run and its continuation: not what is run, but where. A run that
-# stopped at an unreadable image may go on without it.
+# stopped at an unreadable image may go on without it. A teacher is known by its weights' hash.
 WHERE = (
     *("note", "path", "download", "workers", "threads", "accelerator", "strategy"),
-    *("unreadable", "checkpoint_minutes"),
+    *("unreadable", "checkpoint_minutes", "teacher_weights"),
 )
 
 
@@ -47,8 +49,14 @@ class Recipe:
         model_args: its keyword arguments (``{"c": 16}``), plain values only. The number
             of classes comes from the data, and so does ``in_chans`` unless given.
         weights: where the network starts instead of at random: a folder that
-            `pliant.save` or `fit` wrote, or a file of a state dict. Weights of a plain
-            network start its adaptive form too (`pliant.train.weights.load_weights`).
+            `pliant.save` or `fit` wrote, or a file of a state dict. Weights of the plain
+            network start its converted forms too (`pliant.train.weights.load_weights`).
+        teacher: a frozen network that is learned from: ``"plain"``, this network before its
+            conversion, with `weights`; or one that ``timm.create_model`` knows; None: none.
+        teacher_args: keyword arguments of the latter.
+        teacher_weights: its weights, as for `weights`; of ``"plain"`` `weights` unless given.
+        distill_args: how it is learned from, ``{"alpha": 0.9, "temperature": 4.0}``: see
+            `pliant.train.distillation.Distillation`.
         note: where the recipe comes from, and what in it is not its source's.
         data: ``"digits"`` (8 x 8 images shipped by scikit-learn), ``"cifar10"``,
             ``"cifar100"``, ``"folder"`` (one folder a class, or ``train/`` and ``val/``
@@ -112,6 +120,8 @@ class Recipe:
         strategy: of several devices: ``"ddp"``, which ``"auto"`` means; or ``"fsdp"``, which shares
             gradients and optimiser out (`pliant.train.sharding`).
         unreadable: ``"skip"`` an image that cannot be read, and count it, or ``"stop"``.
+        test_each: score the test images after every epoch too, for a report: nothing is chosen
+            by it. ``test_accuracy`` of the history.
         checkpoint_minutes: between checkpoints within an epoch, so what a kill costs at most;
             0: after every step; None: only after each epoch. It does not change the result.
 
@@ -128,6 +138,10 @@ class Recipe:
     model: str
     model_args: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    teacher: str | None = None
+    teacher_args: Mapping[str, Any] = field(default_factory=dict)
+    teacher_weights: str | None = None
+    distill_args: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     data: DataName = "digits"
     path: str | None = None
@@ -169,16 +183,17 @@ class Recipe:
     nodes: int = 1
     strategy: Strategy = "auto"
     unreadable: OnUnreadable = "skip"
+    test_each: bool = False
     checkpoint_minutes: float | None = 5.0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name in ("path", "weights"):
+        for name in ("path", "weights", "teacher_weights"):
             place: Any = getattr(self, name)
             if isinstance(place, os.PathLike):
                 object.__setattr__(self, name, os.fspath(place))
         for f in fields(self):
-            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), hints[f.name]))
+            object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name), hints[f.name]))
         for name in ("name", "model"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; a recipe needs one")
@@ -240,12 +255,35 @@ class Recipe:
             raise ValueError(
                 "ema averages whole weights, which strategy=fsdp has in shares: use ddp, or ema=none"
             )
+        if self.strategy == "fsdp" and self.teacher is not None:
+            raise ValueError("a teacher has not been tried beside shares of a student: use strategy=ddp")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("nesterov belongs to SGD with momentum; turn it off")
         make_objective(self.objective, self.objective_args, self.smoothing)
-        reserved = {"num_classes", "pretrained_cfg"} & self.model_args.keys()
-        if reserved:
-            raise ValueError(f"model_args holds {reserved.pop()!r}, which the data decides; leave it out")
+        make_distillation(self.distill_args)
+        for name in ("model_args", "teacher_args"):
+            reserved = {"num_classes", "pretrained_cfg"} & getattr(self, name).keys()
+            if reserved:
+                raise ValueError(f"{name} holds {reserved.pop()!r}, which the data decides; leave it out")
+        self._agree_on_teacher()
+
+    def _agree_on_teacher(self) -> None:
+        if self.teacher is None:
+            for name in ("teacher_args", "teacher_weights"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is of a teacher, and there is none: give teacher, or drop it")
+        elif self.teacher == PLAIN:
+            if self.teacher_args:
+                raise ValueError("teacher_args are of a network by name; the plain one has model_args")
+            if self.weights is None and self.teacher_weights is None:
+                raise ValueError(
+                    "teacher='plain' is the network of `weights` before its conversion: give weights"
+                )
+        elif self.teacher_weights is None:
+            raise ValueError(
+                f"teacher={self.teacher!r} has to have learned something: give teacher_weights, a saved "
+                f"network's folder or a file of a state dict"
+            )
 
     @property
     def in_chans(self) -> int:
@@ -254,9 +292,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them; `from_dict` is the way back."""
-        return asdict(
-            replace(self, model_args=dict(self.model_args), objective_args=dict(self.objective_args))
-        )
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -278,8 +314,9 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
 
     Each value is read as the type of its option: ``none`` where that is allowed,
     ``true`` or ``false`` for a switch. ``model_args.KEY=VALUE`` sets one argument of the
-    network, ``objective_args.KEY=VALUE`` one option of the objective; the value is read as
-    Python would (``16``, ``0.5``, ``(16, 32)``, ``true``), else as a string.
+    network, ``objective_args.KEY=VALUE`` one option of the objective (likewise ``teacher_args``
+    and ``distill_args``); the value is read as Python would (``16``, ``0.5``, ``(16, 32)``,
+    ``true``), else as a string.
 
     Raises:
         ValueError: no ``=``; an unknown option (close matches are listed); a value of
@@ -308,13 +345,18 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
         elif dot:
             raise ValueError(f"{head} has no part {argument!r}; write {head}=...")
         else:
-            values[key] = _parsed(key, text, hints[key])
+            values[key] = parsed(key, text, hints[key])
     values |= mappings
     return replace(recipe, **values)
 
 
 # Options with parts, and how one is set.
-_MAPPINGS = {"model_args": "model_args.c=16", "objective_args": "objective_args.alpha=0.5"}
+_MAPPINGS = {
+    "model_args": "model_args.c=16",
+    "teacher_args": "teacher_args.c=16",
+    "distill_args": "distill_args.alpha=0.5",
+    "objective_args": "objective_args.alpha=0.5",
+}
 
 
 def differences(a: Recipe, b: Recipe, *, leaving_out: Iterable[str] = ()) -> list[str]:
@@ -331,84 +373,3 @@ def _known(key: str) -> None:
         close = difflib.get_close_matches(key, names, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names)}"
         raise ValueError(f"a recipe has no option {key!r}; {hint}")
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    """``(int, None)`` for ``int | None``."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _wanted(hint: Any) -> str:
-    """A type, in words."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    parts = []
-    for one in _alternatives(hint):
-        if get_origin(one) is Literal:
-            parts.append("one of " + ", ".join(get_args(one)))
-        else:
-            parts.append("none" if one is type(None) else words.get(one, "a mapping"))
-    return " or ".join(parts)
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the option's type, or a `ValueError`; whole numbers pass as floats."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    for one in _alternatives(hint):
-        if get_origin(one) is Literal:
-            if value in get_args(one):
-                return value
-        elif get_origin(one) is Mapping:
-            if isinstance(value, Mapping):
-                return {str(k): _plain(name, v) for k, v in value.items()}
-        elif one in (int, float):
-            if number and (one is float or isinstance(value, int)):
-                return one(value)
-        elif isinstance(value, one):
-            return value
-    raise ValueError(f"{name} must be {_wanted(hint)}, not {value!r}")
-
-
-def _plain(name: str, value: Any) -> Any:
-    """A value as JSON gives it back: tuples are kept as lists."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(name, v) for v in value]
-    if isinstance(value, Mapping):
-        return {str(k): _plain(name, v) for k, v in value.items()}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f"{name} holds {value!r}; only numbers, text, lists and none can be kept in a file")
-
-
-def _parsed(name: str, text: str, hint: Any) -> Any:
-    alternatives = _alternatives(hint)
-    if type(None) in alternatives and text.lower() == "none":
-        return None
-    for one in alternatives:
-        try:
-            if one is bool and text.lower() in ("true", "false"):
-                return text.lower() == "true"
-            if one in (int, float):
-                return one(text)
-        except ValueError:
-            continue
-        if one is str or (get_origin(one) is Literal and text in get_args(one)):
-            return text
-    raise ValueError(f"{name}={text}: {name} must be {_wanted(hint)}")
-
-
-def literal(text: str) -> Any:
-    """A value as Python would read it, else the text itself.
-
-    ``true``, ``false`` and ``None`` are values; lower-case ``none`` is text, because
-    methods have an option of that name (``selection=none``).
-
-    Example:
-        >>> [literal(t) for t in ("16", "(1, 2)", "true", "None", "none", "index")]
-        [16, (1, 2), True, None, 'none', 'index']
-    """
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

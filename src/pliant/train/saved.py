@@ -47,6 +47,7 @@ class SavedState:
         epoch: in which training goes on, from 0.
         step: optimiser steps taken in the whole run.
         history: one row for each epoch that has ended.
+        teacher: name and hash of the weights of the frozen network that is learned from; None: none.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class SavedState:
     epoch: int
     step: int
     history: list[dict[str, float]]
+    teacher: Mapping[str, str] | None = None
 
 
 def read_state(place: str | os.PathLike[str]) -> SavedState:
@@ -91,6 +93,7 @@ def read_state(place: str | os.PathLike[str]) -> SavedState:
         epoch=done,
         step=content["global_step"],
         history=ours["history"],
+        teacher=ours.get("teacher"),
     )
 
 
@@ -138,6 +141,25 @@ def environment(recipe: Recipe) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, str) else v for k, v in about.items()} | {
         "threads": torch.get_num_threads()
     }
+
+
+def check_teacher(ours: Mapping[str, Any], now: Mapping[str, str] | None) -> None:
+    """Refuse to go on with another teacher than a run began with.
+
+    Args:
+        ours: what is ours in the run's checkpoint.
+        now: identity of the teacher at hand (`pliant.train.distillation.Teaching`); None: none.
+
+    Raises:
+        ValueError: the weights are others; the message names both.
+    """
+    before = ours.get("teacher")
+    if (before or {}).get("sha256") != (now or {}).get("sha256"):
+        one, two = (f"{t['network']} ({t['sha256'][:12]})" if t else "none" for t in (before, now))
+        raise ValueError(
+            f"the run began with another teacher: then {one}, now {two} (in brackets, a hash of the "
+            f"weights); give it the same, or choose another folder"
+        )
 
 
 def warn_of_changes(

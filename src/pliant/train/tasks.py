@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from pliant.train.distillation import Teaching
 from pliant.train.objectives import Joint, Objective, make_objective
+from pliant.train.optimizing import make_optimizer, rate
 from pliant.train.passes import BothPasses
 from pliant.train.processes import gathered, share_buffers
 from pliant.train.recipe import Recipe
-from pliant.train.saved import OURS, environment, warn_of_changes
+from pliant.train.saved import OURS, check_teacher, environment, warn_of_changes
 from pliant.train.seeds import mixed_seed, seeded
 from pliant.train.sharding import share_out
 
@@ -51,6 +54,8 @@ class Classification(pl.LightningModule):
         classes: how many there are.
         steps: of one epoch.
         objective: what is minimised; by default the recipe's.
+        teaching: a teacher, which adds its terms to those of training; validation knows
+            labels alone.
 
     Attributes:
         history: one row an epoch, oldest first, kept in checkpoints: ``epoch`` (from 0),
@@ -58,7 +63,8 @@ class Classification(pl.LightningModule):
             (cross entropy where ``train_accuracy`` is taken, labels not smoothed: what
             *CondConv* calls capacity, section 4.1), ``train_accuracy``,
             ``running_accuracy``, ``val_accuracy``, ``gap`` (all in [0, 1]), ``lr`` of the
-            last step, ``seconds``. With two depths also ``val_accuracy_base``.
+            last step, ``seconds``. With two depths also ``val_accuracy_base``. With
+            ``test_each`` of the recipe also ``test_accuracy`` (and ``test_accuracy_base``).
         unreadable: paths of images that could not be read, kept in checkpoints; in a row and
             in checkpoints, those of all processes.
         best: ``{"epoch": ..., "weights": ...}`` of the first epoch with the highest accuracy on
@@ -74,9 +80,10 @@ class Classification(pl.LightningModule):
         classes: int,
         steps: int,
         objective: Objective | Joint | None = None,
+        teaching: Teaching | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.teaching = model, teaching
         self.recipe, self.classes, self.steps = recipe, classes, steps
         self.objective: Any = objective or make_objective(
             recipe.objective, recipe.objective_args, recipe.smoothing
@@ -87,8 +94,13 @@ class Classification(pl.LightningModule):
         self.best: dict[str, Any] = {}
         self.environment = environment(recipe)
         self.running = _accuracy(classes)
-        self.accuracy = nn.ModuleList([_accuracy(classes), _accuracy(classes)])
-        self.base_accuracy = _accuracy(classes) if isinstance(self.objective, Joint) else None
+        # Of the validation images, of training images, and of the test images if asked for; then
+        # the base network's, by the same numbers.
+        self.accuracy = nn.ModuleList(_accuracy(classes) for _ in range(2 + recipe.test_each))
+        joint = isinstance(self.objective, Joint)
+        self.base_accuracy = nn.ModuleDict(
+            {name: _accuracy(classes) for name in ("val", "test")[: joint * (1 + recipe.test_each)]}
+        )
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.train_ce = MeanMetric(nan_strategy="disable")
         self.terms: dict[str, MeanMetric] = {}
@@ -104,9 +116,7 @@ class Classification(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, classes]."""
-        if self.recipe.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.model(x)
+        logits: Tensor = self.model(self._laid(x))
         return logits
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -116,6 +126,11 @@ class Classification(pl.LightningModule):
             optimizer, lambda step: rate(self.recipe, step, self.steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to where the network is."""
+        if self.teaching is not None:
+            self.teaching.to(self.device, channels_last=self.recipe.channels_last)
 
     def on_train_start(self) -> None:
         """In a run that goes on within an epoch, take up what the epoch has summed up."""
@@ -141,13 +156,17 @@ class Classification(pl.LightningModule):
             x, y = x[:even], y[:even]
             with seeded(self.recipe.seed, self.current_epoch, self.global_rank, number, "mixup"):
                 x, target = self.mixup(x, y)
-        logits, outputs = self._run(x)
+        watch = None if self.teaching is None else self.teaching.watch(self.model)
+        with watch or nullcontext({}) as seen:
+            logits, outputs = self._run(x)
         if logits.shape != (len(x), self.classes):
             raise ValueError(
                 f"the network gives outputs of shape {tuple(logits.shape)} for {len(x)} images of "
                 f"{self.classes} classes; wanted ({len(x)}, {self.classes}), so num_classes={self.classes}"
             )
         terms = self.objective(outputs, target)
+        if self.teaching is not None:
+            terms = self.teaching.terms(terms, self.objective, outputs, seen, self._laid(x))
         loss = torch.stack(list(terms.values())).sum()
         self._watch(terms)
         for name, term in terms.items():
@@ -165,15 +184,18 @@ class Classification(pl.LightningModule):
         share_buffers(self.model)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], number: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of the validation images (0) or of the training images (1)."""
+        """Score a batch of the validation images (0), of training images (1), of test images (2)."""
         self._seed(number, dataloader_idx, "validation")
         x, y = batch
-        logits, outputs = self._run(x) if dataloader_idx == 0 else (self(x), None)
+        logits, outputs = (self(x), None) if dataloader_idx == 1 else self._run(x)
         accuracy = self.accuracy[dataloader_idx]
         assert isinstance(accuracy, MulticlassAccuracy)
         accuracy.update(logits.argmax(1), y)
-        if isinstance(outputs, BothPasses) and self.base_accuracy is not None:
-            self.base_accuracy.update(outputs.base_logits.argmax(1), y)
+        if isinstance(outputs, BothPasses) and self.base_accuracy:
+            base: Any = self.base_accuracy["test" if dataloader_idx == 2 else "val"]
+            base.update(outputs.base_logits.argmax(1), y)
+        if dataloader_idx == 2:
+            return
         if dataloader_idx == 0:
             loss = torch.stack(list(self.objective(outputs, y).values())).sum()
             # Once an image: weights are lost where torchmetrics does not look for NaN (1.9).
@@ -183,12 +205,11 @@ class Classification(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Close the epoch's row, and log it."""
-        val, train = (float(metric.compute()) for metric in self.accuracy)  # type: ignore[operator]
+        val, train, *test = (float(metric.compute()) for metric in self.accuracy)  # type: ignore[operator]
         terms = {f"train_{name}": float(metric.compute()) for name, metric in self.terms.items()}
-        base = {}
-        if self.base_accuracy is not None:
-            base["val_accuracy_base"] = float(self.base_accuracy.compute())
-            self.base_accuracy.reset()
+        base: dict[str, float] = {"test_accuracy": test[0]} if test else {}
+        for name, metric in self.base_accuracy.items():
+            base[f"{name}_accuracy_base"] = float(metric.compute())  # type: ignore[operator]
         row = {
             "epoch": self.current_epoch,
             "train_loss": sum(terms.values()),
@@ -204,7 +225,8 @@ class Classification(pl.LightningModule):
             "unreadable": len(set().union(*gathered(self.unreadable))),
             "seconds": time.perf_counter() - self._started,
         }
-        for metric in (*self.accuracy, *self.terms.values(), self.val_loss, self.train_ce, self.running):
+        scores = (*self.accuracy, *self.base_accuracy.values())
+        for metric in (*scores, *self.terms.values(), self.val_loss, self.train_ce, self.running):
             metric.reset()
         if not math.isfinite(row["val_loss"]):
             raise NonFiniteLossError(
@@ -240,6 +262,7 @@ class Classification(pl.LightningModule):
         checkpoint[OURS] = {
             "recipe": self.recipe.as_dict(),
             "environment": self.environment,
+            "teacher": None if self.teaching is None else self.teaching.identity,
             "history": self.history,
             "unreadable": sorted(set().union(*gathered(self.unreadable))),
             "best": self.best,
@@ -249,6 +272,7 @@ class Classification(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up again what `on_save_checkpoint` kept."""
         ours = checkpoint[OURS]
+        check_teacher(ours, None if self.teaching is None else self.teaching.identity)
         self.history = [dict(row) for row in ours["history"]]
         self.unreadable.update(ours["unreadable"])
         self.best = ours["best"]
@@ -259,6 +283,10 @@ class Classification(pl.LightningModule):
     def _seed(self, *purpose: int | str) -> None:
         """Seed what the network draws (random channels, dropped paths): a function of the step."""
         torch.manual_seed(mixed_seed(self.recipe.seed, self.current_epoch, self.global_rank, *purpose))
+
+    def _laid(self, x: Tensor) -> Tensor:
+        """Images in the recipe's memory format."""
+        return x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x
 
     def _term(self, name: str) -> MeanMetric:
         """The mean of one term of the loss over the epoch."""
@@ -302,55 +330,6 @@ class Classification(pl.LightningModule):
 _REMEDY = (
     "; checkpoints of earlier epochs are kept. Lower lr, set clip=1, lengthen warmup, or use precision=fp32"
 )
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the parameters of `model`.
-
-    Example:
-        >>> recipe = Recipe(name="example", model="resnet20_cifar", decay_all=False)
-        >>> [g["weight_decay"] for g in make_optimizer(nn.Linear(2, 2), recipe).param_groups]
-        [0.0, 0.0005]
-    """
-    groups: Iterable[Any] = [p for p in model.parameters() if p.requires_grad]
-    if not recipe.decay_all:
-        from timm.optim import param_groups_weight_decay
-
-        groups = param_groups_weight_decay(model, recipe.weight_decay)
-    if recipe.optimizer == "adamw":
-        betas = (recipe.momentum, 0.999)
-        return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(
-        groups,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
-
-
-def rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The learning rate at a step, as a share of the recipe's `lr`.
-
-    Args:
-        recipe: says the schedule.
-        step: from 0, over the whole run.
-        steps: of one epoch.
-
-    Example:
-        >>> recipe = Recipe(name="x", model="x", epochs=4, warmup=1, schedule="cosine")
-        >>> [round(rate(recipe, step, 2), 3) for step in range(8)]
-        [0.5, 1.0, 1.0, 0.933, 0.75, 0.5, 0.25, 0.067]
-    """
-    warmup = round(recipe.warmup * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if recipe.schedule == "step":
-        return float(recipe.gamma ** (step // steps // recipe.step_size))
-    if recipe.schedule == "cosine":
-        done = (step - warmup) / max(1, recipe.epochs * steps - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return 1.0
 
 
 def _accuracy(classes: int) -> MulticlassAccuracy:

@@ -9,14 +9,18 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from pliant._state import difference, shapes
-from pliant.checkpoint import load, read_config
+from pliant.anatomy import classifier
+from pliant.checkpoint import arguments_of, load, read_config
 from pliant.depth import get_depth, subnet
 from pliant.methods.adaptive_depth import SwitchableNorm
+from pliant.methods.condconv import CondConv
+from pliant.models._build import plain_form
+from pliant.surgery import conversions, convert
 from pliant.switch import Depth
 from pliant.train.run import BEST
 
@@ -31,8 +35,17 @@ def load_weights(
 ) -> None:
     """Give a network the weights of a saved one, in place.
 
-    Weights of a plain network start an adaptive one too: both norms of a pair get those of
-    the one norm there is, so that the whole network gives what the plain one gave.
+    Weights of the plain network start its converted forms too, each as its method starts from a
+    trained network (`pliant.convert`):
+
+    - of an adaptive network both norms of a pair get those of the one norm there is, so that the
+      whole network gives what the plain one gave;
+    - CondConv's experts get copies (``upcycle=True``), and the network gives nearly what it gave;
+    - Mixture-of-Depths inherits all but the blocks that it replaces, whose narrow cores start
+      fresh; with ``zero_init_last=True`` it gives what the plain network gives without them.
+
+    Files of others may name the classifier otherwise, begin every name with ``module.``, and lack
+    the norms' counts of batches.
 
     Args:
         network: what gets them.
@@ -44,8 +57,9 @@ def load_weights(
         std: likewise.
 
     Raises:
-        ValueError: the weights are not this network's, nor its plain form's; the names of the
-            classes are others, or in another order; or the file is damaged.
+        ValueError: the weights are not this network's, nor its plain form's; experts that would
+            start at random; the names of the classes are others, or in another order; or the
+            file is damaged.
         FileNotFoundError: nothing is there.
 
     Example:
@@ -59,21 +73,48 @@ def load_weights(
     """
     place = Path(place)
     state = _of_folder(place, classes, mean, std) if place.is_dir() else _of_file(place)
-    found = shapes(state)
-    problem = difference(found, shapes(network.state_dict()))
+    problem = _fill(network, state)
     if not problem:
-        network.load_state_dict(state)
         return
     if any(isinstance(m, Depth) for m in network.modules()):
         # On the same tensors, under the names that they have without the method.
         plain = subnet(network, (False,) * len(get_depth(network)), share=True)
-        if not difference(found, shapes(plain.state_dict())):
-            plain.load_state_dict(state)
+        if not _fill(plain, state):
             for module in network.modules():
                 if isinstance(module, SwitchableNorm):
                     module.base.load_state_dict(module.full.state_dict())
             return
+    if any(done.named for done in conversions(network)):
+        name = cast("Mapping[str, str]", network.pretrained_cfg)["architecture"]
+        plain, methods = plain_form(name, **arguments_of(network))
+        problem = _fill(plain, state)
+        if not problem:
+            if any(isinstance(m, CondConv) and not m.upcycle for m in methods):
+                raise ValueError(
+                    f"the weights in {place} are of the plain network, and this one's experts start at "
+                    f"random; let them start as its copies: model_args.upcycle=true"
+                )
+            network.load_state_dict(convert(plain, *methods, inplace=True).state_dict())
+            return
+        problem = f"{problem} (held against its plain form)"
     raise ValueError(f"the weights in {place} do not fit {type(network).__name__}: {problem}")
+
+
+def _fill(network: nn.Module, state: Mapping[str, Any]) -> str:
+    """Load a state dict if it is the network's, but for names; else say how it differs."""
+    state, own = dict(state), network.state_dict()
+    left, lacking = state.keys() - own.keys(), own.keys() - state.keys()
+    # As torch itself does with files from before it counted.
+    state |= {k: own[k].new_zeros(()) for k in lacking if k.endswith("num_batches_tracked")}
+    if (path := classifier(network)) is not None:
+        ours = {f"{path}.{part}" for part in ("weight", "bias")} & own.keys()
+        heads = {name.rpartition(".")[0] for name in left}
+        if ours <= lacking and len(heads) == 1 and len(left) == len(ours):
+            state |= {f"{path}.{name.rpartition('.')[2]}": state.pop(name) for name in left}
+    problem = difference(shapes(state), shapes(own))
+    if not problem:
+        network.load_state_dict(state)
+    return problem
 
 
 def _of_folder(

@@ -1,0 +1,320 @@
+"""Learning from a frozen teacher, by its logits and by what its stages give.
+
+- logits: Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, arXiv
+  1503.02531, section 2: the Kullback-Leibler divergence of both softmaxes at temperature T,
+  times T squared, mixed with the cross entropy by labels.
+- features: after Romero et al., *FitNets*, arXiv 1412.6550, equation 3, or Zagoruyko and
+  Komodakis, *Paying More Attention to Attention*, arXiv 1612.03928, equation 2; see `distance`.
+
+Shapes in this file::
+
+    x       [B, C, S, S] images, as the student gets them: augmented, mixed
+    logits  [B, classes]
+    h       [B, C, H, W], [B, H, W, C] or [B, tokens, C]: the output of a stage
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pliant import anatomy
+from pliant.train.objectives import Joint, divergence
+from pliant.train.passes import BothPasses, Feature, channel_dim
+
+Match = Literal["maps", "attention"]
+Seen = dict[int, list[Feature]]  # by number of the stage: one for each forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """How a student learns from a teacher.
+
+    The loss is ``(1 - alpha) * CE + alpha * T^2 * KL(teacher / T || student / T) + features *
+    sum_s distance_s``, with the objective in the place of ``CE``. Of an objective for two depths
+    see `Teaching.terms`.
+
+    Args:
+        alpha: weight of the teacher's logits, in [0, 1]; labels have the rest.
+        temperature: T, by which logits are divided; gradients keep their size by T squared.
+        features: weight of the distance between the stages' outputs, summed over stages; 0: off.
+        match: what of a stage's output is compared: ``"maps"``, all of it, or ``"attention"``,
+            the energy of each position, which networks of different widths have alike.
+        stages: numbers of the network's stages (`pliant.anatomy.stages`), from 0; None: all.
+
+    Raises:
+        ValueError: an option is out of its range, or nothing is left to learn from.
+
+    Example:
+        >>> Distillation(alpha=0.5, temperature=2).temperature
+        2.0
+    """
+
+    alpha: float = 0.9
+    temperature: float = 4.0
+    features: float = 0.0
+    match: Match = "maps"
+    stages: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "temperature", "features"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+            object.__setattr__(self, name, float(value))
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], not {self.alpha}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a positive number, not {self.temperature}")
+        if not 0 <= self.features < float("inf"):
+            raise ValueError(f"features must be a number of at least 0, not {self.features}")
+        if self.match not in get_args(Match):
+            raise ValueError(f"match must be maps or attention, not {self.match!r}")
+        if not (self.alpha or self.features):
+            raise ValueError("alpha=0 with features=0 leaves nothing to learn from the teacher")
+        if self.stages is None:
+            return
+        whole = isinstance(self.stages, (tuple, list)) and all(
+            isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.stages
+        )
+        if not whole or not self.stages or len(set(self.stages)) != len(self.stages):
+            raise ValueError(f"stages must be numbers from 0, each once, or none; not {self.stages!r}")
+        if not self.features:
+            raise ValueError("stages are of the features, whose weight is 0: give features=1")
+        object.__setattr__(self, "stages", tuple(self.stages))  # JSON knows lists only
+
+
+def make_distillation(options: Mapping[str, Any]) -> Distillation:
+    """The `Distillation` of a recipe's options.
+
+    Raises:
+        ValueError: an option that there is not, or whose value is wrong.
+    """
+    known = [f.name for f in fields(Distillation)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"distill_args has no option {option!r}; there are {', '.join(known)}")
+    return Distillation(**options)
+
+
+class Teaching:
+    """A frozen teacher, and what it adds to a student's loss.
+
+    It is no module, so neither the student's state, nor its optimiser, nor its average has the
+    teacher in it; copies share it.
+
+    Args:
+        teacher: is put into evaluation mode and frozen, in place.
+        rule: how it is learned from.
+        name: what it is called.
+
+    Attributes:
+        identity: the name, and a hash of the weights; a run's checkpoints keep it.
+    """
+
+    def __init__(self, teacher: nn.Module, rule: Distillation, name: str) -> None:
+        self.teacher, self.rule = teacher.eval().requires_grad_(False), rule
+        self.identity = {"network": name, "sha256": digest(teacher)}
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Teaching:
+        return self
+
+    def check(self, student: nn.Module, size: tuple[int, int, int]) -> None:
+        """Refuse a teacher that the student cannot learn from; both see one image of zeros.
+
+        Raises:
+            ValueError: other classes; stages that there are not, or of other shapes.
+        """
+        training = [module for module in student.modules() if module.training]
+        x = torch.zeros(1, *size, device=next(student.parameters()).device)
+        try:
+            with torch.no_grad(), self.watch(student.eval()) as seen:
+                logits = student(x)
+            self.teacher.to(x.device)
+            told, features = self._look(x)
+        finally:
+            for module in training:
+                module.training = True
+        if told.shape != logits.shape:
+            raise ValueError(
+                f"the teacher {self.identity['network']} gives {told.shape[-1]} classes, the network "
+                f"{logits.shape[-1]}; take a teacher for the same classes"
+            )
+        if features.keys() != seen.keys():
+            raise ValueError(
+                f"the teacher has {len(features)} stages and the network {len(seen)}; name those to "
+                f"compare in stages"
+            )
+        for n, (feature,) in seen.items():
+            try:
+                distance(features[n][0], feature, self.rule.match)
+            except ValueError as error:
+                raise ValueError(f"stage {n} of the teacher and of the network: {error}") from error
+
+    @contextmanager
+    def watch(self, network: nn.Module) -> Iterator[Seen]:
+        """Collect what stages of a network give, if features are compared, while the block runs."""
+        if not self.rule.features:
+            yield {}
+            return
+        with _outputs(network, self.rule.stages) as seen:
+            yield seen
+
+    def terms(
+        self, terms: Mapping[str, Tensor], objective: object, outputs: Any, seen: Seen, x: Tensor
+    ) -> dict[str, Tensor]:
+        """The objective's terms, those by labels weighted down, and the teacher's.
+
+        Of two depths the whole network (the super-net) learns from the teacher and, by Algorithm
+        1, the base network from the whole one, as without a teacher: only ``cross_entropy`` gives
+        way. Where nothing binds the two (`Joint`), both learn from the teacher.
+
+        Args:
+            terms: the objective's.
+            objective: that gave them.
+            outputs: of the student: logits, or `BothPasses`.
+            seen: outputs of its stages, of each pass.
+            x: its images.
+
+        Returns:
+            Also ``distill_logits`` and ``distill_stage0`` and so on, with ``_base`` behind the
+            name where the base network is taught; scalars in float32, weighted.
+        """
+        if isinstance(objective, Joint):
+            assert isinstance(outputs, BothPasses)
+            weights, students = objective.taught, [outputs.logits, outputs.base_logits]
+            by_labels = {f"cross_entropy{suffix}" for suffix in weights}
+        else:
+            weights, students, by_labels = {"": 1.0}, [outputs], set(terms)
+        rule = self.rule
+        result = {k: (1 - rule.alpha) * t if k in by_labels else t for k, t in terms.items()}
+        logits, features = self._look(x)
+        for number, (suffix, weight) in enumerate(weights.items()):
+            if rule.alpha:
+                term = soft_divergence(logits, students[number], rule.temperature)
+                result[f"distill_logits{suffix}"] = weight * rule.alpha * term
+            for n, (target,) in features.items():
+                apart = distance(target, seen[n][number], rule.match)
+                result[f"distill_stage{n}{suffix}"] = weight * rule.features * apart
+        return result
+
+    def to(self, device: torch.device, *, channels_last: bool = False) -> None:
+        """Move the teacher to where the student is, its weights as the student's lie."""
+        self.teacher.to(device)
+        if channels_last:
+            self.teacher.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def _look(self, x: Tensor) -> tuple[Tensor, Seen]:
+        """The teacher's logits and stages for `x`."""
+        with self.watch(self.teacher) as seen:
+            logits: Tensor = self.teacher(x)
+        return logits, seen
+
+
+def soft_divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, averaged over the batch.
+
+    Args:
+        teacher: logits [B, classes].
+        student: likewise.
+        temperature: T.
+
+    Example:
+        >>> teacher, student = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+        >>> round(float(soft_divergence(2 * teacher, 2 * student, 2.0)), 4)  # 4 times 0.1308
+        0.5232
+    """
+    return temperature**2 * divergence(teacher.float() / temperature, student.float() / temperature)
+
+
+def distance(teacher: Feature, student: Feature, match: Match = "maps") -> Tensor:
+    """Half the squared distance of two feature maps of length 1, averaged over the batch.
+
+    That is one minus the cosine of their angle: 0 where they are alike, up to their size, and at
+    most 2. FitNets' equation 3 without its regressor, on maps of length 1 as in Attention
+    Transfer, so that no stage outweighs another; with ``match="attention"`` the latter's maps, the
+    mean of ``h ** 2`` over the channels (its equation 2 with p = 2, squared).
+
+    Raises:
+        ValueError: the shapes differ; with ``"attention"`` the channels may.
+
+    Example:
+        >>> a, b = torch.tensor([[[[3.0]], [[4.0]]]]), torch.tensor([[[[4.0]], [[3.0]]]])
+        >>> round(float(distance(Feature(a, 1), Feature(b, 1))), 4)  # 1 - 24 / 25
+        0.04
+    """
+    one, two = (f.h.float().movedim(f.dim, 1) for f in (teacher, student))
+    if match == "attention":
+        one, two = (h.square().mean(1, keepdim=True) for h in (one, two))
+    if one.shape != two.shape:
+        hint = "" if match == "attention" else "; match=attention compares maps of different widths"
+        raise ValueError(
+            f"outputs of shape {_shape(teacher)} and {_shape(student)} (channels first) cannot be compared"
+            f"{hint}"
+        )
+    one, two = (F.normalize(h.flatten(1), dim=1) for h in (one, two))
+    return (one - two).square().sum(1).mean() / 2
+
+
+def digest(network: nn.Module) -> str:
+    """A hash of a network's state: names, kinds, shapes and bits of all that it holds.
+
+    Example:
+        >>> one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> digest(one) == digest(two), digest(one) == digest(one.requires_grad_(False))
+        (False, True)
+    """
+    found = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        if isinstance(value, Tensor):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found.update(bits.numpy().tobytes())
+        else:  # what a module keeps beside tensors
+            found.update(f"{name} {value!r}".encode())
+    return found.hexdigest()
+
+
+@contextmanager
+def _outputs(network: nn.Module, stages: Iterable[int] | None) -> Iterator[Seen]:
+    """Hook the last block of each stage while the block runs."""
+    ends = [stage.blocks[-1] for stage in anatomy.stages(network)]
+    if not ends:
+        raise ValueError(
+            f"no stages are known of {type(network).__name__}: features cannot be compared; set features=0"
+        )
+    numbers = range(len(ends)) if stages is None else stages
+    seen: Seen = {}
+    handles = []
+    try:
+        for n in numbers:
+            if n >= len(ends):
+                raise ValueError(f"no stage {n} in {type(network).__name__}; it has 0 to {len(ends) - 1}")
+            seen[n] = []
+            handles.append(ends[n].module.register_forward_hook(_keep(seen[n], ends[n].out_channels)))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+    lost = [n for n, found in seen.items() if not found]
+    if lost:
+        raise ValueError(f"the forward of {type(network).__name__} does not reach stage {lost[0]}")
+
+
+def _keep(found: list[Feature], channels: int) -> Callable[..., None]:
+    def hook(_block: nn.Module, _args: Any, h: Tensor) -> None:
+        found.append(Feature(h, channel_dim(h, channels)))
+
+    return hook
+
+
+def _shape(feature: Feature) -> tuple[int, ...]:
+    return tuple(feature.h.movedim(feature.dim, 1).shape[1:])

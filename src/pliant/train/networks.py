@@ -1,0 +1,130 @@
+"""Networks of a run: the one that is trained, as it begins, and the one that it learns from."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import timm
+from torch import nn
+
+from pliant.models._build import plain_form
+from pliant.train.data import Data
+from pliant.train.distillation import Teaching, make_distillation
+from pliant.train.recipe import PLAIN, Recipe
+from pliant.train.weights import load_weights
+
+
+def build(recipe: Recipe, classes: int) -> nn.Module:
+    """The recipe's network for a number of classes, with fresh weights.
+
+    Raises:
+        ValueError: timm has no such network, or it takes no such arguments.
+    """
+    return _made("model", recipe, classes)
+
+
+def begun(recipe: Recipe, data: Data, model: nn.Module | None = None, *, weights: bool = True) -> nn.Module:
+    """The network of a run before its first step.
+
+    Args:
+        recipe: says which.
+        data: what it is trained on.
+        model: this network instead of a new one.
+        weights: give it those of the recipe, if there are any.
+
+    Raises:
+        ValueError: as `build` and `pliant.train.weights.load_weights`.
+        FileNotFoundError: the weights are not there.
+    """
+    network = build(recipe, len(data.classes)) if model is None else model
+    if weights and recipe.weights is not None:
+        _load(network, recipe.weights, data)
+    return network
+
+
+def before_conversion(recipe: Recipe, data: Data) -> nn.Module:
+    """The plain network of a recipe's network, with the weights that both start from.
+
+    Raises:
+        ValueError: the recipe has no weights, or they are not of this network.
+        FileNotFoundError: the weights are not there.
+
+    Example:
+        >>> import tempfile
+        >>> import pliant
+        >>> from pliant.train.data import load_data
+        >>> plain = timm.create_model("resnet20_cifar", in_chans=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     weights = pliant.save(plain, f"{folder}/net")
+        ...     recipe = Recipe(name="a", model="resnet20_cifar_mod", weights=weights)
+        ...     again = before_conversion(recipe, load_data(recipe))
+        >>> bool((again.fc.weight == plain.fc.weight).all())
+        True
+    """
+    place = recipe.teacher_weights if recipe.teacher == PLAIN and recipe.teacher_weights else recipe.weights
+    if place is None:
+        raise ValueError("the network before its conversion has no weights; give the recipe weights")
+    network, _ = plain_form(recipe.model, **_arguments(recipe.model_args, recipe, len(data.classes)))
+    _load(network, place, data)
+    return network
+
+
+def teaching_of(
+    recipe: Recipe, data: Data, network: nn.Module, teacher: nn.Module | None = None
+) -> Teaching | None:
+    """The teacher of a run, frozen and held against its student; None without one.
+
+    Args:
+        recipe: says which.
+        data: what is trained on.
+        network: the student, as it is trained.
+        teacher: a copy of this network instead of the recipe's.
+
+    Raises:
+        ValueError: two teachers, or options of one that there is not; weights that are not its;
+            or a teacher that the network cannot learn from (`Teaching.check`).
+        FileNotFoundError: its weights are not there.
+    """
+    if teacher is not None and recipe.teacher is not None:
+        raise ValueError(f"two teachers: the recipe's, {recipe.teacher!r}, and the network given; drop one")
+    if teacher is None and recipe.teacher is None:
+        if recipe.distill_args:
+            raise ValueError("distill_args are of a teacher, and there is none: give teacher, or drop them")
+        return None
+    if teacher is not None:
+        config: Any = getattr(teacher, "pretrained_cfg", None) or {}
+        chosen, name = copy.deepcopy(teacher), str(config.get("architecture") or type(teacher).__name__)
+    elif recipe.teacher == PLAIN:
+        chosen, name = before_conversion(recipe, data), f"{recipe.model} before its conversion"
+    else:
+        assert recipe.teacher is not None
+        assert recipe.teacher_weights is not None  # `Recipe` sees to it
+        name = recipe.teacher
+        chosen = _made("teacher", recipe, len(data.classes))
+        _load(chosen, recipe.teacher_weights, data)
+    teaching = Teaching(chosen, make_distillation(recipe.distill_args), name)
+    teaching.check(network, (recipe.in_chans, recipe.pixels, recipe.pixels))
+    return teaching
+
+
+def _made(role: Literal["model", "teacher"], recipe: Recipe, classes: int) -> nn.Module:
+    name, arguments = getattr(recipe, role), getattr(recipe, f"{role}_args")
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"there is no network {name!r}; close names: {', '.join(close) or 'none'}")
+    try:
+        network: nn.Module = timm.create_model(name, **_arguments(arguments, recipe, classes))
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {role}_args = {dict(arguments)}: {error}") from error
+    return network
+
+
+def _arguments(arguments: Mapping[str, Any], recipe: Recipe, classes: int) -> dict[str, Any]:
+    return {"in_chans": recipe.in_chans, **arguments, "num_classes": classes}
+
+
+def _load(network: nn.Module, place: str, data: Data) -> None:
+    load_weights(network, place, classes=data.classes, mean=data.mean, std=data.std)
