@@ -259,6 +259,7 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     assert text.startswith("# Variants\n\nWritten by `pliant experiment cifar10-variants --page`")
     assert "beat no block at all at equal measured time?** Its times have not run yet." in text
     assert "- gate of the map against gate of the map, first k: not run yet." in lines_of(text)
+    assert "Variants by the seeds that have rows: 16 with 0 seeds. " in text
 
     ends = {PLAIN: (89.0, 89.2, 89.1), REMOVED: (87.0, 87.2, 87.1)}
     write_scores(results / f"{NAME}-cpu.csv", scores_of(ends))
@@ -273,6 +274,7 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     }
     write_rows(results / f"{VARIANTS}-latency-cpu.csv", times_of(ratios))
     text = write_evidence(VARIANTS, results, docs).read_text()
+    assert "that have rows: 13 with 0 seeds, 2 with 1 seed, 1 with 3 seeds. " in text
     asked = next(line for line in lines_of(text) if "no block at all at equal measured time" in line)
     # The line is 88.0, 88.2, 88.1 at 0.8; what selects nothing is not counted.
     assert asked.endswith("In part: better in 1 of 2 comparisons, one seed in 1.")

@@ -266,11 +266,16 @@ def test_selector_learns(order, fusion):
 
 
 @pytest.mark.parametrize("fusion", ["first", "last", "original"])
-@pytest.mark.parametrize("selection", DRAWN)
-def test_zero_init_last_starts_as_the_network_without_them(selection, fusion):
+@pytest.mark.parametrize(
+    "options",
+    [*({"selection": s} for s in DRAWN), {"gate": "map"}, {"gate": "map", "selection": "first"}],
+    ids=str,
+)
+def test_zero_init_last_starts_as_the_network_without_them(options, fusion):
     torch.manual_seed(0)
     plain = timm.create_model("resnet18_cifar", channels=(16, 32, 64, 128))
-    method = MixtureOfDepths(c=4, reduction=2, selection=selection, fusion=fusion, zero_init_last=True)
+    method = MixtureOfDepths(c=4, reduction=2, fusion=fusion, zero_init_last=True, **options)
+    assert "trained again" not in str(plan(plain, method))
     model = convert(plain, method)
     bare = convert(plain, MixtureOfDepths(selection="none"))
     x = torch.randn(4, 3, 16, 16)
@@ -314,7 +319,9 @@ def test_zero_for_ever_is_refused():
         assert p.grad.abs().sum() > 0, f"{name} does not learn"
 
 
-@pytest.mark.parametrize("options", [{"fusion": "replace"}, {"inner_shortcut": True}])
+@pytest.mark.parametrize(
+    "options", [{"fusion": "replace"}, {"inner_shortcut": True}, {"inner_shortcut": True, "gate": "map"}]
+)
 def test_zero_init_last_that_starts_otherwise_says_so(options):
     model = timm.create_model("resnet18_cifar", channels=(16, 32, 64, 128)).eval()
     method = MixtureOfDepths(c=4, reduction=4, zero_init_last=True, **options)

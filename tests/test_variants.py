@@ -268,6 +268,13 @@ def test_what_variants_cost(options, parameters, macs):
         ({"straight_through": 1}, "straight_through must be True or False, not 1"),
         ({"selector_bias": None}, "selector_bias must be True or False, not None"),
         ({"selection": "first", "straight_through": True}, "selection='first' has none"),
+        ({"selection": "none", "straight_through": True}, "is for a ranking; selection='none' has none"),
+        ({"selection": "static", "selector_bias": True}, "selector_bias is for a learned selector"),
+        *(
+            ({"selection": s, **options}, rf"selection='{s}' has none")
+            for s in ("first", "random", "fixed", "none")
+            for options in ({"temperature": 0.1}, {"selector_bias": True})
+        ),
         ({"selection": "fixed", "gate": "map"}, "which selection='fixed' has not"),
         ({"selection": "static", "gate": "map"}, "which selection='static' has not"),
         ({"gate": "none"}, "without a gradient for ever; straight_through gives it one"),
@@ -318,6 +325,31 @@ def test_each_form_for_export_is_the_block(variant):
             x = torch.randn(batch or 3, 16, 5, 4)
             with torch.no_grad():
                 torch.testing.assert_close(formed(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["static", "no score, static"])
+def test_an_optimised_network_has_the_forms_too(variant):
+    model, x = network(variant), torch.randn(2, 3, 16, 16)
+    ready = optimize(model, x)
+    assert isinstance(ready.layer1[1].selector, ConstantSelector)
+    for target in ("program", "onnx", "openvino"):
+        formed = use_export_forms(copy.deepcopy(ready), target, None)
+        with torch.no_grad():
+            torch.testing.assert_close(formed(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["temperature", "static", "gate of the map"])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traced_with_gradients_saved_and_loaded(variant, train, tmp_path):
+    """TorchScript cannot save functions of Python, which training uses."""
+    block = block_of(variant).train(train)
+    plain, x = copy.deepcopy(block), torch.randn(3, 16, 4, 5)
+    torch.jit.trace(block, x, check_trace=False).save(tmp_path / "block.pt")
+    again = torch.jit.load(tmp_path / "block.pt")
+    for batch in (x, torch.randn(1, 16, 7, 3)):
+        torch.testing.assert_close(again(batch), plain(batch), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -416,6 +448,11 @@ def test_native_training_has_the_temperature(monkeypatch):
         pytest.skip(f"not built: {mod_training._outcome}")
     block = block_of("temperature").train()
     x, found = torch.randn(3, 16, 4, 5), []
+    for variant in set(VARIANTS) - {"temperature"}:
+        assert block_of(variant).train()._native(x) is None, variant
+    optimised = block_of("static").train()
+    optimised.selector = optimised.selector.constant()
+    assert optimised._native(x) is None
     for name in ("TrainedBlockBackward", "FuseBackward"):
         one, at = copy.deepcopy(block), x.clone().requires_grad_()
         out = one(at)
@@ -424,8 +461,6 @@ def test_native_training_has_the_temperature(monkeypatch):
         monkeypatch.setattr(mod_training, "unfit", lambda _x: "left out")
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
-    for variant in set(VARIANTS) - {"temperature"}:
-        assert block_of(variant).train()._native(x) is None, variant
 
 
 def test_selections_of_variants_are_counted():

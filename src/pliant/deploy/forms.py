@@ -32,6 +32,7 @@ from pliant.methods.mixing import mix
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.methods.selectors import (
     ChannelSelector,
+    ConstantSelector,
     FirstSelector,
     RandomSelector,
     Scorer,
@@ -110,13 +111,14 @@ class _ExportedMoD(Block):
         self.before = block.channels - block.k if block.fusion == "last" else 0
         self.gate = block.gate
         index = scale = None
-        if isinstance(block.selector, StaticSelector):
-            constant = block.selector.constant()
+        selector = block.selector
+        if isinstance(selector, (StaticSelector, ConstantSelector)):  # constant already where optimised
+            constant = selector if isinstance(selector, ConstantSelector) else selector.constant()
             index, scale = constant.index, constant.scores
-        elif block.selector is None:
+        elif selector is None:
             index = torch.arange(block.k)
-        elif isinstance(block.selector, (RandomSelector, FirstSelector)):
-            index = block.selector.index
+        elif isinstance(selector, (RandomSelector, FirstSelector)):
+            index = selector.index
         # Constant channels, and their scores if they have some; None where a selector picks them.
         self.register_buffer("index", index)
         self.register_buffer("scale", None if scale is None else scale[:, None, None])

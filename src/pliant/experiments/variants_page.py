@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from pliant.compare import REMOVED
 from pliant.experiments.claims import MISSING, answer
 from pliant.experiments.evidence import Evidence
@@ -10,9 +12,9 @@ from pliant.experiments.variants import VARIANTS
 
 QUESTION = "Does a variant beat no block at all at equal measured time?"
 TRAINING = "And at equal time of a training step?"
-_SEEDS = (
-    "Variants are run with one seed each, and the best of them with further seeds. The best of many is "
-    "partly luck: its first seed chose it, so what the others say of it weighs more."
+_LUCK = (
+    "The best of many is partly luck: where its first seed chose a variant for further ones, what those "
+    "say of it weighs more."
 )
 
 
@@ -23,12 +25,19 @@ def findings(evidence: Evidence) -> list[str]:
         "",
         *_at_equal_time(evidence, TRAINING, evidence.settings(steps=True)),
         "",
-        _SEEDS,
+        _seeds(evidence),
         "",
         "What was tried, and why:",
         "",
         *(f"- **{label}** (`{_options(v.options)}`): {v.why}." for label, v in VARIANTS.items()),
     ]
+
+
+def _seeds(evidence: Evidence) -> str:
+    """How many seeds the variants have been run with."""
+    run = Counter(len(evidence.accuracy(label)) for label in VARIANTS)
+    counts = (f"{many} with {seeds} seed{'s' * (seeds != 1)}" for seeds, many in sorted(run.items()))
+    return f"Variants by the seeds that have rows: {', '.join(counts)}. {_LUCK}"
 
 
 def _at_equal_time(evidence: Evidence, question: str, settings: list[tuple[str, int]]) -> list[str]:

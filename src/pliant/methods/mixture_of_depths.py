@@ -29,6 +29,7 @@ from pliant.methods.selectors import (
     Gate,
     Order,
     RandomSelector,
+    Scorer,
     StaticSelector,
 )
 from pliant.surgery import Method, PassedOver, Site, Survey
@@ -65,8 +66,9 @@ class MixtureOfDepths(Method):
             too (the paper's MoD50-rand); ``"fixed"`` random, drawn once; ``"first"``
             the first k; ``"none"`` removes the block, the control that the paper
             leaves out; ``"static"`` is learned without looking at the input, one logit for
-            each channel, so that it is constant in the deployed network (ours). Only
-            ``"learned"`` and ``"static"`` have scores.
+            each channel, so that it is constant in the deployed network (ours).
+            ``"learned"`` and ``"static"`` have scores, and ``"first"`` with ``gate="map"``; options of
+            scores are refused for the others.
         order: in which order the channels reach the core. ``"score"`` best first, the
             literal reading; ``"index"`` as they stand in `x`, a steadier input for
             each filter of the core.
@@ -96,11 +98,12 @@ class MixtureOfDepths(Method):
             `x` already.
         last_act: end with the replaced block's activation, behind the inner shortcut if
             there is one, as in the block itself. Off for residual families.
-        zero_init_last: start the core's last norm at zero, so that the converted
-            network begins as the network without these blocks; the useful start for
-            a trained network. (Not with ``fusion="replace"``, which then overwrites k
-            channels by zeros, nor with `inner_shortcut`, which adds them again.) Refused
-            with `last_act` alone: gradients would be zero for ever.
+        zero_init_last: start the core's last norm at zero (and with ``gate="map"`` the selector's
+            last layer, so that all gates are one), so that the converted network begins as the
+            network without these blocks; the useful start for a trained network. (Not with
+            ``fusion="replace"``, which then overwrites k channels by zeros, nor with
+            `inner_shortcut`, which adds them again.) Refused with `last_act` alone: gradients would
+            be zero for ever.
 
     Raises:
         ValueError: an option is out of its range. When applied: `c` leaves a block
@@ -174,8 +177,15 @@ class MixtureOfDepths(Method):
         t, ranked = self.temperature, self.selection in ("learned", "static")
         if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t < math.inf:
             raise ValueError(f"temperature must be a positive number, not {t!r}")
-        if self.straight_through and not ranked and self.selection != "none":
-            raise ValueError(f"straight_through is for a ranking; selection={self.selection!r} has none")
+        gated = self.selection == "first" and self.gate == "map"
+        learned = self.selection == "learned" or gated
+        for name, idle, what in (
+            ("straight_through", self.straight_through and not ranked, "a ranking"),
+            ("temperature", t != 1 and not (ranked or gated), "scores"),
+            ("selector_bias", self.selector_bias and not learned, "a learned selector"),
+        ):
+            if idle:
+                raise ValueError(f"{name} is for {what}; selection={self.selection!r} has none")
         if self.gate == "map" and self.selection not in ("learned", "first", "none"):
             raise ValueError(
                 f"gate='map' takes the scores of all channels of an input, which selection="
@@ -284,14 +294,22 @@ class MixtureOfDepths(Method):
         """What chooses k of C channels, and scores them; None: the first k, without scores."""
         hidden, t, bias = max(1, channels // self.reduction), self.temperature, self.selector_bias
         if self.selection == "learned":
-            return ChannelSelector(channels, k, hidden, self.order, self.gate, bias=bias, temperature=t)
+            made = ChannelSelector(channels, k, hidden, self.order, self.gate, bias=bias, temperature=t)
+            return self._begun(made)
         if self.selection == "static":
             scored = self.gate == "output"
             return StaticSelector(channels, k, self.order, scored=scored, temperature=t)
         if self.selection == "first":
-            gated = self.gate == "map"
-            return FirstSelector(channels, k, hidden, bias=bias, temperature=t) if gated else None
+            if self.gate != "map":
+                return None
+            return self._begun(FirstSelector(channels, k, hidden, bias=bias, temperature=t))
         return RandomSelector(channels, k, self.selection == "fixed", self.order)
+
+    def _begun(self, scorer: Scorer) -> Scorer:
+        """The same, its gates all one if the network is to begin as that without the blocks."""
+        if self.gate == "map" and self.zero_init_last:
+            nn.init.zeros_(scorer.fc2.weight)
+        return scorer
 
 
 def _all_of(kind: type, values: object) -> bool:

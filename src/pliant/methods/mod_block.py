@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from pliant.anatomy import Block, RemovedBlock
 from pliant.methods import routed
 from pliant.methods.narrow import last_activation
-from pliant.methods.selectors import ChannelSelector, Gate, Scorer, StaticSelector, relaxed
+from pliant.methods.selectors import (
+    ChannelSelector,
+    ConstantSelector,
+    Gate,
+    Scorer,
+    StaticSelector,
+    relaxed,
+)
 
 if TYPE_CHECKING:
     from pliant.methods.mixture_of_depths import MixtureOfDepths
@@ -123,7 +130,7 @@ class MoDBlock(Block):
             native.unfit(x)
             or self.gate != "output"
             or (self.straight_through and self.training)
-            or isinstance(selector, StaticSelector)
+            or isinstance(selector, (StaticSelector, ConstantSelector))  # their scores it does not know
             or (learned and selector.fc2.bias is not None)
             or self.inner_shortcut
             or type(self.last_act) is not nn.Identity

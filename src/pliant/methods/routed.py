@@ -31,8 +31,8 @@ At = Tensor | int
 def usual() -> bool:
     """Whether gradients are taken in the usual way: backward, eagerly, by autograd alone.
 
-    A compiler fuses the plain operators' passes by itself, programs have to be made of those, and
-    `torch.func` and forward-mode gradients know them.
+    A compiler fuses the plain operators' passes by itself, programs and traces have to be made of
+    those, and `torch.func` and forward-mode gradients know them.
 
     Example:
         >>> usual(), torch.func.vmap(lambda x: x * usual())(torch.ones(1))
@@ -43,6 +43,7 @@ def usual() -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
     )
 
 
