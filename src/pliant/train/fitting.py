@@ -97,7 +97,8 @@ def fit(
         ValueError: a folder that holds something else, that another process trains in, or
             whose checkpoints are all damaged; a network that does not fit the data, the
             objective, the weights or the teacher, or that `pliant.checkpoint.save` could not save
-            (found before training); `test_each` without test images; a resumed run whose teacher is another.
+            (found before training); `test_each` without test images; a
+            resumed run whose teacher is another.
         OSError: the folder cannot be written, or the disk is full; what was kept is whole.
         FileNotFoundError: the data is not there.
         KeyboardInterrupt: Ctrl-C; the run can be continued.
