@@ -58,6 +58,10 @@ def test_what_cannot_be_computed_is_refused():
     recipe = get_recipe("imagenet.resnet50_mod.paper")
     with pytest.raises(ValueError, match=r"7 GPUs cannot share .*'s batch of 256 evenly"):
         cost(recipe, ROW, 1, None, gpus=7)
+    with pytest.raises(ValueError, match=r"7 GPUs cannot share .*'s batch of 256 evenly"):
+        changes(recipe, 7)
+    with pytest.raises(ValueError, match="7 GPUs cannot share"):
+        costs_markdown([], [], gpus=7)
     with pytest.raises(ValueError, match="the row of resnet50_mod, network, has no time"):
         cost(recipe, replace(ROW, median_ms=None), 1, None)
 

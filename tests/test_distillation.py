@@ -29,6 +29,7 @@ from pliant.train.distillation import (
 from pliant.train.objectives import CrossEntropy, Joint, Specialization
 from pliant.train.passes import BothPasses, Feature, run_both
 from pliant.train.weights import load_weights
+from test_data import folder_recipe, make_folder
 from test_survival import TINY, assert_same, killed, stopped
 
 
@@ -226,7 +227,7 @@ def test_features_of_each_depth_are_those_of_its_pass(objective):
         ({"match": "all"}, "match must be maps or attention, not 'all'"),
         ({"alpha": 0}, "leaves nothing to learn from the teacher"),
         ({"features": 1, "stages": (1, 1)}, "numbers from 0, each once"),
-        ({"features": 1, "stages": ()}, "numbers from 0, each once"),
+        ({"features": 1, "stages": ()}, r"stages=\(\) compares no features"),
         ({"stages": (1,)}, "give features=1"),
         ({"tau": 1}, "no option 'tau'; there are alpha, temperature, features, match, stages"),
     ],
@@ -419,6 +420,15 @@ def test_a_named_teacher_of_another_width(plain, tmp_path):
     assert {"train_distill_logits", "train_distill_stage0", "train_distill_stage1"} <= run.history[0].keys()
 
 
+def test_a_converted_teacher_needs_weights_of_its_own(plain, tmp_path):
+    """From those of the plain network it would start, with cores that have learned nothing."""
+    recipe = replace(TINY, teacher="resnet20_cifar_mod", teacher_weights=plain)
+    for name in ("resnet20_cifar_mod", "resnet20_cifar_adn"):
+        with pytest.raises(ValueError, match="so they have to be its own, not those of its plain form"):
+            fit(replace(recipe, teacher=name), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resumed_run_has_to_have_the_same_teacher(plain, tmp_path):
     teacher = read_run(plain).model
     stopped(tmp_path / "run", without := replace(taught(plain), teacher=None), 3)
@@ -510,6 +520,15 @@ def test_test_images_are_scored_after_each_epoch_if_asked(tmp_path):
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items() if isinstance(v, torch.Tensor))
 
 
+def test_test_images_that_are_not_there_are_told_before_anything_is_written(tmp_path):
+    for part in ("train", "val"):
+        make_folder(tmp_path / "images" / part, 4)
+    recipe = folder_recipe(tmp_path / "images", val_fraction=None, test_each=True)
+    with pytest.raises(ValueError, match=r"test_each=true scores test images, and folder at .* has none"):
+        fit(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 # --- weights of a plain network -------------------------------------------------------------------
 
 
@@ -566,6 +585,10 @@ def test_plain_weights_that_a_converted_network_cannot_take_are_refused(tmp_path
     plain = timm.create_model("resnet20_cifar")
     with pytest.raises(ValueError, match=r"experts start at random; let .* model_args.upcycle=true"):
         load_weights(timm.create_model("cc_resnet20_cifar"), foreign(plain, tmp_path / "a.th"))
+    further = timm.create_model("resnet20_cifar_mod")
+    further = pliant.convert(further, pliant.AdaptiveDepth())
+    with pytest.raises(ValueError, match="resnet20_cifar_mod was converted once more"):
+        load_weights(further, tmp_path / "a.th")
     deeper = foreign(timm.create_model("resnet56_cifar"), tmp_path / "b.th")
     with pytest.raises(ValueError, match=r"unexpected layer1\.3.* \(held against its plain form\)"):
         load_weights(timm.create_model("resnet20_cifar_mod"), deeper)

@@ -21,6 +21,7 @@ from pliant.cli import app
 from pliant.train import Recipe, fit, fitting, override, read_run, read_state
 from pliant.train.data import load_data
 from pliant.train.launching import Launch, check_launch, environment_plugins, launched
+from pliant.train.recipe import _MAPPINGS
 from test_survival import assert_same
 
 TWO = Recipe(
@@ -104,6 +105,15 @@ def test_a_recipe_has_to_say_what_was_started(told, tmp_path, launcher):
         ):
             fit(replace(TWO, devices=devices, nodes=other), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_given_back_wherever_it_is_asked_for(told, tmp_path, monkeypatch):
+    """Two machines have run it; one reads it."""
+    recipe = replace(TWO, nodes=2)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.as_dict()))
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(fitting, "read_run", lambda folder: folder)
+    assert fit(recipe, tmp_path, resume=True, progress=False) == tmp_path
 
 
 def test_ntasks_without_ntasks_per_node_is_refused(told):
@@ -255,7 +265,7 @@ def test_a_folder_that_machines_do_not_share_is_told(tmp_path):
 @pytest.mark.slow
 def test_the_command_runs_under_torchrun_is_terminated_and_goes_on(unbroken, tmp_path):
     """As docs/training.md says it; SIGTERM goes to torchrun, as from a scheduler."""
-    options = {k: v for k, v in TWO.as_dict().items() if k not in ("name", "model_args", "objective_args")}
+    options = {k: v for k, v in TWO.as_dict().items() if k not in ("name", *_MAPPINGS)}
     changes = [f"{k}={'none' if v is None else v}" for k, v in options.items()]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +51,10 @@ def test_every_epoch_has_a_row_with_the_teacher_and_without(plain, tmp_path):
     assert evaluate(run.folder, "digits", device="cpu").top1 == pytest.approx(best.test_accuracy / 100)
     assert rows[1].train_loss != rows[4].train_loss
     assert {r.test_accuracy_base for r in rows} == {None}
+    assert [(r.taught_by, r.teacher_sha256) for r in rows] == [
+        *[("resnet20_cifar_mod before its conversion", rows[0].weights_sha256)] * 3,
+        *[("", "")] * 3,
+    ]
 
     # Again: finished runs are read, and rows are not written twice.
     again = recover(recipe, tmp_path / "runs", progress=False)
@@ -61,6 +67,9 @@ def test_every_epoch_has_a_row_with_the_teacher_and_without(plain, tmp_path):
     ]
     only = recover(recipe, tmp_path / "runs", progress=False, teacher=False)
     assert only == rows[3:]
+    shutil.rmtree(run.folder / "checkpoints")  # which knew the teacher
+    bare = recover(recipe, tmp_path / "runs", progress=False, control=False)
+    assert bare == [replace(r, taught_by="", teacher_sha256="") for r in rows[:3]]
 
 
 @pytest.mark.slow
@@ -122,8 +131,8 @@ def test_recipes_by_name():
 
 
 ROW = Recovery(
-    model="a", teacher="none", epoch=0, test_accuracy=50, test_accuracy_base=None, plain_accuracy=90,
-    val_accuracy=51, train_loss=None, seconds=0, recipe="r", model_args="{}", distill_args="{}",
+    model="a", teacher="none", epoch=0, test_accuracy=50.0, test_accuracy_base=None, plain_accuracy=90.0,
+    val_accuracy=51.0, train_loss=None, seconds=0.0, recipe="r", model_args="{}", distill_args="{}",
     weights="w", weights_sha256="0", data="cifar10", pixels=32, epochs=2, lr=0.1, seed=0,
 )  # fmt: skip
 
@@ -148,17 +157,60 @@ def test_the_table_has_a_line_for_each_run():
         recovery.recovery_table([])
 
 
+def test_teachers_and_images_are_told_apart(tmp_path):
+    rows = [
+        taught := replace(ROW, teacher="logits", taught_by="a before its conversion", teacher_sha256="0"),
+        other := replace(taught, taught_by="resnet56_cifar", teacher_sha256="12" * 32),
+        replace(other, teacher_sha256="34" * 32, epoch=1),
+    ]
+    lines = recovery.recovery_table(rows)[1]
+    assert [(line[1], line[3], line[4]) for line in lines] == [
+        ("logits", "50.00", "-"),
+        ("logits of resnet56_cifar (12121212)", "50.00", "-"),
+        ("logits of resnet56_cifar (34343434)", "-", "50.00"),
+    ]
+    others = [ROW, replace(ROW, pixels=64), replace(ROW, data="cifar100")]
+    lines = recovery.recovery_table(others)[1]
+    assert [line[0] for line in lines] == ["a, cifar10 32 px", "a, cifar10 64 px", "a, cifar100 32 px"]
+    machines = [replace(ROW, cpu="A", cores=2, commit="f" * 40), replace(ROW, gpu="B", commit="e" * 40)]
+    recovery.write_recovery_page(tmp_path / "page.md", [*machines, *machines, *others])
+    text = (tmp_path / "page.md").read_text()
+    assert text.count("- A, 2 cores; ") == text.count("- B, 0 cores; ") == 1
+    assert f"commit {'f' * 12}\n- B" in text
+    assert "Images: cifar10, 32 px; cifar10, 64 px; cifar100, 32 px; seeds: 0." in text
+
+
+def test_rows_of_before_teachers_had_names_are_read_and_completed(tmp_path):
+    named = replace(ROW, teacher="logits", taught_by="b", teacher_sha256="1")
+    write_recoveries(tmp_path / "new.csv", [ROW, named])
+    with (tmp_path / "new.csv").open(newline="") as file:
+        header, *lines = csv.reader(file)
+    keep = [n for n, name in enumerate(header) if name not in ("taught_by", "teacher_sha256")]
+    with (tmp_path / "old.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([line[n] for n in keep] for line in (header, *lines))
+    old = read_recoveries(tmp_path / "old.csv")
+    assert old == [ROW, replace(named, taught_by="", teacher_sha256="")]
+    more = replace(named, teacher_sha256="2", seed=1)
+    write_recoveries(tmp_path / "old.csv", [named, more], append=True)
+    assert read_recoveries(tmp_path / "old.csv") == [ROW, named, more]
+    assert read_recoveries(Path(__file__).parents[1] / "results" / "cifar10-recover.csv")
+
+
 def test_rows_that_are_damaged_are_named(tmp_path):
     path = tmp_path / "rows.csv"
     write_recoveries(path, [ROW])
     text = path.read_text()
-    path.write_text(text.replace("50.0000", "half").replace(",50,", ",half,"))
-    with pytest.raises(ValueError, match=r"rows\.csv, line 2: .*half.*damaged"):
+    path.write_text(text.replace("50.0000", "half"))
+    with pytest.raises(ValueError, match=r"rows\.csv, line 2: .*half"):
         read_recoveries(path)
+    for wrong in (text.rstrip("\n") + ",more\n", text.rpartition(",")[0] + "\n"):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=r"rows\.csv, line 2: it has not as many cells as there are"):
+            read_recoveries(path)
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="the columns are not those of recovery"):
+    with pytest.raises(ValueError, match="its columns are not those of a Recovery"):
         read_recoveries(path)
-    with pytest.raises(ValueError, match="not those of recovery; name another file"):
+    with pytest.raises(ValueError, match="its columns are not those of a Recovery"):
         write_recoveries(path, [ROW], append=True)
 
 

@@ -116,6 +116,17 @@ def test_nothing_partial_has_a_name(root, monkeypatch):
         load_data(shard_recipe(root / "new"))
 
 
+def test_an_image_that_cannot_be_read_is_told_as_that(root, monkeypatch):
+    def fails(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(ValueError, match=r"blue.0\.png cannot be read \(Input/output error\)"):
+        write_shards(root / "images", root / "new", shuffle=False)
+    monkeypatch.undo()
+    assert [p.name for p in (root / "new").iterdir()] == ["classes.txt"]
+
+
 def test_wrong_folders_are_refused(root):
     with pytest.raises(FileNotFoundError, match="one folder of images for each class"):
         write_shards(root, root / "new")
@@ -161,6 +172,15 @@ def test_a_pattern_names_shards_as_a_shell_would(root):
 def test_missing_shards_are_named(root, pattern, told):
     with pytest.raises(FileNotFoundError, match=told):
         find_shards(f"{root}/{pattern}")
+
+
+def test_each_of_several_numbered_sets_has_to_be_whole(tmp_path):
+    for name in ("a-train-0-of-1", "b-train-0-of-2"):
+        (tmp_path / f"{name}.tar").touch()
+    with pytest.raises(FileNotFoundError, match=r"b-train-1-of-2\.tar is missing: of 2 shards 1 are there"):
+        find_shards(str(tmp_path))
+    (tmp_path / "b-train-1-of-2.tar").touch()
+    assert len(find_shards(str(tmp_path))["train"]) == 3
 
 
 def test_a_name_that_does_not_say_its_part_is_refused(root):

@@ -7,7 +7,6 @@ the converted network before its first step.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pliant._files import atomic_path, write_csv
 from pliant.depth import get_depth, set_depth
+from pliant.measuring.records import read_records
 from pliant.switch import Depth
 from pliant.train.recipe import Recipe
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pliant.train.data import Data
 
 NO_TEACHER = "none"
+# Columns that came later; in rows without them they are empty.
+ADDED = ("taught_by", "teacher_sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,9 @@ class Recovery:
         distill_args: JSON.
         weights: name of the file or folder that the plain network came from.
         weights_sha256: a hash of the plain network's state (`pliant.train.distillation.digest`).
+        taught_by: name of the teacher, as checkpoints have it; empty: none, or not known any more.
+        teacher_sha256: a hash of the teacher's state: `weights_sha256`, where it is the plain
+            network.
         data: name of the data set.
         pixels: height and width of the images.
         epochs: of the whole run.
@@ -72,6 +77,8 @@ class Recovery:
     distill_args: str
     weights: str
     weights_sha256: str
+    taught_by: str = ""
+    teacher_sha256: str = ""
     data: str
     pixels: int
     epochs: int
@@ -205,9 +212,14 @@ def _told(recipe: Recipe) -> str:
 
 def _rows(run: Run, told: str, begin: dict[str, Any]) -> list[Recovery]:
     from pliant.train.run import ENVIRONMENT
+    from pliant.train.saved import read_state
 
     recipe = run.recipe
     origin = json.loads((run.folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    try:  # of a run that is read, this is what it had, wherever teacher_weights points now
+        teacher = read_state(run.folder).teacher or {}
+    except FileNotFoundError:  # somebody made room
+        teacher = {}
     shared = {
         "model": recipe.model,
         "teacher": told,
@@ -217,6 +229,8 @@ def _rows(run: Run, told: str, begin: dict[str, Any]) -> list[Recovery]:
         "distill_args": json.dumps(dict(recipe.distill_args)),
         "weights": Path(cast("str", recipe.weights)).name,
         "weights_sha256": begin["weights_sha256"],
+        "taught_by": teacher.get("network", ""),
+        "teacher_sha256": teacher.get("sha256", ""),
         **{name: getattr(recipe, name) for name in ("data", "pixels", "epochs", "lr", "seed")},
         **origin,
     }
@@ -239,48 +253,40 @@ def write_recoveries(path: str | Path, rows: Iterable[Recovery], append: bool = 
     Args:
         path: the file; its folder is made if missing.
         rows: what to write.
-        append: keep the rows that the file has and add these, but none twice.
+        append: keep the rows that the file has and add these, but none twice. Columns that came
+            later are added.
 
     Raises:
-        ValueError: `append` to a file with other columns.
+        ValueError: `append` to a file that cannot be read.
     """
-    header = [f.name for f in fields(Recovery)]
-    write_csv(path, header, map(_cells, rows), append, "recovery")
+    rows = list(rows)
+    kept = map(_cells, read_recoveries(path)) if append and Path(path).exists() else ()
+    # A run that is read again gives its old rows what they lack.
+    whole = {_cells(replace(row, taught_by="", teacher_sha256="")): _cells(row) for row in rows}
+    cells = dict.fromkeys([*(whole.get(row, row) for row in kept), *map(_cells, rows)])
+    write_csv(path, [f.name for f in fields(Recovery)], cells, False, "recovery")
 
 
 def read_recoveries(path: str | Path) -> list[Recovery]:
-    """Rows that `write_recoveries` wrote.
+    """Rows that `write_recoveries` wrote; those of before a column was added, too.
 
     Raises:
         ValueError: the file has other columns, or a value that is none of its column.
         FileNotFoundError: no such file.
     """
-    kinds: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": float,
-        "str": str,
-        "float | None": lambda text: float(text) if text else None,
-    }
-    read = {f.name: kinds[str(f.type)] for f in fields(Recovery)}
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, strict=True)
-        if reader.fieldnames != list(read):
-            raise ValueError(f"{path}: the columns are not those of recovery")
-        try:
-            return [Recovery(**{name: make(row[name]) for name, make in read.items()}) for row in reader]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}; the line is damaged") from error
+    return read_records(path, Recovery, added=ADDED)
 
 
-def _cells(row: Recovery) -> list[str]:
+def _cells(row: Recovery) -> tuple[str, ...]:
     values = asdict(row).values()
-    return [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in values]
+    return tuple(f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in values)
 
 
 def recovery_table(rows: Sequence[Recovery]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and cells of a table: a line for each run, test accuracy of each epoch in percent.
 
-    Of an adaptive network the base network's stands behind a slash.
+    Of an adaptive network the base network's stands behind a slash. A teacher that is not the plain
+    network is named, with the beginning of its hash.
 
     Raises:
         ValueError: there is no row.
@@ -292,15 +298,26 @@ def recovery_table(rows: Sequence[Recovery]) -> tuple[tuple[str, ...], list[tupl
     runs: dict[tuple[Any, ...], dict[int, Recovery]] = {}
     for row in rows:
         known = (row.model, row.model_args, row.recipe, row.epochs, row.lr, row.weights_sha256)
+        known = (*known, row.data, row.pixels, row.taught_by, row.teacher_sha256)
         runs.setdefault((*known, row.seed, row.teacher, row.distill_args), {})[row.epoch] = row
     seeds = len({row.seed for row in rows}) > 1
+    images = len({(row.data, row.pixels) for row in rows}) > 1
     lines = []
     for own in runs.values():
         first = next(iter(own.values()))
         name = f"{first.model}, seed {first.seed}" if seeds else first.model
+        if images:
+            name += f", {first.data} {first.pixels} px"
         cells = [_reached(own[e]) if e in own else "-" for e in epochs]
-        lines.append((name, first.teacher, f"{first.plain_accuracy:.2f}", *cells))
+        lines.append((name, _taught(first), f"{first.plain_accuracy:.2f}", *cells))
     return headings, lines
+
+
+def _taught(row: Recovery) -> str:
+    """What was learned from; of another network than the plain one, whose."""
+    if row.teacher_sha256 in ("", row.weights_sha256):
+        return row.teacher
+    return f"{row.teacher} of {row.taught_by} ({row.teacher_sha256[:8]})"
 
 
 def _reached(row: Recovery) -> str:
@@ -325,9 +342,15 @@ def write_recovery_page(path: str | Path, rows: Sequence[Recovery]) -> None:
     Raises:
         ValueError: there is no row.
     """
-    table, first = recovery_markdown(rows), rows[0]
+    table = recovery_markdown(rows)
     recipes = sorted({f"`{row.recipe}` ({row.epochs} epochs, learning rate {row.lr:g})" for row in rows})
     seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
+    images = dict.fromkeys(f"{row.data}, {row.pixels} px" for row in rows)
+    where = dict.fromkeys(
+        f"- {row.gpu or row.cpu}, {row.cores} cores; torch {row.torch}, timm {row.timm}, pliant "
+        f"{row.pliant}, commit {row.commit[:12]}{'-dirty' * row.commit.endswith('-dirty')}"
+        for row in rows
+    )
     text = f"""# Recovery after a conversion
 
 Test accuracy in percent after each epoch; "plain" is the network before its conversion, "converted"
@@ -338,8 +361,10 @@ the network before its first step, and behind a slash stands the base network of
 
 Recipes: {"; ".join(recipes)}.
 
-Images: {first.data}, {first.pixels} px; seeds: {seeds}. Machine: {first.gpu or first.cpu},
-{first.cores} cores; torch {first.torch}, timm {first.timm}, pliant {first.pliant}.
+Images: {"; ".join(images)}; seeds: {seeds}. Machines:
+
+{chr(10).join(where)}
+
 Written by `pliant recover`.
 """
     with atomic_path(Path(path)) as temporary:

@@ -102,11 +102,9 @@ def cost(recipe: Recipe, row: StepCost, parameters: int, core_rate: float | None
     Raises:
         ValueError: the batch cannot be shared evenly, or the row has no time.
     """
-    if recipe.batch % gpus:
-        raise ValueError(f"{gpus} GPUs cannot share {recipe.name}'s batch of {recipe.batch} evenly")
+    b = _share(recipe, gpus)
     if row.median_ms is None or row.peak_mb is None:
         raise ValueError(f"the row of {row.network}, {row.step}, has no time or no memory")
-    b = recipe.batch // gpus
     step = row.median_ms / 1000 * b / row.batch
     epoch = TRAIN // (gpus * b) * step + 2 * VALIDATION / (gpus * b) * step / 3
     each = 4e-9 * parameters
@@ -130,8 +128,12 @@ def core_rate(rates: Sequence[LoaderRate]) -> LoaderRate | None:
 
 
 def changes(recipe: Recipe, gpus: int = 8) -> str:
-    """What of a recipe's place of run the command sets, as ``devices=8 batch=32``."""
-    return f"devices={gpus} batch={recipe.batch // gpus}"
+    """What of a recipe's place of run the command sets, as ``devices=8 batch=32``.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly.
+    """
+    return f"devices={gpus} batch={_share(recipe, gpus)}"
 
 
 def costs_markdown(
@@ -144,6 +146,9 @@ def costs_markdown(
         rates: rows of the loader; may be none.
         gpus: how many.
         price: of an hour of one GPU, in whatever currency; None: no column of money.
+
+    Raises:
+        ValueError: the batch of a recipe cannot be shared evenly.
     """
     core = core_rate(rates)
     blocks = [_loader(core, gpus), "```", *_commands(gpus), "```", "", _measured(steps)]
@@ -155,9 +160,10 @@ def costs_markdown(
     ]
     for entry in ENTRIES:
         recipe = get_recipe(entry.recipe)
+        batch = _share(recipe, gpus)
         for dtype in ("float32", "bfloat16"):
-            row = _row(steps, entry, dtype, recipe.batch // gpus)
-            cells = [entry.recipe, str(recipe.epochs), dtype, str(recipe.batch // gpus)]
+            row = _row(steps, entry, dtype, batch)
+            cells = [entry.recipe, str(recipe.epochs), dtype, str(batch)]
             if row is None:
                 cells += [NOT_MEASURED] + [""] * (5 + (price is not None))
             else:
@@ -181,7 +187,8 @@ def write_costs(
         What was written.
 
     Raises:
-        ValueError: the page has no marks; or a file of rows cannot be read.
+        ValueError: the page has no marks; a file of rows cannot be read; or the batch of a recipe
+            cannot be shared evenly.
     """
     results = Path(results)
     steps, rates = results / "steps-cuda.csv", results / "loader-cpu.csv"
@@ -193,6 +200,13 @@ def write_costs(
     )
     put_between(page, BEGIN, END, text)
     return text
+
+
+def _share(recipe: Recipe, gpus: int) -> int:
+    """Images of a step on each GPU."""
+    if recipe.batch % gpus:
+        raise ValueError(f"{gpus} GPUs cannot share {recipe.name}'s batch of {recipe.batch} evenly")
+    return recipe.batch // gpus
 
 
 def _loader(core: LoaderRate | None, gpus: int) -> str:

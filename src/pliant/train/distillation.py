@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant.train.objectives import Joint, divergence
+from pliant.train.objectives import Joint, divergence, stage_numbers
 from pliant.train.passes import BothPasses, Feature, channel_dim
 
 Match = Literal["maps", "attention"]
@@ -81,14 +81,11 @@ class Distillation:
             raise ValueError("alpha=0 with features=0 leaves nothing to learn from the teacher")
         if self.stages is None:
             return
-        whole = isinstance(self.stages, (tuple, list)) and all(
-            isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.stages
-        )
-        if not whole or not self.stages or len(set(self.stages)) != len(self.stages):
-            raise ValueError(f"stages must be numbers from 0, each once, or none; not {self.stages!r}")
+        object.__setattr__(self, "stages", stage_numbers(self.stages))
+        if not self.stages:
+            raise ValueError("stages=() compares no features: name some (numbers from 0), or none for all")
         if not self.features:
             raise ValueError("stages are of the features, whose weight is 0: give features=1")
-        object.__setattr__(self, "stages", tuple(self.stages))  # JSON knows lists only
 
 
 def make_distillation(options: Mapping[str, Any]) -> Distillation:

@@ -97,7 +97,8 @@ def fit(
         ValueError: a folder that holds something else, that another process trains in, or
             whose checkpoints are all damaged; a network that does not fit the data, the
             objective, the weights or the teacher, or that `pliant.checkpoint.save` could not save
-            (found before training); a resumed run whose teacher is another.
+            (found before training); `test_each` without test images; a
+            resumed run whose teacher is another.
         OSError: the folder cannot be written, or the disk is full; what was kept is whole.
         FileNotFoundError: the data is not there.
         KeyboardInterrupt: Ctrl-C; the run can be continued.
@@ -117,19 +118,24 @@ def fit(
         (2, True)
     """
     folder = Path(folder) if folder is not None else Path("runs", f"{recipe.name}-s{recipe.seed}")
+    if resume and (folder / RESULT).is_file():  # wherever it ran
+        check_claim(folder, recipe, resume=resume)
+        return read_run(folder)
     check_launch(recipe)
     if recipe.strategy == "fsdp" and (model is not None or teacher is not None):
         raise ValueError(
             "strategy=fsdp would leave a given network in shares, and was not tried with a teacher: "
             "use ddp, or name the network in the recipe"
         )
-    finished = resume and (folder / RESULT).is_file()
-    if finished or _first():  # for the others the first claims it
+    if _first():  # for the others the first claims it
         check_claim(folder, recipe, resume=resume)
-    if finished:
-        return read_run(folder)
     with _quiet(), _threads(recipe.threads), seeded(recipe.seed, "weights"):
         data = load_data(recipe)
+        if recipe.test_each and data.test is None:
+            raise ValueError(
+                f"test_each=true scores test images, and {recipe.data} at {recipe.path} has none: leave "
+                f"it off"
+            )
         kept = resume and any((folder / name).is_file() for name in (LAST, PREVIOUS))
         network = begun(recipe, data, model, weights=not kept)
         chosen = objective or make_objective(recipe.objective, recipe.objective_args, recipe.smoothing)

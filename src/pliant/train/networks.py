@@ -104,7 +104,7 @@ def teaching_of(
         assert recipe.teacher_weights is not None  # `Recipe` sees to it
         name = recipe.teacher
         chosen = _made("teacher", recipe, len(data.classes))
-        _load(chosen, recipe.teacher_weights, data)
+        _load(chosen, recipe.teacher_weights, data, convert=False)
     teaching = Teaching(chosen, make_distillation(recipe.distill_args), name)
     teaching.check(network, (recipe.in_chans, recipe.pixels, recipe.pixels))
     return teaching
@@ -126,5 +126,5 @@ def _arguments(arguments: Mapping[str, Any], recipe: Recipe, classes: int) -> di
     return {"in_chans": recipe.in_chans, **arguments, "num_classes": classes}
 
 
-def _load(network: nn.Module, place: str, data: Data) -> None:
-    load_weights(network, place, classes=data.classes, mean=data.mean, std=data.std)
+def _load(network: nn.Module, place: str, data: Data, *, convert: bool = True) -> None:
+    load_weights(network, place, classes=data.classes, mean=data.mean, std=data.std, convert=convert)

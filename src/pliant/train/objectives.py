@@ -158,12 +158,7 @@ class Specialization(Joint):
             raise ValueError(f"positions must be each or pooled, not {self.positions!r}")
         if self.stages is None:
             return
-        whole = isinstance(self.stages, (tuple, list)) and all(
-            isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.stages
-        )
-        if not whole or len(set(self.stages)) != len(self.stages):
-            raise ValueError(f"stages must be numbers from 0, each once, or none; not {self.stages!r}")
-        object.__setattr__(self, "stages", tuple(self.stages))  # JSON knows lists only
+        object.__setattr__(self, "stages", stage_numbers(self.stages))
         if not (self.stages or self.logits):
             raise ValueError("stages=() with logits off leaves nothing that trains the base network")
 
@@ -212,6 +207,23 @@ class Specialization(Joint):
             for f in (teacher, student)
         )
         return divergence(p.detach() if self.detach else p, q)
+
+
+def stage_numbers(stages: Any) -> tuple[int, ...]:
+    """An option's numbers of stages as a tuple; JSON knows lists only.
+
+    Raises:
+        ValueError: not a list or tuple of numbers from 0, each once.
+
+    Example:
+        >>> stage_numbers([0, 2])
+        (0, 2)
+    """
+    listed = isinstance(stages, (tuple, list))
+    whole = listed and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in stages)
+    if not whole or len(set(stages)) != len(stages):
+        raise ValueError(f"stages must be numbers from 0, each once, or none; not {stages!r}")
+    return tuple(stages)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

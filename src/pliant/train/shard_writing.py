@@ -44,7 +44,8 @@ def write_shards(
 
     Raises:
         ValueError: `images` is below 1; parts have other classes; there are shards in the
-            destination; or a file's name ends in none of what readers know as images.
+            destination; a file's name ends in none of what readers know as images; or an image
+            cannot be read.
         FileNotFoundError: there are no such folders.
         NotWrittenError: the disk is full, or the destination cannot be written; shards that were
             written are whole.
@@ -134,9 +135,17 @@ def _write(path: Path, samples: Sequence[tuple[str, int, str]]) -> None:
         for file, label, key in samples:
             suffix = Path(file).suffix.lower()
             for name, content in (
-                (key + suffix, Path(file).read_bytes()),
+                (key + suffix, _content(file)),
                 (f"{key}.{LABEL}", str(label).encode()),
             ):
                 member = tarfile.TarInfo(name)  # of nobody, at no time: the same bytes each time
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
+
+
+def _content(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:  # else it would be told of the shard, as one that cannot be written
+        why = error.strerror or error
+        raise ValueError(f"{file} cannot be read ({why}); mend it, or take it out of the folder") from error

@@ -19,18 +19,9 @@ from pliant.train.recipe import Recipe
 
 
 def strategy_of(recipe: Recipe) -> Any:
-    """What Lightning's Trainer takes for the recipe's `strategy`.
-
-    Raises:
-        ValueError: ``"fsdp"`` with one device, or with averaged weights.
-    """
+    """What Lightning's Trainer takes for the recipe's `strategy`."""
     if recipe.strategy != "fsdp":
         return recipe.strategy
-    world = recipe.devices * recipe.nodes
-    if world == 1:
-        raise ValueError(
-            "strategy=fsdp shares a network out over several devices: set devices, or use auto"
-        )
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     # One file, as every checkpoint of ours: whole weights, gathered by the first process.

@@ -187,13 +187,18 @@ def _part(path: Path) -> str:
 
 
 def _check_complete(paths: Sequence[Path]) -> None:
-    """Refuse a set of numbered shards of which some are missing."""
+    """Refuse sets of numbered shards of which some are missing."""
+    checked = set()
     for path in paths:
         counted = re.search(r"-of-(\d+)$", path.stem)
         if counted is None:
             continue
         # All that share a name up to their number.
         start = re.sub(r"\d+-of-\d+$", "", path.stem)
+        group = (path.parent, start, counted.group(1))
+        if group in checked:
+            continue
+        checked.add(group)
         there = {p.name for p in paths if p.parent == path.parent and p.stem.startswith(start)}
         digits, total = len(counted.group(1)), int(counted.group(1))
         for n in range(total):
@@ -202,7 +207,6 @@ def _check_complete(paths: Sequence[Path]) -> None:
                 raise FileNotFoundError(
                     f"{path.parent / name} is missing: of {total} shards {len(there)} are there"
                 )
-        return
 
 
 def index_shards(shards: Sequence[Path]) -> tuple[np.ndarray[Any, Any], Tensor]:

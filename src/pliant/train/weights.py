@@ -20,7 +20,8 @@ from pliant.depth import get_depth, subnet
 from pliant.methods.adaptive_depth import SwitchableNorm
 from pliant.methods.condconv import CondConv
 from pliant.models._build import plain_form
-from pliant.surgery import conversions, convert
+from pliant.surgery import conversions
+from pliant.surgery import convert as converted
 from pliant.switch import Depth
 from pliant.train.run import BEST
 
@@ -32,6 +33,7 @@ def load_weights(
     classes: tuple[str, ...] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    convert: bool = True,
 ) -> None:
     """Give a network the weights of a saved one, in place.
 
@@ -55,11 +57,13 @@ def load_weights(
         mean: by which images will be normalised; where the folder says otherwise, a
             warning is logged.
         std: likewise.
+        convert: let weights of the plain network start its converted forms. Off: only the
+            network's own, which leave nothing of it at its start.
 
     Raises:
         ValueError: the weights are not this network's, nor its plain form's; experts that would
-            start at random; the names of the classes are others, or in another order; or the
-            file is damaged.
+            start at random; a named network that was converted once more, and weights of its plain
+            form; the names of the classes are others, or in another order; or the file is damaged.
         FileNotFoundError: nothing is there.
 
     Example:
@@ -76,6 +80,11 @@ def load_weights(
     problem = _fill(network, state)
     if not problem:
         return
+    if not convert:
+        raise ValueError(
+            f"the weights in {place} do not fit {type(network).__name__}: {problem}; it is not to be "
+            f"trained, so they have to be its own, not those of its plain form (name that instead)"
+        )
     if any(isinstance(m, Depth) for m in network.modules()):
         # On the same tensors, under the names that they have without the method.
         plain = subnet(network, (False,) * len(get_depth(network)), share=True)
@@ -94,9 +103,12 @@ def load_weights(
                     f"the weights in {place} are of the plain network, and this one's experts start at "
                     f"random; let them start as its copies: model_args.upcycle=true"
                 )
-            network.load_state_dict(convert(plain, *methods, inplace=True).state_dict())
-            return
-        problem = f"{problem} (held against its plain form)"
+            problem = _fill(network, converted(plain, *methods, inplace=True).state_dict())
+            if not problem:
+                return
+            problem = f"{problem} ({name} was converted once more: load its weights before that)"
+        else:
+            problem = f"{problem} (held against its plain form)"
     raise ValueError(f"the weights in {place} do not fit {type(network).__name__}: {problem}")
 
 
