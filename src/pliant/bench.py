@@ -137,7 +137,7 @@ def _condconv(*settings: Setting, **limits: Any) -> tuple[Suite, ...]:
     )
 
 
-# The limits keep `make bench` (Mixture-of-Depths on a CPU, and training steps) at 20 minutes on 2
+# The limits keep `make bench` (Mixture-of-Depths on a CPU, and training steps) near 25 minutes on 2
 # cores, and CondConv under 30: AOTInductor, which compiles longest, and bfloat16 get the best form of
 # blocks alone, and bfloat16 no rival of lower resolution.
 SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
