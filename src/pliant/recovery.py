@@ -298,8 +298,8 @@ def recovery_table(rows: Sequence[Recovery]) -> tuple[tuple[str, ...], list[tupl
     runs: dict[tuple[Any, ...], dict[int, Recovery]] = {}
     for row in rows:
         known = (row.model, row.model_args, row.recipe, row.epochs, row.lr, row.weights_sha256)
-        known = (*known, row.data, row.pixels, row.taught_by, row.teacher_sha256)
-        runs.setdefault((*known, row.seed, row.teacher, row.distill_args), {})[row.epoch] = row
+        teacher = (row.teacher, row.distill_args, row.taught_by, row.teacher_sha256)
+        runs.setdefault((*known, *teacher, row.data, row.pixels, row.seed), {})[row.epoch] = row
     seeds = len({row.seed for row in rows}) > 1
     images = len({(row.data, row.pixels) for row in rows}) > 1
     lines = []
