@@ -90,7 +90,7 @@ def test_rows_are_written_read_and_shown(rows, tmp_path):
     with pytest.raises(ValueError, match=r"rows\.csv, line 2: invalid literal for int"):
         read_records(tmp_path / "rows.csv", LoaderRate)
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="its columns are not those of a LoaderRate"):
+    with pytest.raises(ValueError, match="the columns are not those of a LoaderRate"):
         read_records(tmp_path / "rows.csv", LoaderRate)
 
 

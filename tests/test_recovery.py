@@ -208,9 +208,9 @@ def test_rows_that_are_damaged_are_named(tmp_path):
         with pytest.raises(ValueError, match=r"rows\.csv, line 2: it has not as many cells as there are"):
             read_recoveries(path)
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="its columns are not those of a Recovery"):
+    with pytest.raises(ValueError, match="the columns are not those of a Recovery"):
         read_recoveries(path)
-    with pytest.raises(ValueError, match="its columns are not those of a Recovery"):
+    with pytest.raises(ValueError, match="the columns are not those of a Recovery"):
         write_recoveries(path, [ROW], append=True)
 
 

@@ -102,14 +102,22 @@ _RESNETS = ("resnet50_mod", "resnet75_mod", "resnet86_mod")
 _SHORT: dict[str, Any] = {"min_run_time": 0.1, "max_run_time": 32.0}
 
 
-def _mod(engines: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], **limits: Any) -> Suite:
+def _mod(
+    engines: Sequence[str],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    *,
+    forms: tuple[str, ...] = (PLAIN, OPTIMIZED, NATIVE),
+    lower_resolution: int | None = 176,
+    **limits: Any,
+) -> Suite:
     settings = tuple(Setting(engine=e, batch=b, dtype=d) for e in engines for d in dtypes for b in batches)
     return Suite(
         models=_RESNETS,
         against="resnet50",
-        lower_resolution=limits.pop("lower_resolution", 176),
+        lower_resolution=lower_resolution,
         settings=settings,
-        forms=limits.pop("forms", (PLAIN, OPTIMIZED, NATIVE)),
+        forms=forms,
         **limits,
     )
 

@@ -8,7 +8,6 @@ a comparison that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pliant._files import write_csv
 from pliant.depth import get_depth, subnet
+from pliant.measuring.records import read_records
 from pliant.recipes.ablations import ABLATIONS
 from pliant.recipes.adaptive_depth import base_arguments, is_adaptive
 from pliant.switch import Depth, Skip, check_skip, depth_name, depth_role
@@ -350,24 +350,7 @@ def read_scores(path: str | Path) -> list[Score]:
         ValueError: the file has other columns, or a value that is none of its column.
         FileNotFoundError: no such file.
     """
-    kinds: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": float,
-        "str": str,
-        "float | None": lambda text: float(text) if text else None,
-    }
-    read = {f.name: kinds[str(f.type)] for f in fields(Score)}
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, strict=True)
-        if reader.fieldnames != list(read):
-            raise ValueError(f"{path}: the columns are not those of scores")
-        found = []
-        for row in reader:
-            try:
-                found.append(Score(**{name: make(row[name]) for name, make in read.items()}))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}; the line is damaged") from error
-    return found
+    return read_records(path, Score, called="scores")
 
 
 def _cells(score: Score) -> list[str]:

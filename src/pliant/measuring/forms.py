@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pliant._files import atomic_path
 from pliant.measuring.provenance import provenance
+from pliant.measuring.records import read_records
 from pliant.methods.mixing import Form, Geometry, conditional_conv2d, conditional_linear, faster_form
 
 KINDS = ("1x1", "3x3", "depthwise")
@@ -295,18 +295,7 @@ def read_forms(path: str | Path) -> list[FormTimes]:
     Raises:
         ValueError: the file has other columns.
     """
-    kinds: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": float,
-        "str": str,
-        "bool": lambda text: text == "True",
-    }
-    types = {f.name: kinds[str(f.type)] for f in fields(FormTimes)}
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != list(types):
-            raise ValueError(f"{path}: the columns are not those of times of both forms")
-        return [FormTimes(**{name: types[name](text) for name, text in row.items()}) for row in reader]
+    return read_records(path, FormTimes, called="times of both forms")
 
 
 def run_forms(

@@ -17,6 +17,8 @@
 #include <memory>
 #include <vector>
 
+#include "bfloat16.h"
+
 namespace pliant {
 namespace {  // libraries of several versions may be in one process
 
@@ -25,27 +27,6 @@ using i64 = int64_t;
 constexpr i64 LANES = 16;
 constexpr int LAST = 0;
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
-
-// bfloat16 is stored as the upper half of a float.
-using bf16 = uint16_t;
-inline float wide(float v) { return v; }
-inline float wide(bf16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-template <class T>
-inline T narrow(float v);
-template <>
-inline float narrow<float>(float v) { return v; }
-template <>
-inline bf16 narrow<bf16>(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  return static_cast<bf16>(v != v ? 0x7fc0 : rounded);
-}
 
 inline Vector load(const float* p) {
   Vector v;

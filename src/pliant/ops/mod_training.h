@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "bfloat16.h"
+
 namespace mod_planes {
 
 using i64 = int64_t;
@@ -22,26 +24,9 @@ using i64 = int64_t;
 // Values that are added in float32 before they are added to a sum in double.
 constexpr i64 AT_ONCE = 128;
 
-// bfloat16 is stored as the upper half of a float.
-using bf16 = uint16_t;
-inline float wide(float v) { return v; }
-inline float wide(bf16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-template <class T>
-inline T narrow(float v);
-template <>
-inline float narrow<float>(float v) { return v; }
-template <>
-inline bf16 narrow<bf16>(float v) {  // to the nearest, ties to even; NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<bf16>(v != v ? 0x7fc0 : rounded);
-}
+using pliant::bf16;
+using pliant::narrow;
+using pliant::wide;
 
 // Where the values of a feature map lie: channels_last, or planes.
 struct Map {
