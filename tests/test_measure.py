@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.utils.benchmark
-from torch import nn
+from torch import Tensor, nn
 
 import pliant
 from pliant.analysis.plots import plot_against_latency
 from pliant.deploy.engines import ENGINES
-from pliant.measuring import entrants, provenance
+from pliant.measuring import entrants, provenance, running
+from pliant.measuring.clock import Clock, warm
+from pliant.measuring.clock import clock as clock_of
 from pliant.measuring.latency import NOT_FASTER, PERHAPS_FASTER, measure
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.measuring.rows import (
@@ -42,27 +47,51 @@ def conv(width: int = 4) -> nn.Sequential:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A timer that takes its times from `times(width of the images, round)` and logs its calls.
+    """A clock that takes its times from `times(entrant, round)` and logs its calls.
 
     Networks are told apart by what they are called with: each entrant's timer gets a number.
     """
     log = SimpleNamespace(calls=[], threads=[], timers=0, times=lambda entrant, turn: 1.0)
 
-    class Timer:
-        def __init__(self, stmt: str, globals: dict[str, object], num_threads: int) -> None:  # noqa: A002
-            self.number, self.stmt, self.globals = log.timers, stmt, globals
-            self.turn = -2  # two calls that warm up come before round 0
-            log.timers += 1
-            log.threads.append(num_threads)
+    def fake(run: Callable[[Tensor], Any], images: Tensor, threads: int) -> Clock:
+        number, turns = log.timers, itertools.count(-2)  # two times that warm up come before round 0
+        log.timers += 1
+        log.threads.append(threads)
 
-        def timeit(self, number: int) -> SimpleNamespace:
-            log.calls.append((self.number, self.turn, number))
-            exec(self.stmt, dict(self.globals))
-            self.turn += 1
-            return SimpleNamespace(mean=log.times(self.number, self.turn - 1))
+        def seconds(calls: int) -> float:
+            turn = next(turns)
+            log.calls.append((number, turn, calls))
+            run(images)
+            return float(log.times(number, turn))
 
-    monkeypatch.setattr(torch.utils.benchmark, "Timer", Timer)
+        return seconds
+
+    monkeypatch.setattr(running, "clock", fake)
+    monkeypatch.setattr("pliant.measuring.clock.WARM_ENOUGH", math.inf)  # these times are no clock's
     return log
+
+
+def test_a_clock_warms_up_with_two_calls_or_one_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A call takes `each` seconds of a clock that stands still otherwise.
+    time, each, threads = [0.0], 0.1, set()
+
+    def run(images: Tensor) -> None:
+        time[0] += each
+        threads.add(torch.get_num_threads())
+        assert torch.is_inference_mode_enabled()
+
+    monkeypatch.setattr(torch.utils.benchmark, "timer", lambda: time[0])
+    before = torch.get_num_threads()
+    timed = clock_of(run, torch.ones(1), threads=before + 1)
+    assert timed(3) == pytest.approx(0.1)
+    assert time[0] == pytest.approx(0.5)  # two calls, and three
+    each, time[0] = 0.25, 0.0
+    assert timed(1) == pytest.approx(0.25)
+    assert time[0] == pytest.approx(0.5)  # one call, and one
+    assert (threads, torch.get_num_threads()) == ({before + 1}, before)
+    # Before all, two times, of which the first may hold a compilation; a long one is enough.
+    for some, seconds in (([0.2, 0.1], 0.1), ([0.3], 0.3)):
+        assert warm(lambda _, left=some: left.pop(0)) == seconds
 
 
 def test_networks_are_timed_in_turn(clock: SimpleNamespace) -> None:

@@ -6,7 +6,7 @@ round, and the median over rounds is reported with its spread. A network is comp
 with the same network at a lower resolution, and a Mixture-of-Depths network with itself
 without its blocks: no block can be cheaper than none.
 
-`torch.utils.benchmark.Timer` times (it waits for a GPU, and sets the threads). Engines
+`clock` times, by `torch.utils.benchmark` (which waits for a GPU, and sets the threads). Engines
 that may crash or hang run in a process of their own (`isolation`).
 Latency does not depend on the values of weights and images, as long as these are
 ordinary numbers: neither denormal (slow on a CPU) nor zero (a GPU then draws less
