@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from pliant import cli, experiments
 from pliant.compare import read_scores, write_scores
 from pliant.experiments import EXPERIMENTS, Cell, cells_of, rivals_of, run_cells, states, walking
-from pliant.experiments.cells import cifar10_controls, cifar10_variants, key_of
+from pliant.experiments.cells import RIVALS, cifar10_controls, cifar10_variants, key_of
 from pliant.experiments.timing import STEP, Effort, time_cells
-from pliant.experiments.variants import RIVALS, VARIANTS
+from pliant.experiments.variants import VARIANTS
 from pliant.measuring.rows import read_rows
 from pliant.models import list_networks
 from pliant.train.recipe import Recipe, differences
@@ -61,15 +61,22 @@ def walk(cells, place, **options):
 
 def test_seeds_of_all_controls_come_before_everything_else():
     cells = cifar10_controls()
-    assert len({cell.keys for cell in cells}) == len(cells) == 41
+    assert len({cell.keys for cell in cells}) == len(cells) == 51
     heads = [(cell.family, cell.recipe.seed) for cell in cells]
     assert list(dict.fromkeys(heads)) == [
-        *[("controls", seed) for seed in range(3)],
-        *[(family, 0) for family in ("sweep", "adn", "condconv", "combinations", "depth")],
+        *[(family, seed) for family in ("controls", "depth") for seed in range(3)],
+        *[(family, 0) for family in ("sweep", "adn", "condconv", "combinations")],
         ("adn", 1),
         ("adn", 2),
+        ("controls", 3),
+        ("depth", 3),
     ]
     assert Counter(heads)["controls", 1] == 7
+    assert [cell.label for cell in cells if cell.recipe.seed == 3] == [
+        *("plain", "MoD, score order", "first k channels", "blocks removed"),
+        *("plain, 3-2-2 blocks", "plain, 3-3-2 blocks"),
+    ]
+    assert max(cell.recipe.seed for cell in cifar10_controls("cuda")) == 2
     sweep = {cell.label: cell.recipe.model_args for cell in cells if cell.family == "sweep"}
     assert sweep["MoD, c = 2"] == {"c": 2}
     assert sweep["MoD, c = 16, original"] == {"c": 16, "fusion": "original"}
@@ -121,7 +128,7 @@ def test_cells_can_be_chosen_and_shortened():
 def test_variants_are_of_the_controls_recipe_one_seed_of_each_first():
     cells = cifar10_variants()
     seeds = [cell.recipe.seed for cell in cells]
-    assert seeds == sorted(seeds)
+    assert seeds == [seed for seed in range(4) for _ in VARIANTS]
     assert [cell.label for cell in cells[: len(VARIANTS)]] == list(VARIANTS)
     plain = cifar10_controls()[0].recipe
     network = ["name", "model", "model_args", "seed"]
@@ -141,6 +148,7 @@ def test_rivals_are_cells_of_the_controls():
     assert {cell.label for cell in rivals} == set(RIVALS)
     keys = {key for cell in cells_of("cifar10-controls") for key in cell.keys}
     assert keys.issuperset(key for cell in rivals for key in cell.keys)
+    assert {cell.recipe.seed for cell in rivals} == {cell.recipe.seed for cell in cifar10_variants()}
     assert rivals_of("cifar10-controls") == []
 
 

@@ -44,6 +44,8 @@ def experiment(
     if page:
         from pliant.experiments.page import write_evidence
 
+        if only or seeds is not None:
+            raise ValueError("the page is of all rows: --page takes neither --only nor --seeds")
         typer.echo(f"written: {write_evidence(name, results, docs, epochs=epochs)}")
         return
     cells = cells_of(name, device, only=only or (), seeds=seeds, epochs=epochs, where=where or ())

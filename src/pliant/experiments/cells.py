@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pliant.compare import BASE_ALONE, PLAIN, Score, controls_by_name
-from pliant.experiments.variants import RIVALS, SCORE_ORDER, VARIANTS
+from pliant.compare import BASE_ALONE, PLAIN, REMOVED, Score, controls_by_name
+from pliant.experiments.variants import FIRST, SCORE_ORDER, VARIANTS
 from pliant.recipes.adaptive_depth import is_adaptive
 from pliant.train.recipe import WHERE, Accelerator, Recipe, override
 
@@ -26,6 +26,12 @@ FAMILIES = {
     "combinations": "Two methods at once",
 }
 SUPER, BASE = "super-net", "base-net"
+SEEDS = 3  # of what is to be decided; the rest has one, and the page says so
+# Plain networks between no block and all of them, in blocks of each stage: what time buys without a method.
+DEPTHS = {f"plain, {'-'.join(map(str, blocks))} blocks": blocks for blocks in ((3, 2, 2), (3, 3, 2))}
+# What variants are held against. Their rows are those of the controls, with a further seed: a
+# variant's first seed chooses it, and the next three decide. Their times are taken anew beside it.
+RIVALS = (PLAIN, REMOVED, SCORE_ORDER, FIRST, *DEPTHS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +100,8 @@ def cifar10_controls(device: str = "cpu") -> list[Cell]:
 
     On a CPU ResNet-20 (c = 16, the width of its first block); on a GPU ResNet-18 and ResNet-50 in
     CIFAR form (c = 64). First one seed of all controls of Mixture-of-Depths,
-    then two further seeds, so that the question is answered as early as it can be; then
-    one seed of everything else.
+    then two further seeds, and those of plain networks of other depths, so that the question is
+    answered as early as it can be; then one seed of everything else, and what the variants need.
 
     Raises:
         ValueError: another device.
@@ -114,9 +120,11 @@ def cifar10_controls(device: str = "cpu") -> list[Cell]:
     else:
         raise ValueError(f"no list of cells for device {device!r}; there is one for cpu and cuda")
     parts = {name: _families(name, widths) for name, widths in networks.items()}
-    order = [("controls", seed) for seed in range(3)]
-    order += [(family, 0) for family in ("sweep", "adn", "condconv", "combinations", "depth")]
-    order += [("adn", 1), ("adn", 2)]
+    order = [(family, seed) for family in ("controls", "depth") for seed in range(SEEDS)]
+    order += [(family, 0) for family in ("sweep", "adn", "condconv", "combinations")]
+    order += [("adn", seed) for seed in range(1, SEEDS)]
+    if device == "cpu":
+        order += [(family, SEEDS) for family in ("controls", "depth")]
     accelerator: Accelerator = "gpu" if device == "cuda" else "cpu"
     return [
         Cell(
@@ -128,6 +136,7 @@ def cifar10_controls(device: str = "cpu") -> list[Cell]:
         for family, seed in order
         for network, families in parts.items()
         for label, recipe in families.get(family, {}).items()
+        if seed < SEEDS or label in RIVALS
     ]
 
 
@@ -150,10 +159,7 @@ def _families(network: str, widths: tuple[int, ...]) -> dict[str, dict[str, Reci
     found["sweep"] = first | original
     if network == "resnet20":
         found["combinations"] = _combinations(plain)
-        found["depth"] = {
-            f"plain, {'-'.join(map(str, layers))} blocks": args(plain, layers=list(layers))
-            for layers in ((3, 2, 2), (3, 3, 2))
-        }
+        found["depth"] = {label: args(plain, layers=list(blocks)) for label, blocks in DEPTHS.items()}
     return found
 
 
@@ -177,8 +183,8 @@ def _combinations(plain: Recipe) -> dict[str, Recipe]:
 def cifar10_variants(device: str = "cpu") -> list[Cell]:
     """The recipe and network of `cifar10_controls` on a CPU, with variants of Mixture-of-Depths.
 
-    First one seed of each variant, then two further seeds of each: `cells_of` with ``only`` has those
-    of the best.
+    First one seed of each variant, which chooses those that are worth more; then three further
+    seeds of each, which decide: `cells_of` with ``only`` has those of the chosen.
 
     Raises:
         ValueError: another device.
@@ -204,7 +210,7 @@ def cifar10_variants(device: str = "cpu") -> list[Cell]:
                 accelerator="cpu",
             ),
         )
-        for seed in range(3)
+        for seed in range(SEEDS + 1)
         for label, variant in VARIANTS.items()
     ]
 
@@ -222,7 +228,7 @@ def rivals_of(name: str, device: str = "cpu", *, epochs: int | None = None) -> l
     """Cells of another experiment that this one's are held against; none for most.
 
     Example:
-        >>> list(dict.fromkeys(cell.label for cell in rivals_of("cifar10-variants")))
+        >>> list(dict.fromkeys(cell.label for cell in rivals_of("cifar10-variants")))[:4]
         ['plain', 'MoD, score order', 'first k channels', 'blocks removed']
     """
     other, labels = BORROWED.get(name, ("", ()))

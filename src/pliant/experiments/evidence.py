@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pliant.compare import PLAIN, REMOVED, Score
-from pliant.experiments.cells import Cell, key_of
-from pliant.experiments.claims import AtEqualTime, Paired, at_equal_time, paired
+from pliant.experiments.cells import Cell, Key, key_of
+from pliant.experiments.claims import AtEqualTime, Paired, Rival, at_equal_time, paired
 from pliant.experiments.timing import STEP, name_of
 from pliant.measuring.rows import AS_IS, OPTIMIZED, Measurement
+
+# A ratio of times is known no better than this, at one image and at more: 1.5 and 3 points.
+FINEST = {True: 0.015, False: 0.03}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +55,40 @@ class Evidence:
         return list(dict.fromkeys((r.engine, r.batch) for r in self.times if (r.engine == STEP) == steps))
 
     def time(self, label: str, engine: str, batch: int) -> Measurement | None:
-        """The row of a label's time: in the form that suits the engine, where it has one."""
-        name = name_of(self.network, label)
-        rows = [
-            r
-            for r in self.times
-            if (r.model, r.variant, r.engine, r.batch) == (name, AS_IS, engine, batch)
-            and r.time_ratio is not None
-        ]
-        return min(rows, key=lambda r: r.form != OPTIMIZED, default=None)
+        """The row of a label's time, of the run that timed the plain network last.
+
+        A Mixture-of-Depths network is taken with its blocks in the form that suits the engine; in the
+        plain one where that could not be made, which `formless` says.
+        """
+        rows = self._of(label, engine, batch)
+        return min(
+            (r for r in rows if r.time_ratio is not None), key=lambda r: r.form != OPTIMIZED, default=None
+        )
+
+    def formless(self, label: str, engine: str, batch: int) -> bool:
+        """Whether a label's blocks should have had the engine's form, and could not."""
+        return any(r.form == OPTIMIZED and r.error for r in self._of(label, engine, batch))
+
+    def failure(self, label: str, engine: str, batch: int) -> str:
+        """Why a label has no time; empty if it has one, or was not in the run."""
+        if self.time(label, engine, batch) is not None:
+            return ""
+        return next((r.error for r in self._of(label, engine, batch) if r.error), "")
+
+    def _of(self, label: str, engine: str, batch: int) -> list[Measurement]:
+        """All rows of a label in a setting: of one run, for ratios of two runs are no pair."""
+
+        def rows(name: str) -> list[Measurement]:
+            known = (name_of(self.network, name), AS_IS, engine, batch)
+            return [r for r in self.times if (r.model, r.variant, r.engine, r.batch) == known]
+
+        runs = {r.date for r in rows(PLAIN)}
+        return [r for r in rows(label) if r.date in runs]
+
+    def margin(self, label: str, engine: str, batch: int) -> float:
+        """How far a label's ratio of times may be from the true one: its spread over rounds, at least."""
+        row = self.time(label, engine, batch)
+        return max(FINEST[batch == 1], (row.time_ratio_iqr or 0.0) if row else 0.0)
 
     def step(self, label: str) -> Measurement | None:
         """The row of the training step that a label comes from."""
@@ -68,23 +96,53 @@ class Evidence:
         name = name_of(self.network, cell)
         return next((r for r in self.times if (r.model, r.engine) == (name, STEP)), None)
 
+    def without(self, seed: int) -> Evidence:
+        """The same without the rows of a seed."""
+        return replace(self, scores=tuple(s for s in self.scores if s.seed != seed))
+
+    @property
+    def depths(self) -> list[str]:
+        """Labels of plain networks, from that without the blocks to the whole one."""
+        return [REMOVED, *self.labels("depth"), PLAIN]
+
     def at_equal_time(self, label: str, engine: str, batch: int) -> AtEqualTime | None:
-        """A label against the plain network and that without its blocks; None without times."""
-        own, fast, slow = (self.time(name, engine, batch) for name in (label, REMOVED, PLAIN))
-        ratios = [row.time_ratio for row in (own, fast, slow) if row is not None]
-        if len(ratios) < 3:
+        """A label against plain networks of all depths; None if it or an end of these has no time.
+
+        A depth in between counts if it has the seeds of both ends.
+        """
+        times = {name: self.time(name, engine, batch) for name in (label, *self.depths)}
+        if any(times[name] is None for name in (label, REMOVED, PLAIN)):
             return None
-        time, least, most = (float(ratio or 0) for ratio in ratios)
-        return at_equal_time(
-            self.accuracy(label), time, (self.accuracy(REMOVED), least), (self.accuracy(PLAIN), most)
-        )
+        seeds = self.accuracy(REMOVED).keys() & self.accuracy(PLAIN).keys()
+        rivals = [
+            Rival(name, self.accuracy(name), float(row.time_ratio or 0))
+            for name in self.depths
+            if (row := times[name]) is not None
+            and (name in (REMOVED, PLAIN) or seeds <= self.accuracy(name).keys())
+        ]
+        own = times[label]
+        assert own is not None
+        margin = max(self.margin(name, engine, batch) for name in (label, *(r.label for r in rivals)))
+        return at_equal_time(self.accuracy(label), float(own.time_ratio or 0), margin, rivals)
 
 
 def gather(
     cells: Iterable[Cell], scores: Sequence[Score], times: Sequence[Measurement], device: str
 ) -> list[Evidence]:
-    """Evidence for each network among the cells; rows that belong to none of them are left out."""
+    """Evidence for each network among the cells; rows that belong to none of them are left out.
+
+    Raises:
+        ValueError: two rows say different things of one run.
+    """
     cells = list(cells)
+    by_key: dict[Key, Score] = {}
+    for score in scores:
+        known = by_key.setdefault(key_of(score), score)
+        if known.test_accuracy != score.test_accuracy:
+            raise ValueError(
+                f"two rows of {score.label}, seed {score.seed}, have test accuracies of "
+                f"{known.test_accuracy} and {score.test_accuracy} %; delete one of them"
+            )
     found = []
     for network in dict.fromkeys(cell.network for cell in cells):
         own = tuple(cell for cell in cells if cell.network == network)
@@ -95,7 +153,7 @@ def gather(
                 network=network,
                 device=device,
                 cells=own,
-                scores=tuple(s for s in scores if key_of(s) in keys),
+                scores=tuple(s for key, s in by_key.items() if key in keys),
                 times=tuple(r for r in times if r.model in names),
             )
         )

@@ -24,8 +24,8 @@ def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
     """Draw test accuracy against the latency ratio, a panel for each engine and batch.
 
     Upright bars are standard deviations over seeds, level ones interquartile ranges over
-    rounds. The dotted line joins the network without its blocks and the plain one: a network
-    below it is worse than what its time buys otherwise.
+    rounds. The dotted line joins plain networks of all depths, from that without the blocks to the
+    whole one: a network below it is worse than what its time buys otherwise.
 
     Returns:
         `path`; None where none of them has both an accuracy and a time.
@@ -50,7 +50,7 @@ def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
     for at, ((engine, batch), names) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(down, across, at)
         plain(axes)
-        ends = []
+        depths = []
         for number, name in enumerate(names):
             accuracies = list(evidence.accuracy(name).values())
             timed = evidence.time(name, engine, batch)
@@ -72,10 +72,10 @@ def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
             # Names alternate above and below, since controls lie close together.
             up = 6 if number % 2 else -11
             axes.annotate(name, (x, y), (4, up), textcoords="offset points", fontsize=7, zorder=4)
-            if name in (PLAIN, REMOVED):
-                ends.append((x, y))
-        if len(ends) == 2:
-            axes.plot(*zip(*ends, strict=True), linestyle=":", color="#777777", zorder=2)
+            if name in evidence.depths:
+                depths.append((x, y))
+        if len(depths) > 1:
+            axes.plot(*zip(*sorted(depths), strict=True), linestyle=":", color="#777777", zorder=2)
         axes.margins(x=0.15, y=0.12)
         axes.set_title(f"{evidence.network}, {engine}, batch {batch}", fontsize=10)
         axes.set_xlabel("latency over the plain network's")

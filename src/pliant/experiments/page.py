@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pliant._files import atomic_path
-from pliant.compare import BASE_ALONE, MOD_CONTROLS, PLAIN, REMOVED
+from pliant.compare import BASE_ALONE, MOD_CONTROLS, PLAIN, REMOVED, Score
 from pliant.experiments.cells import BORROWED, FAMILIES, cells_of, key_of, rivals_of
-from pliant.experiments.claims import MISSING, answer, mean_and_spread, sentence
+from pliant.experiments.claims import FEWEST, MISSING, answer, mean_and_spread, sentence
 from pliant.experiments.evidence import Evidence, gather
 from pliant.experiments.figure import plot_evidence
 from pliant.experiments.tables import markdown
+from pliant.experiments.timing import STEP
 from pliant.experiments.variants import FIRST, SCORE_ORDER, VARIANTS
 from pliant.experiments.variants_page import findings as findings_of_variants
 from pliant.experiments.walking import scores_in
-from pliant.measuring.rows import read_rows
+from pliant.measuring.rows import Measurement, read_rows
 
 _, INDEX_ORDER, FRESH, FIXED, _, _ = MOD_CONTROLS
 LEARNED = (SCORE_ORDER, INDEX_ORDER)
@@ -48,9 +50,9 @@ _BESIDE = ("variants", "sweep", "depth", "combinations")
 _HEAD = """\
 # {title}
 
-Written by `pliant experiment {name} --page` from the rows in [results](../results/README.md), its
-sentences too. What is missing is said to be missing; the same command without `--page` goes on
-running it."""
+Written by `pliant experiment {command} --page` from the rows in [results](../results/README.md), its
+sentences too. {there} What is missing is said to be missing; the same command without `--page` goes
+on running it."""
 
 _HOW_TO_READ = """\
 ## How to read it
@@ -58,15 +60,23 @@ _HOW_TO_READ = """\
 {setting}
 
 Accuracy is that of the best validation epoch, tested once, as mean ± standard deviation over seeds.
-Two networks are compared seed by seed; the interval is Student's, of the mean of these differences, at
-95 %, and holds for these test images and this recipe. Intervals are not corrected for their number: of
-twenty comparisons without any true difference, one is expected to look decided.
+Two networks are compared seed by seed, from {fewest} seeds on; the interval is Student's, of the mean of
+these differences, at 95 %, and holds for these test images and this recipe. So few seeds show large
+differences only: what is not shown is not shown to be nothing. Intervals are not corrected for their
+number: of twenty independent comparisons without any true difference, one is expected to look decided.
 
-Latency is that of networks as deployed (norms folded, Mixture-of-Depths blocks in the form that suits
-the engine), as the ratio to the plain network, the median of ratios within a round, its interquartile range
-in brackets; differences under 1.5 points (batch 1) or 3 points (larger batches) mean nothing. A training
-step is forward, loss, backward and optimiser at the recipe's batch and precision. How long the runs took
-stands in their rows only: they ran in the background of other work."""
+Latency is that of networks as deployed (norms folded, Mixture-of-Depths blocks in the portable form that
+suits the engine: "optimized" in [Latency](latency.md)), as the ratio to the plain network in the same run,
+the median of ratios within a round, its interquartile range in brackets. A training step is forward, loss,
+backward and optimiser at the recipe's batch and precision. How long the runs took stands in their rows
+only: they ran in the background of other work.
+
+At equal time a network is held against plain networks of all depths, from that without the blocks to the
+whole one: against the straight line between the two that take a little less and a little more time. A
+ratio of times is taken to be off by its interquartile range, by 1.5 points at least at batch 1 and by 3 at
+larger batches. A network is called better if it beats the line at the longest time that this leaves, and
+each plain network that is no slower; worse if it loses to the line at the shortest; what is slower than the
+plain network is not better at equal time, whatever it reaches."""
 
 
 def write_evidence(
@@ -83,58 +93,67 @@ def write_evidence(
         results: folder of the rows, ``NAME-DEVICE.csv`` and ``NAME-latency-DEVICE.csv``, which
             gets the figures.
         docs: folder that gets the page, ``evidence.md`` or ``variants.md``.
-        epochs: of a rehearsal; by default the experiment's.
+        epochs: of a rehearsal, whose page is ``evidence-N-epochs.md``; by default the experiment's.
 
     Returns:
         Path of the page.
 
     Raises:
-        ValueError: no such experiment, or a file holds other rows.
+        ValueError: no such experiment, no rows of it, two rows of one run, or a file holds other rows.
     """
     results, docs = Path(results), Path(docs)
     parts: list[Evidence] = []
     figures: dict[int, str] = {}
+    sources = [source for source in (BORROWED.get(name, ("",))[0], name) if source]
+    short = f"-{epochs}-epochs" if epochs else ""
     # What borrows has one list of cells, for the CPU.
     for device in ("cpu",) if name in BORROWED else ("cpu", "cuda"):
-        scores = [
-            score
-            for source in (BORROWED.get(name, ("",))[0], name)
-            if source
-            for score in scores_in(results / f"{source}-{device}.csv")
-        ]
+        scores = [score for source in sources for score in scores_in(results / f"{source}-{device}.csv")]
         timed = results / f"{name}-latency-{device}.csv"
         times = read_rows(timed) if timed.exists() else []
         cells = [*rivals_of(name, device, epochs=epochs), *cells_of(name, device, epochs=epochs)]
         for evidence in gather(cells, scores, times, device):
             if not evidence.scores and device == "cuda":
                 continue  # a second device is told of only where it was used
-            figure = results / f"{name}-{evidence.network}-{device}.svg"
+            figure = results / f"{name}-{evidence.network}-{device}{short}.svg"
             if plot_evidence(evidence, figure):
                 figures[len(parts)] = _link(figure, docs)
             parts.append(evidence)
-    text = page(name, parts, figures)
-    path = docs / f"{_title(name).lower()}.md"
+    if not any(part.scores for part in parts):
+        # An empty page in the place of a full one is a mistake in a folder's name.
+        raise ValueError(
+            f"no rows of {' or '.join(sources)} in {str(results)!r}; run it, or name their folder"
+        )
+    text = page(name, parts, figures, epochs=epochs)
+    path = docs / f"{_title(name).lower()}{short}.md"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
 
-def page(name: str, parts: Sequence[Evidence], figures: Mapping[int, str] | None = None) -> str:
+def page(
+    name: str,
+    parts: Sequence[Evidence],
+    figures: Mapping[int, str] | None = None,
+    epochs: int | None = None,
+) -> str:
     """The page's text.
 
     Args:
         name: of the experiment.
         parts: what is known of each network.
         figures: links, by the number of the part.
+        epochs: of a rehearsal.
     """
     find = findings_of_variants if name in BORROWED else _findings
-    lines = [_HEAD.format(name=name, title=_title(name)), ""]
+    command = f"{name} --epochs {epochs}" if epochs else name
+    lines = [_HEAD.format(command=command, title=_title(name), there=_there(parts)), ""]
     titles = [f" ({e.network}, {e.device})" if len(parts) > 1 else "" for e in parts]
     for number, (evidence, title) in enumerate(zip(parts, titles, strict=True)):
         lines += [f"## What the rows show{title}", "", *find(evidence), ""]
         if link := (figures or {}).get(number):
             lines += [f"![Accuracy against latency]({link})", ""]
-    lines += [_HOW_TO_READ.format(setting="\n\n".join(map(_setting, parts))), ""]
+    lines += [_HOW_TO_READ.format(setting="\n\n".join(map(_setting, parts)), fewest=FEWEST), ""]
     for evidence, title in zip(parts, titles, strict=True):
         for family, heading in FAMILIES.items():
             if labels := evidence.labels(family):
@@ -151,24 +170,59 @@ def _link(figure: Path, docs: Path) -> str:
     return Path(os.path.relpath(figure, docs)).as_posix()
 
 
+def _there(parts: Sequence[Evidence]) -> str:
+    """How much of the experiment the rows have."""
+    told = []
+    for evidence in parts:
+        there = {key_of(s) for s in evidence.scores}
+        done, total = sum(there.issuperset(c.keys) for c in evidence.cells), len(evidence.cells)
+        runs = f"all {total} runs" if done == total else f"**{done} of {total} runs**"
+        told.append(f"{runs} of {evidence.network}")
+    return f"There are rows of {' and of '.join(told)}."
+
+
 def _setting(evidence: Evidence) -> str:
-    """What was run, how much of it is there, and where."""
-    keys = [cell.keys for cell in evidence.cells]
-    there = {key_of(s) for s in evidence.scores}
-    done = sum(there.issuperset(k) for k in keys)
+    """What was run, and where."""
     recipe = evidence.cells[0].recipe
-    machines = sorted({s.gpu or f"{s.cpu}, {s.cores} cores" for s in evidence.scores})
-    commits = sorted(
-        {s.commit[:12] + "-dirty" * s.commit.endswith("-dirty") for s in evidence.scores} - {""}
-    )
+    planned: dict[str, set[int]] = {}
+    for cell in evidence.cells:
+        planned.setdefault(cell.family, set()).add(cell.recipe.seed)
+    single = [FAMILIES[family] for family, seeds in planned.items() if len(seeds) == 1]
     told = [
         f"**{evidence.network} on {recipe.data}**: recipe `{recipe.name}`, {recipe.epochs} epochs, "
-        f"{recipe.precision}, the same for all networks; {done} of {len(keys)} runs are there."
+        f"{recipe.precision}, the same for all networks."
     ]
-    if machines:
-        by = f", commit {', '.join(commits)}" if commits else ""
-        told.append(f"Trained on {'; '.join(machines)}{by}.")
+    if single:
+        told.append(f"One seed is all that is planned under: {'; '.join(single)}.")
+    if trained := _origins(evidence.scores):
+        told.append(f"Trained on {trained}.")
+    if timed := _origins(evidence.times):
+        threads = ", ".join(sorted({str(row.threads) for row in evidence.times if row.threads}))
+        told.append(f"Timed on {timed}{f', threads {threads}' if threads else ''}.")
     return " ".join(told)
+
+
+def _origins(rows: Iterable[Score | Measurement]) -> str:
+    """Machines, versions and commits of rows."""
+    found = sorted(
+        {
+            ", ".join(
+                filter(
+                    None,
+                    (
+                        r.gpu or f"{r.cpu}, {r.cores} cores",
+                        f"torch {r.torch}" if r.torch else "",
+                        f"commit {r.commit[:12]}{'-dirty' * r.commit.endswith('-dirty')}"
+                        if r.commit
+                        else "",
+                    ),
+                )
+            )
+            for r in rows
+            if r.gpu or r.cpu
+        }
+    )
+    return "; ".join(found)
 
 
 def _findings(evidence: Evidence) -> list[str]:
@@ -179,9 +233,6 @@ def _findings(evidence: Evidence) -> list[str]:
         lines += [f"**{question}** {answer([found.verdict for *_, found in pairs])}", ""]
         lines += [*(f"- {sentence(*pair)}" for pair in pairs), ""]
     lines += [
-        "What a network's time buys without it is the straight line between the network without the "
-        "blocks and the plain one: more blocks, more time.",
-        "",
         *_equal_time(evidence, EQUAL_TIME, evidence.settings()),
         "",
         *_equal_time(evidence, EQUAL_TRAINING, evidence.settings(steps=True)),
@@ -192,29 +243,38 @@ def _findings(evidence: Evidence) -> list[str]:
 
 
 def _equal_time(evidence: Evidence, question: str, settings: Iterable[tuple[str, int]]) -> list[str]:
-    """Learned selection against the line between no block and the plain network."""
-    rows, verdicts = [], []
+    """Learned selection against what its time buys in plain networks."""
+    rows, verdicts, why = [], [], []
     for engine, batch in settings:
         for label in LEARNED:
             found = evidence.at_equal_time(label, engine, batch)
             if found is None:
+                verdicts.append(MISSING)
+                why += untimed(evidence, label, engine, batch)
                 continue
-            if found.share == 0:
-                rival = f"{REMOVED}, which is not faster"
-            elif found.share == 1:
-                rival = f"{PLAIN}, which is not slower"
-            else:
-                rival = f"{1 - found.share:.2f} {REMOVED} + {found.share:.2f} {PLAIN}"
-            verdicts.append(found.found.verdict)
-            rows.append((f"{engine}, batch {batch}", label, f"{found.time:.3f}", rival, str(found.found)))
+            verdicts.append(found.verdict)
+            figures = (f"{found.time:.3f}", found.line, str(found.found), found.verdict)
+            rows.append((f"{engine}, batch {batch}", label, *figures))
     if not rows:
-        return [f"**{question}** Its times have {MISSING}."]
+        return [f"**{question}** {'; '.join(dict.fromkeys(why)) or f'Its times have {MISSING}'}."]
+    heading = (
+        "setting",
+        "network",
+        "time ratio",
+        "rival at this time",
+        "difference, points (95 %)",
+        "verdict",
+    )
+    return [f"**{question}** {answer(verdicts)}", "", *markdown(heading, rows)]
+
+
+def untimed(evidence: Evidence, label: str, engine: str, batch: int) -> list[str]:
+    """Which of the networks that a comparison at equal time needs has no time, and why."""
     return [
-        f"**{question}** {answer(verdicts)}",
-        "",
-        *markdown(
-            ("setting", "network", "time ratio", "rival at this time", "difference, points (95 %)"), rows
-        ),
+        f"{name} has no time in {engine}, batch {batch}{f' ({why})' if why else ''}"
+        for name in (label, REMOVED, PLAIN)
+        if evidence.time(name, engine, batch) is None
+        for why in [evidence.failure(name, engine, batch)]
     ]
 
 
@@ -223,10 +283,13 @@ def _costs(evidence: Evidence) -> list[str]:
     own, bare = evidence.step(SCORE_ORDER), evidence.step(REMOVED)
     if own is None or bare is None or own.time_ratio is None or bare.time_ratio is None:
         return [f"**What does a training step cost?** Training steps: {MISSING}."]
-    word = "longer than" if own.time_ratio > 1 else "no longer than"
+    margin = evidence.margin(SCORE_ORDER, STEP, own.batch)
+    over = own.time_ratio - 1
+    word = "as long as" if abs(over) <= margin else "longer than" if over > 0 else "less long than"
+    spreads = [f"{r.time_ratio:.2f} ({r.time_ratio_iqr or 0:.2f})" for r in (own, bare)]
     return [
         f"**What does a training step cost?** With {SCORE_ORDER} it takes {word} the plain network's: "
-        f"{own.time_ratio:.2f} of its time; without the blocks {bare.time_ratio:.2f} "
+        f"{spreads[0]} of its time; without the blocks {spreads[1]} "
         f"(batch {own.batch}, {own.dtype}, {own.threads} threads)."
     ]
 
@@ -263,18 +326,29 @@ def _table(evidence: Evidence, family: str, labels: Sequence[str]) -> list[str]:
         cells += [f"{rows[0].parameters:,}", f"{rows[0].macs / 1e6:.2f}"] if rows else ["", ""]
         for engine, batch in settings:
             timed = evidence.time(label, engine, batch)
+            form = " plain form" if evidence.formless(label, engine, batch) else ""
             cells.append(
-                "" if timed is None else f"{timed.time_ratio:.3f} ({timed.time_ratio_iqr or 0:.3f})"
+                evidence.failure(label, engine, batch) and "failed"
+                if timed is None
+                else f"{timed.time_ratio:.3f} ({timed.time_ratio_iqr or 0:.3f}){form}"
             )
         step = evidence.step(label)
         cells.append("" if step is None else f"{step.time_ratio:.2f}")
         body.append(cells)
-    spreads = [statistics.stdev(a.values()) for n in names if len(a := evidence.accuracy(n)) > 1]
-    if not spreads or all(len(evidence.rows(n)) != 1 for n in names):
-        return markdown(heading, body)
-    note = f"Seeds of one network spread by up to {max(spreads):.2f} points here (standard deviation)."
-    return [
-        *markdown(heading, body),
-        "",
-        f"{note} Where there is one seed, hold its difference against that.",
-    ]
+    note = _chance(evidence, names)
+    return [*markdown(heading, body), *(["", note] if note else [])]
+
+
+def _chance(evidence: Evidence, names: Sequence[str]) -> str:
+    """What to hold a difference of single runs against; empty where there are none, or nobody can say."""
+    accuracies = [list(evidence.accuracy(name).values()) for name in names]
+    several = [a for a in accuracies if len(a) >= FEWEST]
+    freedom = sum(len(a) - 1 for a in several)
+    if freedom < 4 or all(len(a) != 1 for a in accuracies):
+        return ""
+    pooled = math.sqrt(sum((len(a) - 1) * statistics.variance(a) for a in several) / freedom)
+    return (
+        f"Seeds of one network spread by {pooled:.2f} points here (standard deviation, pooled over "
+        f"{len(several)} networks). So a difference of two single runs spreads by "
+        f"{math.sqrt(2) * pooled:.2f} points by chance alone; hold it against that where there is one seed."
+    )

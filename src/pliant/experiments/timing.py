@@ -25,7 +25,8 @@ from pliant.measuring.entrants import fresh
 from pliant.measuring.latency import measure, median, spread
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.measuring.provenance import provenance
-from pliant.measuring.rows import Measurement, read_rows, write_rows
+from pliant.measuring.rows import OPTIMIZED, Measurement, read_rows, write_rows
+from pliant.measuring.rows import PLAIN as PLAIN_FORM
 from pliant.recipes.adaptive_depth import is_adaptive
 from pliant.train.objectives import Joint, make_objective
 from pliant.train.recipe import Recipe
@@ -107,6 +108,7 @@ def time_cells(
                 batch=list(batches or BATCHES[kind]),
                 device=device,
                 engines=[engine],
+                forms=(PLAIN_FORM, OPTIMIZED),
                 threads=threads,
                 tax=False,
                 rounds=effort.rounds,

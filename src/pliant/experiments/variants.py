@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pliant.compare import MOD_CONTROLS, PLAIN, REMOVED
+from pliant.compare import MOD_CONTROLS, REMOVED
 
 SCORE_ORDER, _, _, _, FIRST, _ = MOD_CONTROLS
-# Their rows are those of the experiment with the controls; their times are taken anew with the variants'.
-RIVALS = (PLAIN, REMOVED, SCORE_ORDER, FIRST)
 
 
 @dataclass(frozen=True)
