@@ -21,8 +21,10 @@ class StepCost:
             convolutions, or adaptive depth.
         step: what trains. ``plain``: the network without the method; ``network``: it, as it is;
             ``blocks removed``: without its Mixture-of-Depths blocks; ``first k``: those blocks
-            without selection; ``fused`` and ``experts``: the two forms of a conditional
-            convolution; ``super alone`` and ``base alone``: a plain network of either depth;
+            without selection; ``network, as written`` and ``network, fewer passes``: it, in the
+            forms that blocks had before their native operators (``docs/mod-tax.md``);
+            ``fused`` and ``experts``: the two forms of a conditional convolution;
+            ``super alone`` and ``base alone``: a plain network of either depth;
             ``specialize`` and ``joint``: the adaptive network at both depths, by that objective.
         batch: images of a step.
         input_size: channels, height, width, as ``3x32x32``.

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN, NETWORK, REMOVED, FIRST = "plain", "network", "blocks removed", "first k"
+WRITTEN, FEWER = "network, as written", "network, fewer passes"
 SUPER, BASE = "super alone", "base alone"
 FORMS: tuple[Form, ...] = ("fused", "experts")
 DTYPES = ("float32", "bfloat16")
@@ -82,7 +83,8 @@ def measure_steps(
 
     Returns:
         Of a Mixture-of-Depths network: rows of the plain network, of it, of it without its
-        blocks, and with the first k channels in place of selected ones. Of a CondConv network:
+        blocks, with the first k channels in place of selected ones, and in the two forms before
+        the native operators: as written, and with gradients in fewer passes. Of a CondConv network:
         plain, and both forms. Of an adaptive one: the plain steps of both ends,
         specialization, and joint training.
 
@@ -152,6 +154,8 @@ def _networks(name: str, network: nn.Module, against: Model | None, size: Size) 
                 NETWORK: network,
                 REMOVED: without_mod_blocks(network),
                 FIRST: _first_channels(network),
+                WRITTEN: _blocks_of(network, _Written),
+                FEWER: _blocks_of(network, _FewerPasses),
             }
         return networks | {form: _in_form(network, form) for form in FORMS}
     flags = len(get_depth(network))  # refuses a network without adaptive depth
@@ -168,6 +172,29 @@ def _first_channels(network: nn.Module) -> nn.Module:
     for block in network.modules():
         if isinstance(block, MoDBlock):
             block.selector = None
+    return network
+
+
+class _Written(MoDBlock):
+    """Plain operators, and the gradients that autograd makes of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.written(x)
+
+
+class _FewerPasses(MoDBlock):
+    """PyTorch's operators, with the gradients of `pliant.methods.routed`: no native operator."""
+
+    def _native(self, x: Tensor) -> Tensor | None:
+        return None
+
+
+def _blocks_of(network: nn.Module, kind: type[MoDBlock]) -> nn.Module:
+    """A copy whose Mixture-of-Depths blocks are of another class."""
+    network = copy.deepcopy(network)
+    for block in network.modules():
+        if isinstance(block, MoDBlock):
+            block.__class__ = kind
     return network
 
 

@@ -70,8 +70,10 @@ class MoDBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
-        if routed.usual():
-            return self._trained(x)
+        return self._trained(x) if routed.usual() else self.written(x)
+
+    def written(self, x: Tensor) -> Tensor:
+        """`forward` as the paper has it, in plain operators: what compilers and exporters see."""
         if self.selector is None:
             return self._fuse(x, self._process(x[:, : self.k]), None)
         scores, index = self.selector(x)
