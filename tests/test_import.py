@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,25 @@ def test_import_leaves_heavy_things_alone():
 
 def test_the_check_sees_what_is_imported():
     assert loaded_by("import matplotlib") == ["matplotlib"]
+
+
+def test_nothing_is_compiled_by_importing(tmp_path):
+    # A compiler that only says that it was called, and an empty cache.
+    called = tmp_path / "called"
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\ntouch {called}\nexit 1\n")
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def run(code):
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+
+    run(
+        "import pliant, pliant.cli, pliant.ops, pliant.ops.building, pliant.ops.fused, pliant.ops.mod_training"
+    )
+    assert not called.exists()
+    run("from pliant.ops import building; building.why_not()")
+    assert called.exists()
 
 
 def test_public_names():
