@@ -49,7 +49,7 @@ def test_in_each_engines_best_form_to_1e_5(name: str, engine: str, tmp_path: Pat
     runs = ENGINES[how]
     if runs.missing:
         pytest.skip(runs.missing)
-    if (how in ("eager", "compile", "aoti") or native) and building.why_not():
+    if (runs.by_pytorch or native) and not building.ready():
         pytest.skip(building.why_not())
     expected(name)
     model = fold_norms(network(name).float(), IMAGES[:1])
