@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.deploy.engines import ENGINES, FileEngine
+from pliant.deploy.engines.base import torch_threads
 from pliant.measuring import worker
 from pliant.measuring.entrants import Entrant
 from pliant.measuring.isolation import Isolated
@@ -271,27 +273,30 @@ def test_an_interrupted_run_ends_what_is_being_written(told: Any) -> None:
 def request_for(given: Path, folder: Path) -> dict[str, Any]:
     engine = f"{Echo.__module__}:{Echo.__qualname__}"
     where = {"given": str(given), "folder": str(folder)}
-    return {"do": "write", "engine": engine, "threads": 1, "seed": 7, **where, "how": {"optimized": True}}
+    return {"do": "write", "engine": engine, "threads": 3, "seed": 7, **where, "how": {"optimized": True}}
 
 
 class Echo(Fake):
     """Writes what it is given."""
 
     def write(self, model: nn.Module, example: Tensor, folder: Path, **how: Any) -> Path:
-        torch.save((model.state_dict(), example, how, torch.initial_seed()), folder / "echo")
+        inner = {"seed": torch.initial_seed(), "threads": torch.get_num_threads()}
+        torch.save((model.state_dict(), example, how, inner), folder / "echo")
         return folder / "echo"
 
 
 def test_a_worker_writes_what_it_is_given(tmp_path: Path) -> None:
     network, images = net("a"), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     torch.save((network, images), tmp_path / "given")
-    found = worker._done(request_for(tmp_path / "given", tmp_path), {})
+    with torch_threads(torch.get_num_threads()):  # a worker changes its own
+        found = worker._done(request_for(tmp_path / "given", tmp_path), {})
     assert found == {"path": str(tmp_path / "echo")}
-    state, example, how, seed = torch.load(tmp_path / "echo", weights_only=True)
+    state, example, how, inner = torch.load(tmp_path / "echo", weights_only=True)
     assert all(torch.equal(state[k], v) for k, v in network.state_dict().items())
     assert torch.equal(example, images)
     assert example.stride() == images.stride()
-    assert (how, seed) == ({"optimized": True}, 7)
+    assert how == {"optimized": True}
+    assert inner == {"seed": 7, "threads": 3}
 
 
 def test_a_worker_that_cannot_read_a_network_says_so(
@@ -303,7 +308,31 @@ def test_a_worker_that_cannot_read_a_network_says_so(
         own = type("Own", (nn.Conv2d,), {"__module__": module.__name__})
         module.Own = own  # type: ignore[attr-defined]
         torch.save((own(1, 1, 3), torch.zeros(1, *SMALL)), tmp_path / "given")
-    assert worker._done(request_for(tmp_path / "given", tmp_path), {}) == {"path": None}
+    with torch_threads(torch.get_num_threads()):
+        assert worker._done(request_for(tmp_path / "given", tmp_path), {}) == {"path": None}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no groups of processes")
+def test_a_worker_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents: Iterator[int] = iter(())
+    ended_by: list[tuple[int, ...]] = []
+
+    def over(*how: int) -> None:
+        ended_by.append(how)
+        raise SystemExit
+
+    monkeypatch.setattr("pliant.measuring.worker.LOOK", 0)
+    monkeypatch.setattr("os.getppid", lambda: next(parents))
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    monkeypatch.setattr("os.killpg", over)
+    monkeypatch.setattr("os._exit", over)
+    for group in (7, 6):  # its own, and one that it must not end
+        parents = iter([5, 5, 1])
+        monkeypatch.setattr("os.getpgrp", lambda group=group: group)
+        with pytest.raises(SystemExit):
+            worker._end_with(5)
+        assert next(parents, None) is None
+    assert ended_by == [(7, signal.SIGKILL), (1,)]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("onnxruntime"), reason="ONNX Runtime is not installed")

@@ -27,8 +27,6 @@ from pliant.deploy.engines import FileEngine
 from pliant.measuring.entrants import EngineError
 
 STARTING = 120.0  # seconds that a child may take to begin: it imports PyTorch
-
-
 COMMAND = (sys.executable, "-m", "pliant.measuring.worker")
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,12 @@ import torch
 from pliant.measuring.clock import Clock, clock, warm
 from pliant.measuring.entrants import reason
 
+LOOK = 5.0  # seconds after which a child that works on notices that its parent is gone
+
 
 def serve() -> None:
     """Answer requests until there are no more."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     # What an engine prints is no answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -32,6 +38,18 @@ def serve() -> None:
         except Exception as e:  # whatever an engine raises is an answer, too
             answer = {"error": reason(e)}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _end_with(parent: int) -> None:
+    """End this process, and the compilers that it started, soon after its parent.
+
+    A signal to the parent's group does not reach it, as it leads a group of its own.
+    """
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+    if sys.platform != "win32" and os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
 
 
 def _done(request: dict[str, Any], clocks: dict[int, Clock]) -> dict[str, Any]:
