@@ -121,6 +121,13 @@ def test_a_ratio_is_taken_within_a_round(clock: SimpleNamespace) -> None:
     assert row.against == "a"
 
 
+def test_rows_are_told_run_by_run(clock: SimpleNamespace) -> None:
+    told: list[list[Measurement]] = []
+    rows = measure({"a": conv(), "b": conv()}, input_size=SMALL, batch=(1, 2), rounds=1, done=told.append)
+    assert [[r.batch for r in some] for some in told] == [[1, 1], [2, 2]]
+    assert [r for some in told for r in some] == rows
+
+
 def test_spread_of_ratios_is_their_interquartile_range(clock: SimpleNamespace) -> None:
     clock.times = lambda entrant, turn: 1.0 if entrant == 0 else (1.0, 1.1, 1.2, 1.3, 1.9)[max(turn, 0)]
     _, row = measure({"a": conv(), "b": conv()}, against="a", input_size=SMALL, rounds=5)

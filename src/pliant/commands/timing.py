@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -44,9 +45,14 @@ def measure(
     timeout: Annotated[
         float, typer.Option(help="seconds that an engine in its own process may take for one step")
     ] = 300.0,
+    write_timeout: Annotated[
+        float, typer.Option(help="seconds that it may take there to export or compile a network")
+    ] = 600.0,
     tax: Annotated[bool, typer.Option(help="time MoD networks without their blocks too")] = True,
     lower_resolution: Annotated[int | None, typer.Option(help="time the baseline at these too")] = None,
-    rows: Annotated[Path | None, typer.Option(help="CSV file that gets the rows, appended")] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="CSV file that gets the rows, appended run by run")
+    ] = None,
     markdown: Annotated[bool, typer.Option(help="print Markdown tables")] = False,
     html: Annotated[Path | None, typer.Option(help="page with tables and figure")] = None,
     plot: Annotated[Path | None, typer.Option(help="figure of --plot-y against latency")] = None,
@@ -79,17 +85,18 @@ def measure(
             threads=threads,
             rounds=rounds,
             timeout=timeout,
+            write_timeout=write_timeout,
             tax=tax,
             lower_resolution=lower_resolution,
             progress=step,
+            # Each run's rows at once: a later one may take this process down.
+            done=None if rows is None else partial(write_rows, rows, append=True),
         )
     for i, group in enumerate(grouped(found)):
         if markdown:
             typer.echo("\n" * bool(i) + markdown_table(group))
         else:
             show(terminal_table(group))
-    if rows is not None:
-        write_rows(rows, found, append=True)
     if html is not None:
         typer.echo(f"page: {write_page(html, found)}")
     if plot is not None:

@@ -7,7 +7,8 @@ with the same network at a lower resolution, and a Mixture-of-Depths network wit
 without its blocks: no block can be cheaper than none.
 
 `clock` times, by `torch.utils.benchmark` (which waits for a GPU, and sets the threads). Engines
-that may crash or hang run in a process of their own (`isolation`).
+that may crash or hang write their files (`writing`) and run them in processes of their own
+(`isolation`).
 Latency does not depend on the values of weights and images, as long as these are
 ordinary numbers: neither denormal (slow on a CPU) nor zero (a GPU then draws less
 power and clocks higher). Networks made here by name have random weights like that.
@@ -39,7 +40,8 @@ from pliant.measuring.rows import (
     PLAIN,
     Measurement,
 )
-from pliant.measuring.running import Files, Limits, Setting, count, run, setting_of
+from pliant.measuring.running import Limits, Setting, count, run, setting_of
+from pliant.measuring.writing import Files
 
 Progress = Callable[[int, int, str], None]
 
@@ -65,10 +67,12 @@ def measure(
     max_run_time: float | None = None,
     max_prepare_time: float | None = None,
     timeout: float = 300.0,
+    write_timeout: float = 600.0,
     tax: bool = True,
     lower_resolution: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    done: Callable[[list[Measurement]], object] | None = None,
 ) -> list[Measurement]:
     """Time networks side by side, in evaluation mode.
 
@@ -109,14 +113,18 @@ def measure(
         min_run_time: seconds that one network runs in one round, at least.
         max_run_time: seconds after which no further round of a run begins (three are
             always run). Building and compiling do not count.
-        max_prepare_time: seconds after which no further network of a run is compiled and
-            warmed up: the rows of those that are left say so. The first always is.
+        max_prepare_time: seconds after which no further network of a run is begun to be
+            compiled and warmed up: the rows of those that are left say so. The first always is.
         timeout: seconds that an engine in a process of its own may take to load and warm up
             a network, or for one round of one.
+        write_timeout: seconds that it may take there to write the file of a network: to export
+            or compile it. AOTInductor takes some 10 s for a ResNet-50, and minutes for large networks.
         tax: time each Mixture-of-Depths network without its blocks too, for its tax.
         lower_resolution: pixels at which the baseline is timed too, as a rival.
         seed: of random weights and images; the caller's generators are left alone.
         progress: called with steps done, steps in all, and what comes next.
+        done: called with the rows of a run as soon as it is over, so that they can be kept
+            whatever happens to the next.
 
     Returns:
         A row for each network and variant, run after run; the baseline first unless it is
@@ -137,7 +145,7 @@ def measure(
     deployed = engines is not None
     last = deployed if channels_last is None else channels_last
     wanted = tuple(forms) if forms is not None else (PLAIN, OPTIMIZED, NATIVE) if deployed else (AS_BUILT,)
-    limits = Limits(rounds, min_run_time, max_run_time, max_prepare_time, timeout)
+    limits = Limits(rounds, min_run_time, max_run_time, max_prepare_time, timeout, write_timeout)
     # An engine's batches stand together: what it compiled for one is at hand for the next.
     settings = [
         setting_of(b, device, d, last, e.name, threads)
@@ -175,7 +183,10 @@ def measure(
                 ]
                 run(entrants, setting, limits, files, told)
                 origin = provenance(setting.device)
-                found += [_row(e, entrants, base, setting, origin) for e in entrants]
+                rows = [_row(e, entrants, base, setting, origin) for e in entrants]
+                found += rows
+                if done is not None:
+                    done(rows)
         report(len(settings) * steps, len(settings) * steps, "done")
     return found
 

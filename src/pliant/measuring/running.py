@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,10 @@ from pliant.measuring.entrants import Entrant, attempt
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.measuring.rows import AS_BUILT, NATIVE, OPTIMIZED
+from pliant.measuring.writing import Files, Writing
 
 FEWEST_ROUNDS = 3  # that `max_run_time` leaves
+CROWDED = 4  # times as long as alone, at most, a warm-up takes beside files being written
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Setting:
     def has_native(self) -> bool:
         """Whether the engine has an operator of its own layout for Mixture-of-Depths blocks."""
         return self.precision in self.engine.native_precisions
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What the engine is told."""
+        return {"precision": self.precision, "threads": self.threads}
 
     def place(self, x: Any) -> Any:
         """A network, or images, on the device, in memory format and, for PyTorch, in dtype."""
@@ -113,34 +118,7 @@ class Limits:
     max_run_time: float | None
     max_prepare_time: float | None
     timeout: float
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files that engines run, by network and by what they are known by.
-
-    Attributes:
-        folder: that holds them.
-        written: those that are there.
-    """
-
-    folder: Path
-    written: dict[tuple[str, ...], Path] = field(default_factory=dict)
-
-    def of(
-        self, entrant: Entrant, engine: FileEngine, network: nn.Module, images: Tensor, **how: Any
-    ) -> Path:
-        """Write the file of a network, unless one is there that serves this engine and any batch."""
-        form = {"optimized": entrant.form == OPTIMIZED, "native": entrant.form == NATIVE}
-        shared = engine.shared(how["precision"], **form)
-        key = (entrant.model, entrant.variant, entrant.form, shared or engine.name)
-        if key not in self.written or not shared:
-            if key in self.written:  # of another batch
-                shutil.rmtree(self.written[key].parent, ignore_errors=True)
-            place = Path(tempfile.mkdtemp(dir=self.folder))
-            given: dict[str, Any] = {name: True for name, wanted in form.items() if wanted}
-            self.written[key] = engine.write(network, images, place, **given, **how)
-        return self.written[key]
+    write_timeout: float
 
 
 def run(
@@ -161,8 +139,9 @@ def run(
             preparation, and in each round.
     """
     engine = setting.engine
-    child = Isolated(engine, limits.timeout) if isinstance(engine, FileEngine) else None
     on_cpu = setting.device.type == "cpu"
+    for entrant in entrants:
+        entrant.error = entrant.error or setting.unfit
     if on_cpu and engine.by_pytorch and any(e.form == OPTIMIZED for e in entrants):
         from pliant.ops import building
 
@@ -172,16 +151,13 @@ def run(
 
         with suppress(building.BuildError):  # the networks that need it will say so
             building.library(building.ORT_SOURCE)
+    child = writing = None
+    if isinstance(engine, FileEngine):
+        child = Isolated(engine, limits.timeout)
+        kind = setting.device.type
+        writing = Writing(files, engine, child, entrants, setting.how, kind, limits.write_timeout)
     with child or nullcontext():
-        start = time.monotonic()
-        for i, entrant in enumerate(entrants):
-            entrant.error = entrant.error or setting.unfit
-            report(i, f"preparing {entrant.label}")
-            most = limits.max_prepare_time
-            if i and most is not None and time.monotonic() - start >= most:
-                entrant.error = entrant.error or f"left out: preparing took over {most:g} s"
-            least = limits.min_run_time
-            attempt(entrant, partial(_prepare, setting=setting, files=files, child=child, least=least))
+        _prepare(entrants, setting, limits, child, writing, report)
         # An engine that quietly compiled anew, or gave up, would spoil the times.
         with torch.compiler.set_stance("fail_on_recompile"):
             _race(entrants, limits, report)
@@ -196,27 +172,86 @@ def count(entrant: Entrant) -> None:
 
 
 def _prepare(
-    entrant: Entrant, setting: Setting, files: Files, child: Isolated | None, least: float
+    entrants: list[Entrant],
+    setting: Setting,
+    limits: Limits,
+    child: Isolated | None,
+    writing: Writing | None,
+    report: Callable[[int, str], None],
 ) -> None:
-    """Bring into form, move and warm up: afterwards the clock is ready."""
+    """Bring all into form, move and warm them up, in their order: the clocks are ready then.
+
+    Where files are written meanwhile, some are begun ahead. A warm-up beside them tells too long a
+    time, and how often a network is called in a round is found anew when they are done.
+    """
+    ahead = writing.ahead if writing else 0
+    least = limits.min_run_time * (CROWDED if ahead else 1)
+    rest: dict[int, Callable[[], float]] = {}  # of the preparation of those that are begun
+
+    def begin(entrant: Entrant) -> None:
+        rest[id(entrant)] = _begin(entrant, setting, child, writing)
+
+    def finish(entrant: Entrant) -> None:
+        entrant.calls = _calls(least, rest.pop(id(entrant))())
+
+    def recount(entrant: Entrant) -> None:
+        if entrant.calls > 1:
+            assert entrant.clock is not None
+            entrant.calls = _calls(limits.min_run_time, entrant.clock(1))
+
+    start, begun, most = time.monotonic(), 0, limits.max_prepare_time
+    with writing or nullcontext():
+        for i, entrant in enumerate(entrants):
+            report(i, f"preparing {entrant.label}")
+            for other in entrants[begun : i + 1 + ahead]:
+                if begun and most is not None and time.monotonic() - start >= most:
+                    other.error = other.error or f"left out: preparing took over {most:g} s"
+                attempt(other, begin)
+                begun += 1
+            attempt(entrant, finish)
+    for entrant in entrants if ahead else []:
+        attempt(entrant, recount)
+
+
+def _calls(least: float, seconds: float) -> int:
+    """How many calls of so many seconds take the least time."""
+    return max(1, math.ceil(least / seconds))
+
+
+def _begin(
+    entrant: Entrant, setting: Setting, child: Isolated | None, writing: Writing | None
+) -> Callable[[], float]:
+    """Bring into form and begin to write its file, if there is one.
+
+    What comes back does the rest: it sets the clock, warms up, and gives the seconds of one call.
+    """
     assert entrant.network is not None
     assert entrant.size is not None
-    # Its own copy: the caller's network stays as it is, where it is.
-    network = copy.deepcopy(entrant.network)
-    entrant.network = None
+    original, entrant.network = entrant.network, None
     engine = setting.engine
-    how: dict[str, Any] = {"precision": setting.precision, "threads": setting.threads}
     images = engine.images(setting.place(torch.randn(setting.batch, *entrant.size)), setting.precision)
-    network = _formed(network.eval(), entrant, setting, images)
-    if child is None:
-        entrant.clock = clock(engine.prepare(network, images, **how), images, setting.threads)
-        seconds = warm(entrant.clock)
-    else:
-        assert isinstance(engine, FileEngine)
-        path = files.of(entrant, engine, network, images, **how)
-        loaded, seconds = child.load(path, images, **how)
-        entrant.clock = partial(child.time, loaded)
-    entrant.calls = max(1, math.ceil(least / seconds))
+
+    def formed() -> nn.Module:
+        # Its own copy: the caller's network stays as it is, where it is.
+        return _formed(copy.deepcopy(original).eval(), entrant, setting, images)
+
+    if child is None or writing is None:
+        return partial(_prepare_here, entrant, setting, formed(), images)
+    return partial(_load, entrant, setting, child, writing.begin(entrant, formed, images), images)
+
+
+def _prepare_here(entrant: Entrant, setting: Setting, network: nn.Module, images: Tensor) -> float:
+    run = setting.engine.prepare(network, images, **setting.how)
+    entrant.clock = clock(run, images, setting.threads)
+    return warm(entrant.clock)
+
+
+def _load(
+    entrant: Entrant, setting: Setting, child: Isolated, written: Callable[[], Path], images: Tensor
+) -> float:
+    number, seconds = child.load(written(), images, **setting.how)
+    entrant.clock = partial(child.time, number)
+    return seconds
 
 
 def _formed(network: nn.Module, entrant: Entrant, setting: Setting, images: Tensor) -> nn.Module:

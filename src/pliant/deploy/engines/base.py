@@ -126,8 +126,8 @@ class Engine(ABC):
 class FileEngine(Engine):
     """An engine that runs a file, with code of its own that may crash or hang.
 
-    So the two steps are apart: `write` makes the file, in the process where the network
-    is, and `load` makes a runner of it, in this process or in one that it may take down.
+    So the two steps are apart: `write` makes the file, and `load` makes a runner of it, each in
+    this process or in one that it may take down.
     """
 
     def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
