@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pliant._files import write_csv
 from pliant.depth import get_depth, subnet
-from pliant.measuring.records import read_records
+from pliant.measuring.records import Origin, cells, columns, read_records
 from pliant.recipes.ablations import ABLATIONS
 from pliant.recipes.adaptive_depth import base_arguments, is_adaptive
 from pliant.switch import Depth, Skip, check_skip, depth_name, depth_role
@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class Score(Origin):
     """What one training run cost and reached.
 
     Attributes:
@@ -81,8 +81,6 @@ class Score:
         gap: training minus validation accuracy, in points (section 5.2 of the paper).
         test_accuracy: of the best epoch's weights, tested once, in percent.
         seconds: of training. Machines differ; compare within one comparison only.
-        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`, when
-            the run began.
     """
 
     label: str
@@ -101,16 +99,6 @@ class Score:
     gap: float
     test_accuracy: float | None
     seconds: float
-    cpu: str = ""
-    cores: int = 0
-    gpu: str = ""
-    os: str = ""
-    python: str = ""
-    torch: str = ""
-    timm: str = ""
-    pliant: str = ""
-    commit: str = ""
-    date: str = ""
 
 
 def controls(
@@ -339,8 +327,7 @@ def write_scores(path: str | Path, scores: Iterable[Score], append: bool = False
     Raises:
         ValueError: `append` to a file with other columns.
     """
-    header = [f.name for f in fields(Score)]
-    write_csv(path, header, map(_cells, scores), append, "scores")
+    write_csv(path, columns(Score), (cells(s, ".4f") for s in scores), append, "scores")
 
 
 def read_scores(path: str | Path) -> list[Score]:
@@ -351,12 +338,6 @@ def read_scores(path: str | Path) -> list[Score]:
         FileNotFoundError: no such file.
     """
     return read_records(path, Score, called="scores")
-
-
-def _cells(score: Score) -> list[str]:
-    """A score's row of a CSV file."""
-    values = asdict(score).values()
-    return [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in values]
 
 
 HEADINGS = (

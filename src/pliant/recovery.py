@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pliant._files import atomic_path, write_csv
 from pliant.depth import get_depth, set_depth
-from pliant.measuring.records import read_records
+from pliant.measuring.records import Origin, cells, columns, read_records
 from pliant.switch import Depth
 from pliant.train.recipe import Recipe
 
@@ -31,7 +31,7 @@ ADDED = ("taught_by", "teacher_sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery:
+class Recovery(Origin):
     """What a converted network reaches after an epoch.
 
     Attributes:
@@ -59,8 +59,6 @@ class Recovery:
         epochs: of the whole run.
         lr: highest learning rate.
         seed: of new parts, order and augmentation.
-        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`, when the
-            run began.
     """
 
     model: str
@@ -84,16 +82,6 @@ class Recovery:
     epochs: int
     lr: float
     seed: int
-    cpu: str = ""
-    cores: int = 0
-    gpu: str = ""
-    os: str = ""
-    python: str = ""
-    torch: str = ""
-    timm: str = ""
-    pliant: str = ""
-    commit: str = ""
-    date: str = ""
 
 
 def recover(
@@ -263,8 +251,8 @@ def write_recoveries(path: str | Path, rows: Iterable[Recovery], append: bool = 
     kept = map(_cells, read_recoveries(path)) if append and Path(path).exists() else ()
     # A run that is read again gives its old rows what they lack.
     whole = {_cells(replace(row, taught_by="", teacher_sha256="")): _cells(row) for row in rows}
-    cells = dict.fromkeys([*(whole.get(row, row) for row in kept), *map(_cells, rows)])
-    write_csv(path, [f.name for f in fields(Recovery)], cells, False, "recovery")
+    found = dict.fromkeys([*(whole.get(row, row) for row in kept), *map(_cells, rows)])
+    write_csv(path, columns(Recovery), found, False, "recovery")
 
 
 def read_recoveries(path: str | Path) -> list[Recovery]:
@@ -278,8 +266,7 @@ def read_recoveries(path: str | Path) -> list[Recovery]:
 
 
 def _cells(row: Recovery) -> tuple[str, ...]:
-    values = asdict(row).values()
-    return tuple(f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in values)
+    return tuple(cells(row, ".4f"))
 
 
 def recovery_table(rows: Sequence[Recovery]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -18,7 +18,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pliant._files import atomic_path
 from pliant.measuring.provenance import provenance
-from pliant.measuring.records import read_records
+from pliant.measuring.records import Origin, cells, columns, read_records
 from pliant.methods.mixing import Form, Geometry, conditional_conv2d, conditional_linear, faster_form
 
 KINDS = ("1x1", "3x3", "depthwise")
@@ -75,7 +75,7 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FormTimes:
+class FormTimes(Origin):
     """One row: both forms of one case, milliseconds a call, medians over rounds.
 
     Attributes:
@@ -94,7 +94,6 @@ class FormTimes:
         experts_iqr_ms: its interquartile range.
         ratio: the experts form's time over the fused one's, in the same round; median.
         ratio_iqr: its interquartile range.
-        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`.
     """
 
     kind: str
@@ -112,16 +111,6 @@ class FormTimes:
     experts_iqr_ms: float
     ratio: float
     ratio_iqr: float
-    cpu: str
-    cores: int
-    gpu: str
-    os: str
-    python: str
-    torch: str
-    timm: str
-    pliant: str
-    commit: str
-    date: str
 
     @property
     def case(self) -> Case:
@@ -277,7 +266,7 @@ def _call(case: Case, form: Form, device: str) -> Callable[[], None]:
 
 def write_forms(path: str | Path, rows: Sequence[FormTimes]) -> None:
     """Write rows to a CSV file, sorted; the file is replaced whole or not at all."""
-    header = [f.name for f in fields(FormTimes)]
+    header = columns(FormTimes)
     ordered = sorted(
         rows, key=lambda r: (r.threads, r.kind, r.training, r.size, r.channels, r.experts, r.batch)
     )
@@ -285,8 +274,7 @@ def write_forms(path: str | Path, rows: Sequence[FormTimes]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         for row in ordered:
-            values = (getattr(row, name) for name in header)
-            writer.writerow(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+            writer.writerow(cells(row, ".4g"))
 
 
 def read_forms(path: str | Path) -> list[FormTimes]:

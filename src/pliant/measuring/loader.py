@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from PIL import Image
 from pliant._files import atomic_path, write_csv
 from pliant.measuring.latency import median, spread
 from pliant.measuring.provenance import provenance
+from pliant.measuring.records import Origin, cells, columns
 from pliant.train.batches import make_batches
 from pliant.train.data import load_part, normalisation
 from pliant.train.images import ImageSet
@@ -40,7 +41,7 @@ _BATCH = 16  # small, so that a few hundred images are enough for a steady state
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderRate:
+class LoaderRate(Origin):
     """Images a second of one way to load them.
 
     Attributes:
@@ -59,7 +60,6 @@ class LoaderRate:
         ratio: to the rate from the folder, within rounds; median.
         ratio_iqr: its spread.
         index_us: of shards: time to find an image and its class at the start, in microseconds; median.
-        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`.
     """
 
     data: str
@@ -76,16 +76,6 @@ class LoaderRate:
     ratio: float = 1.0
     ratio_iqr: float | None = None
     index_us: float | None = None
-    cpu: str = ""
-    cores: int = 0
-    gpu: str = ""
-    os: str = ""
-    python: str = ""
-    torch: str = ""
-    timm: str = ""
-    pliant: str = ""
-    commit: str = ""
-    date: str = ""
 
 
 def measure_loader(
@@ -278,8 +268,7 @@ def write_rates(path: str | Path, rows: Iterable[LoaderRate], append: bool = Fal
     Raises:
         ValueError: `append` to a file with other columns.
     """
-    cells = (["" if v is None else str(v) for v in asdict(row).values()] for row in rows)
-    write_csv(path, [f.name for f in fields(LoaderRate)], cells, append, "loaders")
+    write_csv(path, columns(LoaderRate), map(cells, rows), append, "loaders")
 
 
 def rates_markdown(rows: Sequence[LoaderRate]) -> str:

@@ -23,21 +23,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 
 
 class Provenance(TypedDict):
-    """What `provenance` tells; a `Measurement` has the same fields.
-
-    Attributes:
-        cpu: model of the processor.
-        cores: logical processors that this process may use.
-        gpu: model of the GPU that was measured, empty for a CPU measurement.
-        os: system and machine architecture.
-        python: version, as the three below.
-        torch: PyTorch, with its build (``2.11.0+cpu``).
-        timm: timm.
-        pliant: pliant.
-        commit: of pliant's source tree, ``-dirty`` where the package differs from it;
-            empty where pliant was installed rather than checked out.
-        date: UTC, ISO 8601.
-    """
+    """What `provenance` tells: the fields of `pliant.measuring.records.Origin`, which explains them."""
 
     cpu: str
     cores: int

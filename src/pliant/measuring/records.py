@@ -1,12 +1,42 @@
-"""Rows of a dataclass read back from the CSV file that they were written to."""
+"""Rows of results: a flat dataclass each, written to a CSV file and read back from it."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Collection
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a row comes from, as `pliant.measuring.provenance.provenance` tells it: its last columns.
+
+    Attributes:
+        cpu: model of the processor.
+        cores: logical processors that the process might use.
+        gpu: model of the GPU, empty where none was used.
+        os: system and machine architecture.
+        python: version, as the three below.
+        torch: PyTorch, with its build (``2.11.0+cpu``).
+        timm: timm.
+        pliant: pliant.
+        commit: of pliant's source tree, ``-dirty`` where the package differed from it;
+            empty where pliant was installed rather than checked out.
+        date: UTC, ISO 8601; of a training run, when it began.
+    """
+
+    cpu: str = ""
+    cores: int = 0
+    gpu: str = ""
+    os: str = ""
+    python: str = ""
+    torch: str = ""
+    timm: str = ""
+    pliant: str = ""
+    commit: str = ""
+    date: str = ""
 
 
 class _Dataclass(Protocol):
@@ -14,6 +44,36 @@ class _Dataclass(Protocol):
 
 
 T = TypeVar("T", bound=_Dataclass)
+
+
+def columns(kind: type[_Dataclass]) -> list[str]:
+    """Names of a row's columns: its own, then those of its `Origin`.
+
+    Example:
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Row(Origin):
+        ...     network: str
+        >>> columns(Row)[:3], columns(Row)[-1]
+        (['network', 'cpu', 'cores'], 'date')
+    """
+    origin = [f.name for f in fields(Origin)]
+    own = [f.name for f in fields(kind)]
+    return [name for name in own if name not in origin] + [name for name in origin if name in own]
+
+
+def cells(row: _Dataclass, number: str = "") -> list[str]:
+    """A row's cells as text, in the order of `columns`; None gives an empty one.
+
+    Args:
+        row: of a flat dataclass.
+        number: format of floats, such as ``.4f``; by default all digits.
+
+    Example:
+        >>> cells(Origin(cpu="a", cores=2))[:2]
+        ['a', '2']
+    """
+    values = (getattr(row, name) for name in columns(type(row)))
+    return [format(v, number) if isinstance(v, float) else "" if v is None else str(v) for v in values]
 
 
 def read_records(
@@ -33,7 +93,8 @@ def read_records(
         FileNotFoundError: no such file.
     """
     path = Path(path)
-    kinds = {f.name: str(f.type) for f in fields(kind)}
+    types = {f.name: str(f.type) for f in fields(kind)}
+    kinds = {name: types[name] for name in columns(kind)}
     found = []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, strict=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pliant._files import atomic_path
+from pliant.measuring.records import Origin, columns
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +35,7 @@ OF_BLOCKS = (OPTIMIZED, NATIVE)  # which only networks with Mixture-of-Depths bl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
+class Measurement(Origin):
     """One row: one network in one engine, timed beside the others of its run.
 
     Times are for a whole batch. A spread (``_iqr``) is the interquartile range over
@@ -67,7 +68,6 @@ class Measurement:
         accuracy: top-1 in percent, where somebody has measured it (`dataclasses.replace`).
         note: what a reader must know, for example that operations fell and time did not.
         error: why there are no times.
-        cpu: this and all to `date`: as `pliant.measuring.provenance.Provenance`.
         form: ``as built``; ``plain``: its norms folded into the layers before them;
             ``optimized``: that, and its Mixture-of-Depths blocks in the engine's best form; or
             ``native``: these as an operator in the engine's own layout, for this machine.
@@ -99,16 +99,6 @@ class Measurement:
     accuracy: float | None = None
     note: str = ""
     error: str = ""
-    cpu: str = ""
-    cores: int = 0
-    gpu: str = ""
-    os: str = ""
-    python: str = ""
-    torch: str = ""
-    timm: str = ""
-    pliant: str = ""
-    commit: str = ""
-    date: str = ""
     form: str = AS_BUILT
     runtime: str = ""
 
@@ -132,9 +122,10 @@ class Measurement:
         return f"{self.model} {self.variant}"
 
 
-FIELDS = {f.name: str(f.type) for f in fields(Measurement)}
-# How many of them the files of before have: new columns come last, and have defaults.
-_FIRST = len(FIELDS) - 2
+# Columns that files of before do not have: they come last, and have defaults.
+_NEW = ["form", "runtime"]
+_TYPES = {f.name: str(f.type) for f in fields(Measurement)}
+FIELDS = {name: _TYPES[name] for name in [n for n in columns(Measurement) if n not in _NEW] + _NEW}
 
 
 def write_rows(path: str | Path, rows: Iterable[Measurement], append: bool = False) -> None:
@@ -168,7 +159,7 @@ def read_rows(path: str | Path) -> list[Measurement]:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            if header not in (list(FIELDS), list(FIELDS)[:_FIRST]):
+            if header not in (list(FIELDS), list(FIELDS)[: -len(_NEW)]):
                 odd = sorted(set(header) ^ set(FIELDS))
                 why = f"columns that differ: {', '.join(odd)}" if odd else "columns in another order"
                 raise ValueError(f"{path}, line 1: not a file of pliant's measurements ({why})")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from pliant._files import write_csv
+from pliant.measuring.records import Origin, cells, columns
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepCost:
+class StepCost(Origin):
     """What one kind of training step takes: forward, loss, backward, SGD with momentum.
 
     Times are medians over rounds; a spread (``_iqr``) is the interquartile range. Ratios and the
@@ -44,7 +45,6 @@ class StepCost:
         both_ratio_iqr: its spread.
         peak_mb: most memory of tensors that a step adds, in 1e6 bytes
             (`pliant.measuring.memory.peak_memory`).
-        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`.
     """
 
     network: str
@@ -65,16 +65,6 @@ class StepCost:
     both_ratio: float | None = None
     both_ratio_iqr: float | None = None
     peak_mb: float | None = None
-    cpu: str = ""
-    cores: int = 0
-    gpu: str = ""
-    os: str = ""
-    python: str = ""
-    torch: str = ""
-    timm: str = ""
-    pliant: str = ""
-    commit: str = ""
-    date: str = ""
 
 
 def write_steps(path: str | Path, rows: Iterable[StepCost], append: bool = False) -> None:
@@ -83,8 +73,7 @@ def write_steps(path: str | Path, rows: Iterable[StepCost], append: bool = False
     Raises:
         ValueError: `append` to a file with other columns.
     """
-    cells = (["" if v is None else str(v) for v in asdict(row).values()] for row in rows)
-    write_csv(path, [f.name for f in fields(StepCost)], cells, append, "training steps")
+    write_csv(path, columns(StepCost), map(cells, rows), append, "training steps")
 
 
 _HEAD = """\

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from pliant._files import write_csv
 from pliant.depth import depths, get_depth, set_depth
 from pliant.measuring.entrants import by_name
 from pliant.measuring.provenance import provenance
+from pliant.measuring.records import Origin, cells, columns
 from pliant.switch import Skip, check_skips, depth_name, depth_role
 from pliant.train.data import Part
 from pliant.train.evaluation import Scores, prepare
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthScore:
+class DepthScore(Origin):
     """One depth of one network: what it costs and reaches.
 
     Attributes:
@@ -44,7 +45,6 @@ class DepthScore:
         data: name of the data set.
         part: ``"test"`` or ``"val"``.
         pixels: height and width of the images.
-        cpu: this and all that follows: as `pliant.measuring.provenance.Provenance`.
     """
 
     network: str
@@ -59,16 +59,6 @@ class DepthScore:
     data: str
     part: str
     pixels: int
-    cpu: str = ""
-    cores: int = 0
-    gpu: str = ""
-    os: str = ""
-    python: str = ""
-    torch: str = ""
-    timm: str = ""
-    pliant: str = ""
-    commit: str = ""
-    date: str = ""
 
     @property
     def skip(self) -> Skip:
@@ -226,8 +216,8 @@ def depth_table(scores: Sequence[DepthScore]) -> Table:
     table = Table(*headings, title=title)
     for column in table.columns[1:]:
         column.justify = "right"
-    for cells in body:
-        table.add_row(*cells)
+    for line in body:
+        table.add_row(*line)
     return table
 
 
@@ -262,10 +252,5 @@ def write_depth_scores(path: str | Path, scores: Iterable[DepthScore], append: b
     Raises:
         ValueError: `append` to a file with other columns.
     """
-    header = [f.name for f in fields(DepthScore)]
-    write_csv(path, header, map(_cells, scores), append, "scores of depths")
-
-
-def _cells(score: DepthScore) -> list[str]:
-    values = asdict(score).values()
-    return [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in values]
+    rows = (cells(score, ".4f") for score in scores)
+    write_csv(path, columns(DepthScore), rows, append, "scores of depths")
