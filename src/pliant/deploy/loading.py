@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pliant.deploy import onnx_file, onnx_native, openvino_file, program
 from pliant.deploy.facts import Facts
-from pliant.deploy.parity import as_tuple
+from pliant.deploy.selections import as_tuple
 
 _FACTS: dict[str, Callable[[Path], Facts]] = {
     ".pt2": program.facts_of,

@@ -18,7 +18,7 @@ from torch import Tensor
 from pliant.deploy.extras import require
 from pliant.deploy.facts import Facts
 from pliant.deploy.onnx_file import selection_names
-from pliant.deploy.parity import Result, Run, Selection
+from pliant.deploy.selections import Result, Run, Selection
 
 SECTION = "pliant"  # of the file's run-time information
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from pliant.deploy.facts import Facts
-from pliant.deploy.parity import Result, Run, Selection, as_tuple
+from pliant.deploy.selections import Result, Run, Selection, as_tuple
 
 EXTRA = "pliant.json"
 
