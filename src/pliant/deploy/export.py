@@ -133,7 +133,7 @@ def export(
             selection that is drawn at random; an example that the network does not take; an
             operator without a form in the format; a package that is missing
             (`MissingExtraError`, with its install line); no compiler for what is compiled.
-        OSError: the file cannot be written; what stood there before still does.
+        OSError: the file cannot be written, or the disk is full; what stood there before still does.
 
     Example:
         >>> import tempfile, timm
@@ -193,7 +193,7 @@ def export(
     checks = [
         made for n in sizes for made in (preparation.random(n, generator), preparation.real(n, folder))
     ]
-    with placing.workshop(path) as place:
+    with placing.workshop(path, _weight(order)) as place:
         files, run = _write(order, place)
         admitted = TOLERANCE[precision] if tolerance is None else tolerance
         parity = check_parity(
@@ -278,6 +278,15 @@ def _otherwise(network: nn.Module, preparation: Preparation, precision: Precisio
     """A copy of the network in a file's precision, or in float64 if that is the network's own."""
     dtype = torch.float64 if precision == "float32" else getattr(torch, precision)
     return Prepared(copy.deepcopy(network).to(dtype), preparation, dtype).eval()
+
+
+def _weight(order: _Order) -> int:
+    """Bytes that the weights take on the disk, at their most while the files are written."""
+    width = getattr(torch, order.precision).itemsize
+    tensors = (*order.network.parameters(), *order.network.buffers())
+    once: int = sum(t.numel() * (width if t.is_floating_point() else t.itemsize) for t in tensors)
+    through_onnx = order.target == "openvino" or (order.target == "onnx" and order.compiled)
+    return once * 2 if through_onnx else once
 
 
 def _write(order: _Order, place: Path) -> tuple[list[Path], Run]:
