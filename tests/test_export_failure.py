@@ -291,9 +291,10 @@ def test_the_command_writes_a_file(tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_depths(tmp_path):
     name = "resnet20_cifar_adn"
-    printed = run("export", name, tmp_path / "d", "--depths", "TTT", "--format", "pt2", "--pixels", 16)
+    options = ("--format", "pt2", "--pixels", 16, "--threads", 2)
+    printed = run("export", name, tmp_path / "d", "--depths", "TTT", *options)
     assert "depth-TTT.pt2" in printed
-    assert "1 depths and manifest.json" in printed
+    assert "1 depths, timed on 2 threads, and manifest.json" in printed
     run("export", name, tmp_path / "one.pt2", "--depth", "TFT", "--batch", 1, "--pixels", 16)
     assert read_facts(tmp_path / "one.pt2").batch == 1
 
@@ -307,6 +308,7 @@ def test_the_command_fails_in_one_sentence(monkeypatch, capsys, tmp_path):
         (("resnet20_cifar_adn", path, "--depth", "TX"), "'TX' is no depth"),
         (("resnet20_cifar_adn", path, "--depth", "T", "--depths", "all"), "not both"),
         (("resnet20_cifar", path, "--resize-from", "40"), "not of the form HEIGHTxWIDTH"),
+        (("resnet20_cifar", path, "--threads", 2), "--threads is for the latencies of --depths"),
     ]:
         assert message in fails(monkeypatch, capsys, "export", *arguments)
     assert list(tmp_path.iterdir()) == []

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from pliant._files import NotWrittenError
 from pliant.deploy import placing
+from pliant.deploy.engines.base import torch_threads
 from pliant.deploy.facts import Facts
 from pliant.deploy.selections import Result, Run, Selection, as_tuple
 
@@ -72,18 +73,31 @@ def _blame_a_full_disk(error: Exception) -> None:
         raise clear from error
 
 
-def load(path: str | Path) -> Callable[[Tensor], Any]:
+def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], Any]:
     """A function that runs the program in `path`, compiled or not.
+
+    Args:
+        path: of the program.
+        threads: of PyTorch's pool during a call; None: as many as it has.
 
     Raises:
         ValueError: it is no program.
     """
+    network: Callable[[Tensor], Any]
     if facts_of(path).compiled:
         from torch._inductor import aoti_load_package
 
-        runner: Callable[[Tensor], Any] = aoti_load_package(str(path))
-        return runner
-    return torch.export.load(str(path)).module()
+        network = aoti_load_package(str(path))
+    else:
+        network = torch.export.load(str(path)).module()
+    if threads is None:
+        return network
+
+    def run(images: Tensor) -> Any:
+        with torch_threads(threads):
+            return network(images)
+
+    return run
 
 
 def facts_of(path: str | Path) -> Facts:
