@@ -210,7 +210,7 @@ def test_a_missing_engine_is_named_with_its_install_line(
 
 @pytest.mark.parametrize("name", engines_there(["eager", "compile", "compiled", "aoti", *RUNTIMES]))
 def test_images_that_a_runner_was_not_made_for_are_refused(name: str) -> None:
-    """Of one shape, its code would read past their end; another is named beside what it takes."""
+    """Code for one shape may read past the end of others; both are named."""
     model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()).eval(), torch.randn(2, *SMALL)
     run = ENGINES[name].prepare(model, x, threads=1)
     for wrong in ((2, 1, 8, 7), (2, 2, 8, 8), (0, *SMALL), SMALL):
