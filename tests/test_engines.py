@@ -210,6 +210,25 @@ def test_a_missing_engine_is_named_with_its_install_line(
         measure({"a": conv()}, input_size=SMALL, engine=name)
 
 
+@pytest.mark.parametrize("name", engines_there(["eager", "compile", "compiled", "aoti", *RUNTIMES]))
+def test_images_that_a_runner_was_not_made_for_are_refused(name: str) -> None:
+    """Code for one shape may read past the end of others; both are named."""
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()).eval(), torch.randn(2, *SMALL)
+    run = ENGINES[name].prepare(model, x, threads=1)
+    for wrong in ((2, 1, 8, 7), (2, 2, 8, 8), (0, *SMALL), SMALL):
+        with pytest.raises(ValueError, match=rf"made for images \[.*, 1, 8, 8\] of .*not \[{wrong[0]}, "):
+            run(torch.zeros(*wrong))
+    with pytest.raises(ValueError, match=r"\[.*, 1, 8, 8\] of torch.float32, not .* of torch.uint8"):
+        run(torch.zeros(2, *SMALL, dtype=torch.uint8))
+    assert run(x).shape == (2, 72)
+    if name in ("eager", "onnxruntime"):
+        assert run(torch.zeros(3, *SMALL)).shape == (3, 72)
+    else:
+        for batch in (1, 3):
+            with pytest.raises(ValueError, match=rf"images \[2, 1, 8, 8\] of .*not \[{batch}, 1, 8, 8\]"):
+                run(torch.zeros(batch, *SMALL))
+
+
 def test_threads_are_those_that_are_told() -> None:
     seen = []
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +20,7 @@ from torch import nn
 
 import _export
 import pliant
-from pliant.deploy import placing
+from pliant.deploy import onnx_native, placing
 from pliant.deploy.extras import MissingExtraError, require
 from pliant.deploy.facts import read_report
 from pliant.deploy.loading import open_export, read_facts
@@ -104,19 +110,91 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         pliant.export(_export.plain(), tmp_path / "place" / "net.pt2")
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
-    old = pliant.export(_export.plain().eval(), tmp_path / "net.pt2", batches=(1,))
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+def full_disk_says(
+    folder: Path, *wanted: str, **env: str
+) -> dict[str, tuple[str, str, int, dict[str, str]]]:
+    """What `_full_disk` said of each ENDING:ROOM: kind, text and number of the error, and what is left."""
+    place, limit = folder / "disk", "0"
+    place.mkdir()
+    command = [sys.executable, str(Path(__file__).with_name("_full_disk.py")), str(place)]
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    disk = f"mount -t tmpfs -o size=2m none '{place}'"
+    if shutil.which("unshare") and not subprocess.run([*mount, disk], capture_output=True).returncode:
+        command = [*mount, f'{disk} && exec "$@"', "sh", *command]
+    else:
+        pytest.importorskip("resource", reason="neither a small disk nor a limit of file sizes here")
+        limit = "20000"
+    paths = os.pathsep.join((str(Path(pliant.__file__).parents[1]), str(Path(__file__).parent)))
+    found = subprocess.run(
+        [*command, limit, *wanted],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": paths, **{k: v.format(place) for k, v in env.items()}},
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    lines = [json.loads(line[3:]) for line in found.stdout.splitlines() if line.startswith(":: ")]
+    return {what: tuple(rest) for what, *rest in lines}
 
-    def full(_program, path, _facts):
-        path.write_bytes(b"half of")
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pliant.deploy.program.write", full)
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        pliant.export(_export.mod(), old)
-    assert caught.value.errno == errno.ENOSPC
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+def check_full_disk(said, what, *texts):
+    kind, text, number, left = said[what]
+    name = f"net{what.split(':')[0].removeprefix('compiled')}"
+    assert kind == "NotWrittenError"
+    assert number in (errno.ENOSPC, errno.EFBIG)
+    assert re.search(rf"{name} could not be written, and nothing is left of it: ", text)
+    assert re.search(r"free some space: it takes about 0\.\d MB, and \d+\.\d MB are free", text)
+    assert re.search(r"No space left on device|File too large", text)
+    assert all(part in text for part in texts)
+    assert left == {name: "old"}
+
+
+def test_a_full_disk(tmp_path):
+    """Of which each writer says something else, and PyTorch's would end the process."""
+    there = importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript")
+    wanted = [".pt2:20000", *([".onnx:20000"] if there else [])]
+    said = full_disk_says(tmp_path, *wanted)
+    assert list(said) == wanted
+    for what in wanted:
+        check_full_disk(said, what)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_before_the_second_file(tmp_path):
+    """OpenVINO's .bin after the ONNX file in between, ONNX Runtime's graph after the one it optimises."""
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    wanted = [".xml:20000", ".xml:110000"]
+    try:
+        onnx_native.machine()
+        wanted += ["compiled.onnx:20000", "compiled.onnx:110000"]
+    except ValueError:
+        pass  # no compiler, or no such layout on this processor
+    said = full_disk_says(tmp_path, *wanted)
+    for what in wanted:
+        check_full_disk(said, what)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["target", "compiler"])
+def test_a_disk_that_is_full_for_machine_code(tmp_path, where):
+    env = {"TORCHINDUCTOR_CACHE_DIR": "{}/cache"} if where == "compiler" else {}
+    said = full_disk_says(tmp_path, "compiled.pt2:20000", **env)
+    if "needs a C++ compiler" in said["compiled.pt2:20000"][1]:
+        pytest.skip("no C++ compiler")
+    texts = ("the compiler's files do not fit", "TORCHINDUCTOR_CACHE_DIR") if env else ()
+    check_full_disk(said, "compiled.pt2:20000", *texts)
+
+
+def test_another_error_on_a_disk_with_room_stays_what_it_is(tmp_path):
+    def begin_and_fail():
+        with placing.workshop(tmp_path / "net.pt2", 1000) as folder:
+            (folder / "net.pt2").write_text("half of")
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match=r"^broken$"):
+        begin_and_fail()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
@@ -213,9 +291,10 @@ def test_the_command_writes_a_file(tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_depths(tmp_path):
     name = "resnet20_cifar_adn"
-    printed = run("export", name, tmp_path / "d", "--depths", "TTT", "--format", "pt2", "--pixels", 16)
+    options = ("--format", "pt2", "--pixels", 16, "--threads", 2)
+    printed = run("export", name, tmp_path / "d", "--depths", "TTT", *options)
     assert "depth-TTT.pt2" in printed
-    assert "1 depths and manifest.json" in printed
+    assert "1 depths, timed on 2 threads, and manifest.json" in printed
     run("export", name, tmp_path / "one.pt2", "--depth", "TFT", "--batch", 1, "--pixels", 16)
     assert read_facts(tmp_path / "one.pt2").batch == 1
 
@@ -229,6 +308,7 @@ def test_the_command_fails_in_one_sentence(monkeypatch, capsys, tmp_path):
         (("resnet20_cifar_adn", path, "--depth", "TX"), "'TX' is no depth"),
         (("resnet20_cifar_adn", path, "--depth", "T", "--depths", "all"), "not both"),
         (("resnet20_cifar", path, "--resize-from", "40"), "not of the form HEIGHTxWIDTH"),
+        (("resnet20_cifar", path, "--threads", 2), "--threads is for the latencies of --depths"),
     ]:
         assert message in fails(monkeypatch, capsys, "export", *arguments)
     assert list(tmp_path.iterdir()) == []

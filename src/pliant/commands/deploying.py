@@ -20,6 +20,7 @@ def export(
         str | None, typer.Option(help="several, as TTFF,FFFF, or all: into a folder with a manifest")
     ] = None,
     format_: Annotated[str, typer.Option("--format", help="of --depths: onnx, pt2 or xml")] = "onnx",
+    threads: Annotated[int | None, typer.Option(help="of --depths: while they are timed", min=1)] = None,
     batch: Annotated[int | None, typer.Option(help="images of each call, if not any number", min=1)] = None,
     pixels: Annotated[int | None, typer.Option(help="height and width, if not the network's own")] = None,
     precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
@@ -61,12 +62,18 @@ def export(
             raise ValueError("give --depth for a file, or --depths for a folder, not both")
         skips = None if depths == "all" else [_flags(text) for text in depths.split(",")]
         format_name: Any = format_
-        made = export_depths(network, path, skips, format=format_name, **options)
+        made = export_depths(network, path, skips, format=format_name, threads=threads, **options)
         for one in made.depths:
             ms = "not timed" if one.latency_ms is None else f"{one.latency_ms:.2f} ms"
             typer.echo(f"{one.file}: {one.macs / 1e6:.1f} M MACs, {ms}, error {one.max_rel_error:.1e}")
-        typer.echo(f"{len(made.depths)} depths and manifest.json are in {path}")
+        typer.echo(
+            f"{len(made.depths)} depths, timed on {made.threads} threads, and manifest.json are in {path}"
+        )
         return
+    if threads is not None:
+        raise ValueError(
+            "--threads is for the latencies of --depths; a file runs on as many as it is told to"
+        )
     if depth is not None:
         network = subnet(network, _flags(depth))
     written = run(network, path, **options)

@@ -25,15 +25,8 @@ from pliant.deploy.facts import ExportReport, Facts, digest_of, report_path
 from pliant.deploy.folding import fold_norms
 from pliant.deploy.forms import Target, refuse_random, use_export_forms
 from pliant.deploy.inputs import Preparation, Prepared, Takes
-from pliant.deploy.parity import (
-    TOLERANCE,
-    Parity,
-    ParityError,
-    Run,
-    check_parity,
-    run_eager,
-    selectors,
-)
+from pliant.deploy.parity import TOLERANCE, Parity, ParityError, check_parity
+from pliant.deploy.selections import Run, run_eager, selectors
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.ops.fused import FusedMoDBlock
 from pliant.surgery import conversions
@@ -118,7 +111,8 @@ def export(
         std: of each channel.
         classes: their names, stated in the file.
         compiled: of a ``.pt2``: machine code by AOTInductor, for this kind of machine. It does
-            not tell what it selected, so its outputs alone are compared. Of an ``.onnx``: the
+            not tell what it selected, so its outputs alone are compared, with those of the network
+            or of the network with channels exchanged whose scores tie. Of an ``.onnx``: the
             graph as ONNX Runtime optimises it here, each learned Mixture-of-Depths block one
             operator, whose library, ``FILE.so``, is written beside it (`onnx_native`); in float32.
         portable: of an ``.onnx`` that is not compiled: only what TensorRT's parser documents may
@@ -139,7 +133,7 @@ def export(
             selection that is drawn at random; an example that the network does not take; an
             operator without a form in the format; a package that is missing
             (`MissingExtraError`, with its install line); no compiler for what is compiled.
-        OSError: the file cannot be written; what stood there before still does.
+        OSError: the file cannot be written, or the disk is full; what stood there before still does.
 
     Example:
         >>> import tempfile, timm
@@ -199,10 +193,12 @@ def export(
     checks = [
         made for n in sizes for made in (preparation.random(n, generator), preparation.real(n, folder))
     ]
-    with placing.workshop(path) as place:
+    with placing.workshop(path, _weight(order)) as place:
         files, run = _write(order, place)
         admitted = TOLERANCE[precision] if tolerance is None else tolerance
-        parity = check_parity(truth, run, checks, admitted, _by_index(network))
+        parity = check_parity(
+            truth, run, checks, admitted, lambda: _otherwise(network, preparation, precision)
+        )
         if not parity.holds:
             raise ParityError(f"{path} is not written: it is not the network: {parity}", parity)
         files.append(_report(place / path.name, facts, parity, files))
@@ -278,9 +274,19 @@ def _outputs(network: nn.Module, images: Tensor) -> int:
     return len(found)
 
 
-def _by_index(network: nn.Module) -> frozenset[str]:
-    """Paths of the blocks for which the order of the scores does not matter."""
-    return frozenset(path for path, s in selectors(network).items() if s.order == "index")
+def _otherwise(network: nn.Module, preparation: Preparation, precision: Precision) -> nn.Module:
+    """A copy of the network in a file's precision, or in float64 if that is the network's own."""
+    dtype = torch.float64 if precision == "float32" else getattr(torch, precision)
+    return Prepared(copy.deepcopy(network).to(dtype), preparation, dtype).eval()
+
+
+def _weight(order: _Order) -> int:
+    """Bytes that the weights take on the disk, at their most while the files are written."""
+    width = getattr(torch, order.precision).itemsize
+    tensors = (*order.network.parameters(), *order.network.buffers())
+    once: int = sum(t.numel() * (width if t.is_floating_point() else t.itemsize) for t in tensors)
+    through_onnx = order.target == "openvino" or (order.target == "onnx" and order.compiled)
+    return once * 2 if through_onnx else once
 
 
 def _write(order: _Order, place: Path) -> tuple[list[Path], Run]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pliant.deploy import onnx_file, onnx_native, openvino_file, program
 from pliant.deploy.facts import Facts
-from pliant.deploy.parity import as_tuple
+from pliant.deploy.selections import as_tuple
 
 _FACTS: dict[str, Callable[[Path], Facts]] = {
     ".pt2": program.facts_of,
@@ -73,11 +73,12 @@ def open_export(path: str | Path, *, threads: int | None = None) -> ExportedNetw
 
     Args:
         path: of the ``.pt2``, ``.onnx`` or ``.xml``.
-        threads: of ONNX Runtime or OpenVINO; PyTorch has its own.
+        threads: of its engine, in PyTorch for each call; None: as many as the engine takes. What
+            AOTInductor compiled runs partly on as many as PyTorch had when it was compiled.
 
     Raises:
-        ValueError: no such file, a package is missing, or the file was compiled for another
-            machine or another ONNX Runtime.
+        ValueError: no such file, a package is missing, no such number of threads, or the file was
+            compiled for another machine or another ONNX Runtime.
 
     Example:
         >>> import tempfile, timm, pliant
@@ -89,9 +90,11 @@ def open_export(path: str | Path, *, threads: int | None = None) -> ExportedNetw
     """
     path = Path(path)
     facts = read_facts(path)
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads must be a whole number of at least 1, not {threads!r}")
     run: Callable[[Tensor], Any]
     if path.suffix == ".pt2":
-        run = program.load(path)
+        run = program.load(path, threads)
     elif path.suffix == ".onnx":
         if facts.compiled:
             onnx_native.check_here(path, facts)

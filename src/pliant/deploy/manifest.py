@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from pliant._files import atomic_path
+from pliant.deploy.engines.base import torch_threads
 from pliant.deploy.export import FORMATS, export
 from pliant.deploy.facts import read_report
 from pliant.deploy.loading import open_export
@@ -60,13 +62,13 @@ class Manifest:
 
     Attributes:
         depths: the files, deepest first.
-        threads: that the engine was given for the latencies; None: as many as it takes.
+        threads: of the engine, whichever it is, while the latencies were measured.
         rounds: how often each file was timed, in turn.
         origin: machine, versions, commit and date.
     """
 
     depths: tuple[DepthFile, ...]
-    threads: int | None
+    threads: int
     rounds: int
     origin: dict[str, Any]
 
@@ -86,10 +88,11 @@ def export_depths(
     Args:
         model: a network converted by `AdaptiveDepth`; it stays as it is.
         folder: new or empty; gets ``depth-TTFF.onnx`` (a letter a stage, T skips) and so on, and
-            ``manifest.json``, written last (`read_manifest`).
+            ``manifest.json``, written last (`read_manifest`). If a depth fails, those before it go
+            as well.
         skips: which depths; None: all.
         format: ``onnx``, ``pt2`` or ``xml``.
-        threads: of ONNX Runtime or OpenVINO.
+        threads: of the engine; None: as many as PyTorch has.
         rounds: how often each file is timed, in turn; 0: not at all.
         options: of `export`.
 
@@ -97,8 +100,8 @@ def export_depths(
         What the manifest says.
 
     Raises:
-        ValueError: the network has no adaptive depth; wrong flags; a format that there is not; a
-            folder that holds something; as `export`.
+        ValueError: the network has no adaptive depth; wrong flags; a format or a number of threads
+            that there is not; a folder that holds something; as `export`.
 
     Example:
         >>> import tempfile, timm
@@ -119,26 +122,49 @@ def export_depths(
         raise ValueError(f"skips must hold different depths, not {chosen}")
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"rounds must be a whole number of at least 0, not {rounds!r}")
+    threads = torch.get_num_threads() if threads is None else threads
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads must be a whole number of at least 1, not {threads!r}")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and is not an empty folder; name another")
-    found = []
-    for skip in chosen:
-        cut = subnet(model, skip)
-        name = "depth-" + "".join("FT"[s] for s in skip) + f".{format}"
-        opened = open_export(export(cut, folder / name, **options), threads=threads)
-        error = read_report(folder / name).parity.max_rel_error
-        size = opened.facts.network_size
-        found.append((skip, opened, count_parameters(cut), count_macs(cut, size), error))
-    times = _race([opened for _, opened, *_ in found], rounds)
-    depths = tuple(
-        DepthFile(opened.path.name, skip, parameters, macs, opened.facts.batch or 1, *_middle(ms), error)
-        for (skip, opened, parameters, macs, error), ms in zip(found, times, strict=True)
-    )
-    manifest = Manifest(depths, threads, rounds, dict(provenance()))
-    with atomic_path(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    names = {skip: "depth-" + "".join("FT"[s] for s in skip) for skip in chosen}
+    with _undone(folder, list(names.values())):
+        found = []
+        for skip in chosen:
+            cut, file = subnet(model, skip), folder / f"{names[skip]}.{format}"
+            with torch_threads(threads):  # machine code is compiled for so many
+                opened = open_export(export(cut, file, **options), threads=threads)
+            error = read_report(file).parity.max_rel_error
+            size = opened.facts.network_size
+            found.append((skip, opened, count_parameters(cut), count_macs(cut, size), error))
+        times = _race([opened for _, opened, *_ in found], rounds, threads)
+        depths = tuple(
+            DepthFile(
+                opened.path.name, skip, parameters, macs, opened.facts.batch or 1, *_middle(ms), error
+            )
+            for (skip, opened, parameters, macs, error), ms in zip(found, times, strict=True)
+        )
+        manifest = Manifest(depths, threads, rounds, dict(provenance()))
+        with atomic_path(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+@contextmanager
+def _undone(folder: Path, names: list[str]) -> Iterator[None]:
+    """If the block raises, files of these names go, whatever their endings; and a folder that is new."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        for name in names:
+            for file in folder.glob(f"{name}.*"):
+                file.unlink(missing_ok=True)
+        if new:
+            with suppress(OSError):  # it was not made, or holds what somebody else put there
+                folder.rmdir()
+        raise
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -156,7 +182,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise ValueError(f"{path} is no manifest of depths: {error}") from error
 
 
-def _race(files: list[Any], rounds: int) -> list[list[float]]:
+def _race(files: list[Any], rounds: int, threads: int) -> list[list[float]]:
     """Milliseconds of one image in each file, all in turn in each round."""
     from torch.utils.benchmark import Timer  # on use: it looks for compilers as it loads
 
@@ -166,9 +192,7 @@ def _race(files: list[Any], rounds: int) -> list[list[float]]:
             batch = file.facts.batch or 1
             images = torch.zeros(batch, *file.facts.input_size)
             images = images.byte() if file.facts.takes == "uint8" else torch.randn_like(images)
-            timer = Timer(
-                "run(images)", globals={"run": file, "images": images}, num_threads=torch.get_num_threads()
-            )
+            timer = Timer("run(images)", globals={"run": file, "images": images}, num_threads=threads)
             if not n:
                 timer.timeit(2)  # warms up
             ms.append(1000 * timer.blocked_autorange(min_run_time=0.05).median)

@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from pliant.deploy import tensorrt
 from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts
-from pliant.deploy.parity import Result, Run, Selection
+from pliant.deploy.selections import Result, Run, Selection
 
 if TYPE_CHECKING:
     import onnx_ir as ir

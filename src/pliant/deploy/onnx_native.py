@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pliant.deploy import onnx_file
 from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts
-from pliant.deploy.parity import Run
+from pliant.deploy.selections import Run
 from pliant.measuring.provenance import cpu_model
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.ops import building

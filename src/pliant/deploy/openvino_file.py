@@ -18,7 +18,7 @@ from torch import Tensor
 from pliant.deploy.extras import require
 from pliant.deploy.facts import Facts
 from pliant.deploy.onnx_file import selection_names
-from pliant.deploy.parity import Result, Run, Selection
+from pliant.deploy.selections import Result, Run, Selection
 
 SECTION = "pliant"  # of the file's run-time information
 
@@ -54,7 +54,7 @@ def load(
 
     Args:
         path: of the ``.xml``.
-        threads: of OpenVINO; None: as many as it takes.
+        threads: of OpenVINO; None: as many as it takes. A ``ValueError`` if it would take others.
         precision: that it computes in, ``f32``, ``bf16`` or ``f16``. OpenVINO's own default on
             a CPU with bfloat16 is that, which changes which channels are selected.
     """
@@ -91,4 +91,8 @@ def _compile(model: Any, threads: int | None, precision: str) -> Any:
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
-    return require("openvino").Core().compile_model(model, "CPU", settings)
+        settings["ENABLE_HYPER_THREADING"] = True  # or half of the threads are left out
+    compiled = require("openvino").Core().compile_model(model, "CPU", settings)
+    if threads is not None and (held := compiled.get_property("INFERENCE_NUM_THREADS")) != threads:
+        raise ValueError(f"OpenVINO runs on {held} threads on this machine, not on {threads}")
+    return compiled

@@ -2,10 +2,13 @@
 
 A program is what `torch.export` made of the network: PyTorch runs or compiles it anywhere,
 without pliant. A compiled one (AOTInductor) is machine code for this kind of machine.
+
+Both are packed in memory first: PyTorch's writer ends the process where a disk is full.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +18,21 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from pliant._files import NotWrittenError
+from pliant.deploy import placing
+from pliant.deploy.engines.base import torch_threads
 from pliant.deploy.facts import Facts
-from pliant.deploy.parity import Result, Run, Selection, as_tuple
+from pliant.deploy.selections import Result, Run, Selection, as_tuple
 
 EXTRA = "pliant.json"
+_COMPILED = 1 << 20  # bytes of a small network's machine code, which has to fit somewhere first
 
 
 def write(program: ExportedProgram, path: Path, facts: Facts) -> None:
     """Write a program with its facts."""
-    torch.export.save(program, path, extra_files={EXTRA: json.dumps(facts.to_metadata())})
+    packed = io.BytesIO()
+    torch.export.save(program, packed, extra_files={EXTRA: json.dumps(facts.to_metadata())})
+    path.write_bytes(packed.getbuffer())
 
 
 def write_compiled(program: ExportedProgram, path: Path, facts: Facts) -> None:
@@ -31,32 +40,64 @@ def write_compiled(program: ExportedProgram, path: Path, facts: Facts) -> None:
 
     Raises:
         ValueError: this machine cannot compile it; says what the compiler says.
+        NotWrittenError: an ``OSError``: the disk with the compiler's own files is full.
     """
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import InductorError
 
     options = {"aot_inductor.metadata": facts.to_metadata(), "freezing": True}
+    packed = io.BytesIO()
     try:
         with torch.no_grad():
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-    except (InductorError, RuntimeError) as error:
+            aoti_compile_and_package(program, package_path=packed, inductor_configs=options)
+    except (InductorError, RuntimeError, OSError) as error:
+        _blame_a_full_disk(error)
         raise ValueError(
             f"AOTInductor could not compile the network (it needs a C++ compiler, g++ or clang++): {error}"
         ) from error
+    path.write_bytes(packed.getbuffer())
 
 
-def load(path: str | Path) -> Callable[[Tensor], Any]:
+def _blame_a_full_disk(error: Exception) -> None:
+    """Raise another error where there was no room for the files that the compiler makes on its way."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = cache_dir()
+    full = placing.lack_of_room(Path(folder), _COMPILED)
+    if full is not None:
+        clear = NotWrittenError(
+            f"the compiler's files do not fit into {folder} ({full.strerror}), for which "
+            f"TORCHINDUCTOR_CACHE_DIR names another place"
+        )
+        clear.errno = full.errno
+        raise clear from error
+
+
+def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], Any]:
     """A function that runs the program in `path`, compiled or not.
+
+    Args:
+        path: of the program.
+        threads: of PyTorch's pool during a call; None: as many as it has.
 
     Raises:
         ValueError: it is no program.
     """
+    network: Callable[[Tensor], Any]
     if facts_of(path).compiled:
         from torch._inductor import aoti_load_package
 
-        runner: Callable[[Tensor], Any] = aoti_load_package(str(path))
-        return runner
-    return torch.export.load(str(path)).module()
+        network = aoti_load_package(str(path))
+    else:
+        network = torch.export.load(str(path)).module()
+    if threads is None:
+        return network
+
+    def run(images: Tensor) -> Any:
+        with torch_threads(threads):
+            return network(images)
+
+    return run
 
 
 def facts_of(path: str | Path) -> Facts:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pliant.deploy.engines.base import (
     PRECISIONS,
+    Expected,
     FileEngine,
     Runner,
     evaluated,
@@ -77,7 +78,7 @@ class AOTInductor(FileEngine):
         def call(images: Tensor) -> object:
             return network(images.contiguous(memory_format=form))
 
-        return torch_runner(call, precision, threads)
+        return torch_runner(call, Expected(example, precision), precision, threads)
 
 
 def _fused(network: nn.Module) -> bool:

@@ -105,7 +105,9 @@ class Engine(ABC):
             threads: of the engine's pool; by default as many as PyTorch's has.
 
         Returns:
-            A function from images to what the network returns, without gradients.
+            A function from images to what the network returns, without gradients. It raises a
+            ``ValueError`` for images of another shape (`Expected`); where it runs any number of
+            images, the first dimension does not matter.
 
         Raises:
             ValueError: the engine is missing, or cannot run on that device or so precisely.
@@ -212,7 +214,39 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def torch_runner(network: Callable[[Tensor], Any], precision: str, threads: int) -> Runner:
+class Expected:
+    """The images that a runner was made for; others are refused, before native code reads them.
+
+    Args:
+        example: images [B, C, H, W] of the shape and dtype that it was prepared with.
+        precision: of the engine: images may have that dtype as well, or float32.
+        any_batch: the number of images does not matter.
+
+    Example:
+        >>> Expected(torch.zeros(1, 3, 8, 8), "float32", any_batch=True).check(torch.zeros(2, 3, 8, 4))
+        Traceback (most recent call last):
+            ...
+        ValueError: made for images [any, 3, 8, 8] of torch.float32, not [2, 3, 8, 4] of torch.float32
+    """
+
+    def __init__(self, example: Tensor, precision: str, any_batch: bool = False) -> None:
+        self.shape, self.first = tuple(example.shape), 1 if any_batch else 0
+        self.rest = self.shape[self.first :]
+        self.dtypes = tuple(dict.fromkeys((example.dtype, PRECISIONS[precision], torch.float32)))
+
+    def check(self, images: Tensor) -> None:
+        """Raise a ValueError if `images` are others."""
+        shape = images.shape
+        fits = len(shape) == len(self.shape) and shape[self.first :] == self.rest and shape[0] > 0
+        if not fits or images.dtype not in self.dtypes:
+            wanted = ", ".join(map(str, ("any",) * self.first + self.rest))
+            dtypes = " or ".join(map(str, self.dtypes))
+            raise ValueError(f"made for images [{wanted}] of {dtypes}, not {list(shape)} of {images.dtype}")
+
+
+def torch_runner(
+    network: Callable[[Tensor], Any], expected: Expected, precision: str, threads: int
+) -> Runner:
     """Run by PyTorch: in its precision, without gradients, on so many threads of its pool.
 
     The pool is the process's and keeps that number.
@@ -220,6 +254,7 @@ def torch_runner(network: Callable[[Tensor], Any], precision: str, threads: int)
     dtype = PRECISIONS[precision]
 
     def run(images: Tensor) -> Any:
+        expected.check(images)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         with torch.inference_mode():

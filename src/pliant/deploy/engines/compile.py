@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pliant.compiling import room_to_compile
-from pliant.deploy.engines.base import Engine, Runner, evaluated, torch_runner, torch_threads
+from pliant.deploy.engines.base import Engine, Expected, Runner, evaluated, torch_runner, torch_threads
 
 
 class Compile(Engine):
@@ -48,7 +48,7 @@ class Compile(Engine):
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
             options["isolate_recompiles"] = True
         compiled = torch.compile(evaluated(model, precision), dynamic=False, **options)
-        run = torch_runner(compiled, precision, threads)
+        run = torch_runner(compiled, Expected(example, precision), precision, threads)
         # Freezing is read when code is made, not when torch.compile is called; and the
         # number of threads is in that code.
         with (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pliant.deploy.engines.base import Engine, Runner, evaluated, torch_runner
+from pliant.deploy.engines.base import Engine, Expected, Runner, evaluated, torch_runner
 
 
 class Eager(Engine):
@@ -32,4 +32,5 @@ class Eager(Engine):
     ) -> Runner:
         """The network itself; see `Engine.prepare`."""
         threads = self._check(example, precision, threads)
-        return torch_runner(evaluated(model, precision), precision, threads)
+        expected = Expected(example, precision, any_batch=True)
+        return torch_runner(evaluated(model, precision), expected, precision, threads)

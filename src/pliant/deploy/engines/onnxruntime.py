@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.deploy.engines.base import Runner, evaluated, outputs
+from pliant.deploy.engines.base import Expected, Runner, evaluated, outputs
 from pliant.deploy.engines.files import ONNXEngine, write_onnx
 from pliant.deploy.onnx_file import open_session
 
@@ -58,9 +58,14 @@ class ONNXRuntime(ONNXEngine):
         """A session; see `FileEngine.load`."""
         threads = self._check(example, precision, threads)
         session = open_session(path, threads)
-        (name,) = (i.name for i in session.get_inputs())
+        (made,) = session.get_inputs()
+        name, expected = (
+            made.name,
+            Expected(example, precision, any_batch=not isinstance(made.shape[0], int)),
+        )
 
         def run(images: Tensor) -> Any:
+            expected.check(images)
             found = session.run(None, {name: self.images(images, precision).numpy()})
             return outputs([torch.from_numpy(array) for array in found])
 

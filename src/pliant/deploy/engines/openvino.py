@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pliant.deploy.engines.base import Runner, outputs
+from pliant.deploy.engines.base import Expected, Runner, outputs
 from pliant.deploy.engines.files import ONNXEngine
 from pliant.deploy.extras import require
 
@@ -62,8 +62,10 @@ class OpenVINO(ONNXEngine):
         ):
             raise ValueError(f"OpenVINO has no bfloat16 on this machine: it would compute in {held}")
         request = compiled.create_infer_request()
+        expected = Expected(example, precision)
 
         def run(images: Tensor) -> Any:
+            expected.check(images)
             found = request.infer([self.images(images, precision).numpy()], share_inputs=True)
             return outputs([torch.from_numpy(found[port]) for port in compiled.outputs])
 

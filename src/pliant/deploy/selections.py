@@ -1,0 +1,156 @@
+"""Forwards whose selections are seen, and may be told: what parity of exported files is held by.
+
+Shapes in this file::
+
+    B  batch             logits    [B, C]  relevance of the channels
+    C  channels          channels  [B, k]  those that were selected, best first
+    k  processed         images    [B, ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pliant.methods.selectors import ChannelSelector
+
+
+class Selection(NamedTuple):
+    """What one selector saw and chose: logits [B, C], channels [B, k], best first."""
+
+    logits: Tensor
+    channels: Tensor
+
+
+class Result(NamedTuple):
+    """What came out of one forward.
+
+    Attributes:
+        outputs: the network's.
+        selections: of its Mixture-of-Depths blocks by path; None where an engine does not tell.
+    """
+
+    outputs: tuple[Tensor, ...]
+    selections: Mapping[str, Selection] | None
+
+
+Run = Callable[[Tensor], Result]
+# From a block's path and its logits [B, C] to the channels [B, k] that it processes, best first.
+Choose = Callable[[str, Tensor], Tensor]
+
+
+def run_eager(network: nn.Module, images: Tensor, choose: Choose | None = None) -> Result:
+    """The network's outputs, and what its selectors saw and would choose.
+
+    Args:
+        network: in evaluation mode.
+        images: [B, ...].
+        choose: which channels the blocks process; None: those that their selectors choose. What
+            the selectors would have chosen is what stands in the result all the same.
+    """
+    seen: dict[str, Selection] = {}
+
+    def note(path: str, selector: ChannelSelector, args: tuple[Tensor, ...], given: Any) -> Any:
+        logits = selector.logits(args[0])
+        seen[path] = Selection(logits, logits.topk(selector.k, dim=1, sorted=True).indices)
+        if choose is None:
+            return given
+        channels = choose(path, logits)
+        if selector.order == "index":
+            channels = channels.sort(1).values
+        scores = logits.gather(1, channels).sigmoid() if selector.gate == "output" else given[0]
+        return scores, channels
+
+    handles = [m.register_forward_hook(partial(note, path)) for path, m in selectors(network).items()]
+    try:
+        with torch.no_grad():
+            outputs = network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Result(as_tuple(outputs), seen)
+
+
+def selectors(network: nn.Module) -> dict[str, ChannelSelector]:
+    """The selectors of a network's Mixture-of-Depths blocks, by the paths of the blocks in it."""
+    return {
+        path.removesuffix(".selector").removeprefix("network."): module
+        for path, module in network.named_modules()
+        if isinstance(module, ChannelSelector)
+    }
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """The outputs of a network, one or several, as a tuple."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def errors(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Absolute and relative error of each output, by image [B].
+
+    Relative to the largest absolute value of that image's output. A value that is no number is off
+    by infinitely much.
+
+    Raises:
+        ValueError: there are more or fewer outputs, or of other shapes.
+    """
+    if len(expected) != len(found):
+        raise ValueError(f"the file gives {len(found)} outputs, the network {len(expected)}")
+    both = []
+    for wanted, seen in zip(expected, found, strict=True):
+        if wanted.shape != seen.shape:
+            raise ValueError(f"the file gives {tuple(seen.shape)}, the network {tuple(wanted.shape)}")
+        off = (seen - wanted).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).flatten(1).amax(1)
+        both.append((off, off / wanted.abs().flatten(1).amax(1).clamp(min=1e-30)))
+    return both
+
+
+def worst(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> Tensor:
+    """The largest relative error of an image's outputs, [B]; see `errors`."""
+    return torch.stack([relative for _, relative in errors(expected, found)]).amax(0)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """The largest error of an image's logits [B, C], over the largest of them: [B]."""
+    return (found - wanted).abs().amax(1) / wanted.abs().amax(1).clamp(min=1e-30)
+
+
+def admissible(wanted: Tensor, found: Selection, by_index: bool) -> Tensor:
+    """Images [B] whose selection differs from that of `wanted` by no more than scores are off.
+
+    Each score may have been anything between the two that were measured, or as far on the other
+    side: two channels may have changed places, or one been selected in place of another, only
+    where their scores are no further apart than these two are off together.
+
+    Args:
+        wanted: logits [B, C] of the network.
+        found: of the file.
+        by_index: the order of the selected channels does not matter.
+
+    Example:
+        >>> wanted = torch.tensor([[3.0, 2.0, 1.0]])
+        >>> found = Selection(torch.tensor([[3.0, 2.0, 1.2]]), torch.tensor([[0, 2]]))
+        >>> admissible(wanted, found, False)  # off by 0.2, and a whole 1 apart
+        tensor([False])
+        >>> admissible(torch.tensor([[3.0, 1.1, 1.0]]), found, False)
+        tensor([True])
+    """
+    count = wanted.shape[1]
+    known = (found.channels >= 0) & (found.channels < count)
+    channels = found.channels.clamp(0, count - 1)
+    ranked = channels.sort(1).values
+    distinct = (ranked[:, 1:] > ranked[:, :-1]).all(1)
+    true = wanted.double()
+    off = (found.logits.double() - true).abs()
+    most, least = true + off, true - off
+    rest = least.scatter(1, channels, -torch.inf).amax(1)
+    most, least = most.gather(1, channels), least.gather(1, channels)
+    fine = known.all(1) & distinct & (most.amin(1) >= rest)
+    if by_index or channels.shape[1] == 1:
+        return fine
+    behind = least.flip(1).cummax(1).values.flip(1)[:, 1:]  # the largest of those ranked below
+    return fine & (most[:, :-1] >= behind).all(1)
