@@ -63,7 +63,7 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-bench: setup ## latency and MoD tax in every engine, and training steps, on this machine's CPU: 25 minutes
+bench: setup ## latency and MoD tax in every engine, and training steps, on this machine's CPU: 20 minutes
 	$(BIN)/python -m pliant bench --readme README.md
 	$(BIN)/python -m pliant bench --suite mod-bfloat16
 	$(BIN)/python -m pliant bench --suite steps

@@ -323,7 +323,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     ),
 }
 # Seconds of the rounds of one case in one dtype, so that the CPU's suite takes three minutes.
-MOST_SECONDS = 9.0
+MOST_SECONDS = 7.0
 
 
 def run_step_bench(
