@@ -1,4 +1,4 @@
-"""Small networks of every family that CondConv converts, and its routing variants."""
+"""Small networks of every family that CondConv converts, its routing variants, what it passes over."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+
+from pliant import CondConv, plan
 
 NARROW = {"channels": (8, 16, 24, 32), "num_classes": 5}
 
@@ -41,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "depthwise": {"layers": "depthwise"},
 }
 
+LATE = {"begin": 13}  # of MobileNetV1's 15 units: cheap
+
 
 def small(name: str) -> nn.Module:
     """An instance whose every layer bears on its output."""
@@ -69,3 +73,16 @@ def settled(model: nn.Module) -> nn.Module:
 def images(batch: int = 4, size: int = 32) -> torch.Tensor:
     """Images that are not alike in their means, so that routings are not either."""
     return torch.randn(batch, 3, size, size) + torch.randn(batch, 3, 1, 1)
+
+
+def meta(name, **kwargs) -> nn.Module:
+    return timm.create_model(name, **kwargs).to("meta")
+
+
+def mobilenet(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("mobilenetv1_w025_cifar", **kwargs).eval()
+
+
+def reasons(model, **options) -> dict[str, str]:
+    return {p.path: p.reason for _, p in plan(model, CondConv(experts=2, **options)).passed_over}

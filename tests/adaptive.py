@@ -1,14 +1,15 @@
-"""Small adaptive networks of every family, for the tests of adaptive depth."""
+"""Small adaptive networks of every family, and what the tests of adaptive depth do with them."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import timm
 import torch
 from torch import nn
 
-from pliant import AdaptiveDepth, convert
+from pliant import AdaptiveDepth, convert, get_depth, subnet
 
 SMALL_CONVNEXT = {"depths": (2, 1, 3, 2), "dims": (8, 16, 24, 32)}
 SMALL_VIT = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 4}
@@ -34,6 +35,8 @@ FAMILIES = {
     ),
     "deit": ("deit_tiny_distilled_patch16_224", SMALL_VIT, {"groups": 1}, 1),
 }
+
+FULL, BASE, MIXED = (False,) * 3, (True,) * 3, (True, False, True)  # of "option A"
 
 
 def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -72,3 +75,15 @@ def all_skips(flags: int) -> list[tuple[bool, ...]]:
 def images(batch: int = 2, size: int = 32) -> torch.Tensor:
     """Random images."""
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def outputs(model, x, skips=None) -> dict[tuple[bool, ...], torch.Tensor]:
+    """What each depth gives, by cutting it out."""
+    with torch.no_grad():
+        return {skip: subnet(model, skip)(x) for skip in skips or all_skips(len(get_depth(model)))}
+
+
+def in_thread(work):
+    """What `work` gives in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()

@@ -1,12 +1,16 @@
-"""What every test gets: one thread, fixed seeds, and the shared material by name."""
+"""What every test gets: one thread, fixed seeds, and what several files share by name."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import math
 import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from _checkpoint import make
+from pliant import save
+from pliant.measuring import running
+from pliant.measuring.clock import Clock
 from pliant.published import CountReport, reproduce_counts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -93,3 +101,37 @@ def correct() -> Callable[[nn.Module, tuple[Tensor, Tensor], int], int]:
             )
 
     return count
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """A checkpoint of a small network of three classes, not to be changed, and the network."""
+    torch.manual_seed(0)
+    model = make(num_classes=3)
+    return save(model, tmp_path_factory.mktemp("saved") / "net", classes=("cat", "dog", "eel")), model
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that takes its times from `times(entrant, round)` and logs its calls.
+
+    Networks are told apart by what they are called with: each entrant's timer gets a number.
+    """
+    log = SimpleNamespace(calls=[], threads=[], timers=0, times=lambda entrant, turn: 1.0)
+
+    def fake(run: Callable[[Tensor], Any], images: Tensor, threads: int) -> Clock:
+        number, turns = log.timers, itertools.count(-2)  # two times that warm up come before round 0
+        log.timers += 1
+        log.threads.append(threads)
+
+        def seconds(calls: int) -> float:
+            turn = next(turns)
+            log.calls.append((number, turn, calls))
+            run(images)
+            return float(log.times(number, turn))
+
+        return seconds
+
+    monkeypatch.setattr(running, "clock", fake)
+    monkeypatch.setattr("pliant.measuring.clock.WARM_ENOUGH", math.inf)  # these times are no clock's
+    return log
