@@ -151,6 +151,13 @@ def test_the_table_has_a_line_for_each_run():
         "| a | logits | 90.00 | 50.00 | - |",
         "| b | none | 90.00 | 50.00 / 12.50 | - |",
     ]
+    args = ['{"c": 16}', '{"c": 16, "selection": "none"}', '{"c": 8}']
+    told = recovery.recovery_table([replace(ROW, model_args=a) for a in args])[1]
+    assert [line[0] for line in told] == [
+        f"{ROW.model}{t}" for t in (", c=16", ", c=16, selection=none", ", c=8")
+    ]
+    same = recovery.recovery_table([replace(ROW, model_args=a) for a in args[:2]])[1]
+    assert [line[0] for line in same] == [ROW.model, f"{ROW.model}, selection=none"]
     seeds = recovery.recovery_table([ROW, replace(ROW, seed=1)])[1]
     assert [line[0] for line in seeds] == ["a, seed 0", "a, seed 1"]
     with pytest.raises(ValueError, match="a table of no rows"):

@@ -272,8 +272,9 @@ def _cells(row: Recovery) -> tuple[str, ...]:
 def recovery_table(rows: Sequence[Recovery]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and cells of a table: a line for each run, test accuracy of each epoch in percent.
 
-    Of an adaptive network the base network's stands behind a slash. A teacher that is not the plain
-    network is named, with the beginning of its hash.
+    Of an adaptive network the base network's stands behind a slash. Where networks of one name have
+    different arguments, those that differ are told. A teacher that is not the plain network is named, with
+    the beginning of its hash.
 
     Raises:
         ValueError: there is no row.
@@ -292,7 +293,11 @@ def recovery_table(rows: Sequence[Recovery]) -> tuple[tuple[str, ...], list[tupl
     lines = []
     for own in runs.values():
         first = next(iter(own.values()))
-        name = f"{first.model}, seed {first.seed}" if seeds else first.model
+        alike = [json.loads(row.model_args) for row in rows if row.model == first.model]
+        own_args = json.loads(first.model_args)
+        differ = {k: v for k, v in own_args.items() if any(args.get(k, ...) != v for args in alike)}
+        name = ", ".join([first.model, *(f"{k}={v}" for k, v in differ.items())])
+        name += f", seed {first.seed}" if seeds else ""
         if images:
             name += f", {first.data} {first.pixels} px"
         cells = [_reached(own[e]) if e in own else "-" for e in epochs]
