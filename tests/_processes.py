@@ -66,6 +66,26 @@ def ended(running, timeout=300):
     return [(text, process.returncode) for text, process in zip(said, running, strict=True)]
 
 
+def run_script(script, folder):
+    """Run Python text that starts processes of its own, for ``folder / "run"``; what each printed.
+
+    By rank: each prints a line that begins with its own. Fails, with what was printed to standard error,
+    if the script does not end well.
+    """
+    path = folder / "script.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(path), str(folder / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+
+
 def run_two(program, *arguments, environment=torchrun, timeout=300):
     """Run Python text in two processes of one group; what each printed.
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +11,7 @@ from torch import nn
 
 import pliant
 from _objectives import images
+from _processes import run_script
 from pliant.checkpoint import save
 from pliant.train import Recipe, fit, override, read_run, read_state
 from pliant.train.distillation import Teaching, digest
@@ -198,17 +196,7 @@ if __name__ == "__main__":
     rank, loss = os.environ["LOCAL_RANK"], run.history[-1]["train_loss"]
     print(rank, digest(run.model), loss, flush=True)
 """
-    (tmp_path / "script.py").write_text(script)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    said = run_script(script, tmp_path)
     assert said["0"] == said["1"]
     assert said["0"].split()[0] == digest(read_run(tmp_path / "run").model)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typer.testing import CliRunner
 
 from pliant import cli
 from pliant.deploy.engines import ENGINES, FileEngine, named
+from pliant.deploy.engines.eager import Eager
 from pliant.measuring import latency
 from pliant.measuring.entrants import EngineError, fresh
 from pliant.measuring.isolation import Isolated
@@ -364,29 +364,6 @@ def test_a_worker_by_hand(tmp_path: Path, fakes: Any) -> None:
     assert "noise on standard output" in done.stderr
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Times by `times(entrant, turn)`, in the order in which entrants are prepared."""
-    log = SimpleNamespace(order=[], clocks=0, times=lambda entrant, turn: 1.0)
-
-    def made(run: Any, images: Tensor, threads: int) -> Any:
-        number, turn = log.clocks, -2
-        log.clocks += 1
-
-        def seconds(calls: int) -> float:
-            nonlocal turn
-            run(images)
-            log.order.append((number, turn))
-            turn += 1
-            return float(log.times(number, turn - 1))
-
-        return seconds
-
-    monkeypatch.setattr("pliant.measuring.running.clock", made)
-    monkeypatch.setattr("pliant.measuring.clock.WARM_ENOUGH", math.inf)  # these times are no clock's
-    return log
-
-
 def test_forms_stand_beside_each_other(clock: SimpleNamespace) -> None:
     # Baseline, at 16 px, plain, optimized, without blocks.
     clock.times = lambda entrant, turn: (2.0, 1.5, 2.2, 1.1, 1.0)[entrant]
@@ -410,7 +387,7 @@ def test_forms_stand_beside_each_other(clock: SimpleNamespace) -> None:
     assert [r.time_ratio for r in rows] == [1.0, 0.75, 1.1, 0.55, 0.5]
     assert [r.note for r in rows] == ["", "", NOT_FASTER, "", ""]
     assert [r.channels_last for r in rows] == [True] * 5
-    assert [o for o in clock.order if o[1] >= 0] == [(n, t) for t in (0, 1) for n in range(5)]
+    assert [c[:2] for c in clock.calls if c[1] >= 0] == [(n, t) for t in (0, 1) for n in range(5)]
     # Counts are those of the network, not of what folding leaves of it.
     as_built = measure("resnet20_cifar_mod", rounds=1, tax=False)[0]
     assert as_built.form == "as built"
@@ -419,7 +396,7 @@ def test_forms_stand_beside_each_other(clock: SimpleNamespace) -> None:
 
 
 def test_every_network_is_equally_optimised(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Spy(type(ENGINES["eager"])):  # type: ignore[misc]
+    class Spy(Eager):
         """Notes what it is handed: norms, layout of weights and images, size."""
 
         def __init__(self, name: str, by_pytorch: bool) -> None:

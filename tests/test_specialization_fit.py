@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 from typer.testing import CliRunner
 
 import pliant
 from _objectives import TERMS, adaptive, images
+from _processes import run_script
+from _stopping import StopAfter
 from pliant.checkpoint import save
 from pliant.cli import app
 from pliant.depth import set_depth, subnet
@@ -137,15 +135,6 @@ def same(a, b):
     return a.keys() == b.keys() and all(
         torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
     )
-
-
-class StopAfter(Callback):
-    def __init__(self, epochs):
-        self.epochs = epochs
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == self.epochs:
-            raise KeyError("killed")
 
 
 @pytest.fixture(scope="module")
@@ -305,17 +294,7 @@ if __name__ == "__main__":
     print(f"{os.environ['LOCAL_RANK']} {row['val_accuracy']} {row['val_accuracy_base']} "
           f"{row['train_loss']}", flush=True)
 """
-    (tmp_path / "script.py").write_text(script)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    said = run_script(script, tmp_path)
     assert said["0"] == said["1"]
     run = read_run(tmp_path / "run")
     held_out = evaluate(run.folder, part="val", device="cpu")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,6 +12,8 @@ import timm
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from _processes import run_script
+from _stopping import StopAfter
 from pliant.checkpoint import load, read_config
 from pliant.recipes import get_recipe
 from pliant.train import Recipe, Run, evaluate, fit, override, read_run
@@ -41,17 +40,6 @@ def weights(run):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-class StopAfter(Callback):
-    """A run that is killed after some epochs, its checkpoint written."""
-
-    def __init__(self, epochs):
-        self.epochs = epochs
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == self.epochs:
-            raise KeyError("killed")
 
 
 @pytest.fixture(scope="module")
@@ -334,18 +322,7 @@ if __name__ == "__main__":
     run = fit(recipe, sys.argv[1], progress=False)
     print(f"{os.environ['LOCAL_RANK']} {run.test_accuracy} {run.history[-1]['train_loss']}", flush=True)
 """
-    (tmp_path / "script.py").write_text(script)
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "run")]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+    said = run_script(script, tmp_path)
     assert said["0"] == said["1"]
     run = read_run(tmp_path / "run")
     assert float(said["0"].split()[0]) == run.test_accuracy

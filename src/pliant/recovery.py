@@ -300,8 +300,8 @@ def recovery_table(rows: Sequence[Recovery]) -> tuple[tuple[str, ...], list[tupl
         name += f", seed {first.seed}" if seeds else ""
         if images:
             name += f", {first.data} {first.pixels} px"
-        cells = [_reached(own[e]) if e in own else "-" for e in epochs]
-        lines.append((name, _taught(first), f"{first.plain_accuracy:.2f}", *cells))
+        reached = [_reached(own[e]) if e in own else "-" for e in epochs]
+        lines.append((name, _taught(first), f"{first.plain_accuracy:.2f}", *reached))
     return headings, lines
 
 

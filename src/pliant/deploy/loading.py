@@ -68,6 +68,16 @@ def read_facts(path: str | Path) -> Facts:
     return _FACTS[path.suffix](path)
 
 
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that there is not; None is as many as there are.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads must be a whole number of at least 1, not {threads!r}")
+
+
 def open_export(path: str | Path, *, threads: int | None = None) -> ExportedNetwork:
     """Open a file that `pliant.export` wrote, in its own engine on the CPU.
 
@@ -90,8 +100,7 @@ def open_export(path: str | Path, *, threads: int | None = None) -> ExportedNetw
     """
     path = Path(path)
     facts = read_facts(path)
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ValueError(f"threads must be a whole number of at least 1, not {threads!r}")
+    check_threads(threads)
     run: Callable[[Tensor], Any]
     if path.suffix == ".pt2":
         run = program.load(path, threads)

@@ -21,7 +21,7 @@ from pliant._files import atomic_path
 from pliant.deploy.engines.base import torch_threads
 from pliant.deploy.export import FORMATS, export
 from pliant.deploy.facts import read_report
-from pliant.deploy.loading import open_export
+from pliant.deploy.loading import check_threads, open_export
 from pliant.depth import subnet
 from pliant.measuring.macs import count_macs, count_parameters
 from pliant.measuring.provenance import provenance
@@ -122,9 +122,8 @@ def export_depths(
         raise ValueError(f"skips must hold different depths, not {chosen}")
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"rounds must be a whole number of at least 0, not {rounds!r}")
-    threads = torch.get_num_threads() if threads is None else threads
-    if not isinstance(threads, int) or threads < 1:
-        raise ValueError(f"threads must be a whole number of at least 1, not {threads!r}")
+    check_threads(threads)
+    threads = threads or torch.get_num_threads()
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and is not an empty folder; name another")

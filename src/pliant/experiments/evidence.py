@@ -83,7 +83,7 @@ class Evidence:
             return [r for r in self.times if (r.model, r.variant, r.engine, r.batch) == known]
 
         runs = {r.date for r in rows(PLAIN)}
-        return [r for r in rows(label) if r.date in runs]
+        return [r for r in rows(label) if not runs or r.date in runs]
 
     def margin(self, label: str, engine: str, batch: int) -> float:
         """How far a label's ratio of times may be from the true one: its spread over rounds, at least."""
@@ -93,8 +93,8 @@ class Evidence:
     def step(self, label: str) -> Measurement | None:
         """The row of the training step that a label comes from."""
         cell = next((c.label for c in self.cells if label in c.labels), label)
-        name = name_of(self.network, cell)
-        return next((r for r in self.times if (r.model, r.engine) == (name, STEP)), None)
+        steps = (self.time(cell, *setting) for setting in self.settings(steps=True))
+        return next((row for row in steps if row is not None), None)
 
     def without(self, seed: int) -> Evidence:
         """The same without the rows of a seed."""

@@ -59,10 +59,8 @@ class ONNXRuntime(ONNXEngine):
         threads = self._check(example, precision, threads)
         session = open_session(path, threads)
         (made,) = session.get_inputs()
-        name, expected = (
-            made.name,
-            Expected(example, precision, any_batch=not isinstance(made.shape[0], int)),
-        )
+        name = made.name
+        expected = Expected(example, precision, any_batch=not isinstance(made.shape[0], int))
 
         def run(images: Tensor) -> Any:
             expected.check(images)
