@@ -12,11 +12,13 @@ import timm
 from typer.testing import CliRunner
 
 from pliant import cli, experiments
+from pliant._lock import held
 from pliant.compare import read_scores, write_scores
 from pliant.experiments import EXPERIMENTS, Cell, cells_of, rivals_of, run_cells, states, walking
 from pliant.experiments.cells import RIVALS, cifar10_controls, cifar10_variants, key_of
 from pliant.experiments.timing import STEP, Effort, time_cells
 from pliant.experiments.variants import VARIANTS
+from pliant.experiments.walking import run_cells_together
 from pliant.measuring.rows import read_rows
 from pliant.models import list_networks
 from pliant.train.recipe import Recipe, differences
@@ -76,7 +78,10 @@ def test_seeds_of_all_controls_come_before_everything_else():
         *("plain", "MoD, score order", "first k channels", "blocks removed"),
         *("plain, 3-2-2 blocks", "plain, 3-3-2 blocks"),
     ]
-    assert max(cell.recipe.seed for cell in cifar10_controls("cuda")) == 2
+    on_gpu = cifar10_controls("cuda")
+    assert [c.keys for c in on_gpu if c.network == "resnet20"] == [c.keys for c in cells]
+    assert {c.network for c in on_gpu} == {"resnet20", "resnet18", "resnet50"}
+    assert max(c.recipe.seed for c in on_gpu if c.network != "resnet20") == 2
     sweep = {cell.label: cell.recipe.model_args for cell in cells if cell.family == "sweep"}
     assert sweep["MoD, c = 2"] == {"c": 2}
     assert sweep["MoD, c = 16, original"] == {"c": 16, "fusion": "original"}
@@ -112,12 +117,16 @@ def test_cells_can_be_chosen_and_shortened():
     ]
     assert {(c.recipe.epochs, c.recipe.warmup, c.recipe.path) for c in chosen} == {(2, 0.5, "there")}
     assert chosen[2].labels == ("ADN, super-net", "ADN, base-net")
+    networks = ["resnet18", "resnet50"]
+    of = cells_of(name, "cuda", only=["plain"], networks=networks, seeds=1)
+    assert [c.network for c in of] == networks
     for wrong, message in (
         ({"where": ["lr=1"]}, "lr belongs to the experiment, whose rows do not say it"),
         ({"only": ["snow"]}, "no label 'snow'; the labels are plain; MoD, score order"),
+        ({"networks": ["snow"]}, "no network 'snow'; the networks are resnet20"),
         ({"seeds": 0}, "seeds must be at least 1, not 0"),
         ({"epochs": 0}, "epochs must be at least 1, not 0"),
-        ({"device": "tpu"}, "no list of cells for device 'tpu'"),
+        ({"device": "tpu"}, "no list of cells for device 'tpu'; there is one for cpu and cuda"),
     ):
         with pytest.raises(ValueError, match=message):
             cells_of(name, **wrong)
@@ -139,8 +148,9 @@ def test_variants_are_of_the_controls_recipe_one_seed_of_each_first():
     known = {*VARIANTS, *(cell.label for cell in cifar10_controls())}
     assert all(variant.control in known for variant in VARIANTS.values())
     assert not set(VARIANTS) & {cell.label for cell in cifar10_controls()}
-    with pytest.raises(ValueError, match="no list of cells for device 'cuda'; there is one for cpu"):
-        cells_of("cifar10-variants", "cuda")
+    on_gpu = cells_of("cifar10-variants", "cuda")
+    assert [cell.keys for cell in on_gpu] == [cell.keys for cell in cells]
+    assert {cell.recipe.accelerator for cell in on_gpu} == {"gpu"}
 
 
 def test_rivals_are_cells_of_the_controls():
@@ -228,6 +238,34 @@ def test_no_cell_is_begun_when_the_time_is_up(tmp_path, monkeypatch):
     added, told = walk([PLAIN, REMOVED], tmp_path, limit=60)
     assert added == ["plain"]
     assert told[-1].endswith("not begun, the time is up; the same command goes on from here")
+
+
+def test_several_processes_share_the_cells(tmp_path):
+    cells = [PLAIN, REMOVED, replace(PLAIN, recipe=replace(TINY, seed=1))]
+    added = run_cells_together(cells, tmp_path / "rows.csv", tmp_path / "runs", 2)
+    rows = read_scores(tmp_path / "rows.csv")
+    assert sorted(map(key_of, rows)) == sorted(key for cell in cells for key in cell.keys)
+    assert sorted(map(key_of, added)) == sorted(map(key_of, rows))
+    # What the walkers share gives the same rows as one process does.
+    run_cells(cells, tmp_path / "alone.csv", tmp_path / "alone")
+    alone = read_scores(tmp_path / "alone.csv")
+    accuracies = [{key_of(row): row.test_accuracy for row in found} for found in (rows, alone)]
+    assert accuracies[0] == accuracies[1]
+    # A process that fails is told of, and the rows of the others are kept.
+    broken = replace(PLAIN, label="broken", recipe=replace(TINY, model="snow"))
+    with pytest.raises(RuntimeError, match=r"[12] of 2 processes failed, for the reasons above; 0 rows"):
+        run_cells_together([broken], tmp_path / "rows.csv", tmp_path / "runs", 2)
+    assert read_scores(tmp_path / "rows.csv") == rows
+
+
+def test_a_cell_that_another_process_has_in_hand_is_passed_over(tmp_path):
+    place = tmp_path / "runs" / "tiny-1"
+    place.mkdir(parents=True)
+    with held(place / "plain-s0.lock"):
+        added, told = walk([PLAIN, REMOVED], tmp_path)
+    assert added == ["blocks removed"]
+    assert told[-1] == "passed over, because other processes had them in hand: 1"
+    assert walk([PLAIN, REMOVED], tmp_path)[0] == ["plain"]
 
 
 def test_a_loss_that_is_no_number_costs_its_own_cell(tmp_path, monkeypatch):
@@ -327,3 +365,16 @@ def test_the_command_lists_runs_and_times(tmp_path, monkeypatch):
     assert set(timed[-1]) == {*RIVALS, "static"}
     with pytest.raises(ValueError, match="one at a time"):
         run("tiny", "--measure", "--list", *place)
+    with pytest.raises(ValueError, match="--engine is of --measure"):
+        run("tiny", "--engine", "eager", *place)
+
+
+def test_the_command_runs_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "tiny", lambda device: [PLAIN])
+    seen = []
+    monkeypatch.setattr(walking, "run_cells_together", lambda *a, **o: seen.append((a, o)) or [1, 2])
+    place = ("--results", tmp_path / "results", "--folder", tmp_path / "runs")
+    assert "2 rows added" in run("tiny", "--processes", 2, "--limit-minutes", 1, *place)
+    ((cells, rows, folder, processes), options) = seen[0]
+    assert ([c.label for c in cells], folder, processes) == (["plain"], tmp_path / "runs", 2)
+    assert (rows.name, options) == ("tiny-cpu.csv", {"limit": 60.0})

@@ -265,6 +265,8 @@ def test_commit_is_that_of_a_tracked_package_only(tmp_path: Path) -> None:
 def test_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.commit(provenance.SOURCE) == ""
+    monkeypatch.setenv("PLIANT_COMMIT", "abc123")  # of a copy that left its history behind
+    assert provenance.commit(provenance.SOURCE) == "abc123"
 
 
 def test_provenance_says_where_figures_come_from(clock: SimpleNamespace) -> None:

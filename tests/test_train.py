@@ -189,7 +189,7 @@ def test_folders_that_are_taken_are_refused(tiny, tmp_path):
 @pytest.mark.parametrize(("accelerator", "named"), [("auto", "cuda"), ("cpu", "cpu")])
 def test_the_environment_names_the_gpu_that_trains(accelerator, named, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("pliant.train.run.provenance", lambda device: {"gpu": device})
+    monkeypatch.setattr("pliant.train.run.provenance", lambda device: {"gpu": device.type})
     with claimed(tmp_path / "run", replace(TINY, accelerator=accelerator), resume=False) as checkpoint:
         assert checkpoint is None
     assert json.loads((tmp_path / "run" / "environment.json").read_text()) == {"gpu": named}

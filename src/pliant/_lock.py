@@ -37,11 +37,15 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def held(path: str | Path) -> Iterator[None]:
+def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock `path`, a file that says which process has it; it stays there.
 
     The system lets go of it when the process ends, however that is, so a lock is never stale.
     Where the file system knows no locks, a warning is logged and nothing is locked.
+
+    Args:
+        path: the file.
+        wait: until another lets go of it, rather than raise.
 
     Raises:
         FolderInUseError: another process, or another block of this one, holds it.
@@ -64,7 +68,7 @@ def held(path: str | Path) -> Iterator[None]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"

@@ -243,8 +243,8 @@ def run_at(run: Run, skip: Sequence[bool]) -> Run:
 
     Returns:
         The run with the network cut out. The whole network's is what was logged; of any other
-        depth accuracies are scored now, in float32 on the CPU, and the history has one row, the
-        best epoch's (the same one: `Run.best_epoch`).
+        depth accuracies are scored now, in float32, and the history has one row, the best
+        epoch's (the same one: `Run.best_epoch`).
 
     Raises:
         ValueError: the run's network has no adaptive depth, or another number of flags.
@@ -255,10 +255,14 @@ def run_at(run: Run, skip: Sequence[bool]) -> Run:
         return replace(run, model=network)
     from pliant.train.data import load_data
     from pliant.train.evaluation import score
+    from pliant.train.processes import device_of
 
     data = load_data(run.recipe)
-    check, val = (score(network, b, data.classes) for b in (data.check_batches(), data.val_batches()))
-    test = None if data.test is None else score(network, data.test_batches(), data.classes).top1
+    device = device_of(run.recipe)
+    sets = (data.check_batches, data.val_batches, *([data.test_batches] if data.test is not None else []))
+    check, val, *rest = (score(network, part(device), data.classes, device=device) for part in sets)
+    test = rest[0].top1 if rest else None
+    network.cpu()
     row = run.history[run.best_epoch] | {
         "train_accuracy": check.top1,
         "train_ce": check.loss,

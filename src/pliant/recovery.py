@@ -179,12 +179,16 @@ def _accuracy(network: nn.Module, data: Data, recipe: Recipe, part: str) -> floa
     import torch
 
     from pliant.train.evaluation import score
+    from pliant.train.processes import device_of
 
-    device = "cuda" if recipe.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    device = device_of(recipe)
     if recipe.channels_last:
         network.to(memory_format=torch.channels_last)
     loader = data.test_batches(device) if part == "test" else data.val_batches(device)
-    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),
+    ):
         return 100 * score(network, loader, data.classes, device=device).top1
 
 

@@ -22,10 +22,19 @@ def experiment(
     results: Annotated[Path, typer.Option(help="folder that has and gets the rows")] = Path("results"),
     docs: Annotated[Path, typer.Option(help="folder that gets the page")] = Path("docs"),
     only: Annotated[list[str] | None, typer.Option(help="only these labels; repeat for several")] = None,
+    network: Annotated[
+        list[str] | None, typer.Option(help="only of these plain networks; repeat for several")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="only the first so many of each label")] = None,
     epochs: Annotated[int | None, typer.Option(help="in place of the experiment's: a rehearsal")] = None,
     limit_minutes: Annotated[
         float | None, typer.Option(help="begin no further run after so long; the one that runs ends")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="so many runs at a time, each in a process of its own", min=1)
+    ] = 1,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="of --measure: only in these engines; repeat for several")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="say where each run stands, and run none")] = False,
     measure: Annotated[
@@ -37,18 +46,28 @@ def experiment(
 ) -> None:
     """Train all networks of an experiment, one row each; the same command goes on where it stopped."""
     from pliant.experiments import cells_of, rivals_of, run_cells, states
-    from pliant.experiments.walking import scores_in
+    from pliant.experiments.walking import run_cells_together, scores_in
 
     if list_ + measure + page > 1:
         raise ValueError("--list, --measure and --page are one at a time")
+    if engine and not measure:
+        raise ValueError("--engine is of --measure: training has no engine")
     if page:
         from pliant.experiments.page import write_evidence
 
-        if only or seeds is not None:
-            raise ValueError("the page is of all rows: --page takes neither --only nor --seeds")
+        if only or network or seeds is not None:
+            raise ValueError("the page is of all rows: --page takes no --only, --network or --seeds")
         typer.echo(f"written: {write_evidence(name, results, docs, epochs=epochs)}")
         return
-    cells = cells_of(name, device, only=only or (), seeds=seeds, epochs=epochs, where=where or ())
+    cells = cells_of(
+        name,
+        device,
+        only=only or (),
+        networks=network or (),
+        seeds=seeds,
+        epochs=epochs,
+        where=where or (),
+    )
     rows = results / f"{name}-{device}.csv"
     place = folder or Path("runs", name)
     if list_:
@@ -67,19 +86,19 @@ def experiment(
                 results / f"{name}-latency-{device}.csv",
                 device=device,
                 threads=cells[0].recipe.threads,
+                engines=engine,
                 progress=step,
             )
         typer.echo(f"{len(timed)} rows of times in {results / f'{name}-latency-{device}.csv'}")
         return
+    limit = None if limit_minutes is None else 60 * limit_minutes
     try:
-        added = run_cells(
-            cells,
-            rows,
-            place,
-            limit=None if limit_minutes is None else 60 * limit_minutes,
-            progress=sys.stdout.isatty(),
-            tell=typer.echo,
-        )
+        if processes > 1:
+            added = run_cells_together(cells, rows, place, processes, limit=limit)
+        else:
+            added = run_cells(
+                cells, rows, place, limit=limit, progress=sys.stdout.isatty(), tell=typer.echo
+            )
     except KeyboardInterrupt as stop:
         typer.secho("pliant: interrupted; the same command goes on from here", fg="red", err=True)
         raise typer.Exit(130) from stop

@@ -32,6 +32,7 @@ DEPTHS = {f"plain, {'-'.join(map(str, blocks))} blocks": blocks for blocks in ((
 # What variants are held against. Their rows are those of the controls, with a further seed: a
 # variant's first seed chooses it, and the next three decide. Their times are taken anew beside it.
 RIVALS = (PLAIN, REMOVED, SCORE_ORDER, FIRST, *DEPTHS)
+_OF_VARIANTS = "resnet20"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +99,10 @@ def key_of(score: Score) -> Key:
 def cifar10_controls(device: str = "cpu") -> list[Cell]:
     """CIFAR-10 at one recipe: what each method does, beside what it has to be better than.
 
-    On a CPU ResNet-20 (c = 16, the width of its first block); on a GPU ResNet-18 and ResNet-50 in
-    CIFAR form (c = 64). First one seed of all controls of Mixture-of-Depths,
-    then two further seeds, and those of plain networks of other depths, so that the question is
-    answered as early as it can be; then one seed of everything else, and what the variants need.
+    ResNet-20 (c = 16, the width of its first block); on a GPU also ResNet-18 and ResNet-50 in CIFAR
+    form (c = 64). First one seed of all controls of Mixture-of-Depths, then two further seeds, and
+    those of plain networks of other depths, so that the question is answered as early as it can be;
+    then one seed of everything else, and what the variants need.
 
     Raises:
         ValueError: another device.
@@ -113,19 +114,15 @@ def cifar10_controls(device: str = "cpu") -> list[Cell]:
         >>> sum(cell.family == "controls" and cell.recipe.seed < 3 for cell in cells)
         21
     """
-    if device == "cpu":
-        networks: dict[str, tuple[int, ...]] = {"resnet20": (2, 4, 8, 16)}
-    elif device == "cuda":
-        networks = {"resnet18": (8, 16, 32, 64), "resnet50": ()}
-    else:
-        raise ValueError(f"no list of cells for device {device!r}; there is one for cpu and cuda")
+    accelerator = _accelerator(device)
+    networks: dict[str, tuple[int, ...]] = {"resnet20": (2, 4, 8, 16)}
+    if device == "cuda":
+        networks |= {"resnet18": (8, 16, 32, 64), "resnet50": ()}
     parts = {name: _families(name, widths) for name, widths in networks.items()}
     order = [(family, seed) for family in ("controls", "depth") for seed in range(SEEDS)]
     order += [(family, 0) for family in ("sweep", "adn", "condconv", "combinations")]
     order += [("adn", seed) for seed in range(1, SEEDS)]
-    if device == "cpu":
-        order += [(family, SEEDS) for family in ("controls", "depth")]
-    accelerator: Accelerator = "gpu" if device == "cuda" else "cpu"
+    order += [(family, SEEDS) for family in ("controls", "depth")]
     return [
         Cell(
             network=network,
@@ -136,8 +133,20 @@ def cifar10_controls(device: str = "cpu") -> list[Cell]:
         for family, seed in order
         for network, families in parts.items()
         for label, recipe in families.get(family, {}).items()
-        if seed < SEEDS or label in RIVALS
+        if seed < SEEDS or (label in RIVALS and network == _OF_VARIANTS)
     ]
+
+
+def _accelerator(device: str) -> Accelerator:
+    """Lightning's name of a device.
+
+    Raises:
+        ValueError: no experiment runs there.
+    """
+    names: dict[str, Accelerator] = {"cpu": "cpu", "cuda": "gpu"}
+    if device not in names:
+        raise ValueError(f"no list of cells for device {device!r}; there is one for {' and '.join(names)}")
+    return names[device]
 
 
 def _families(network: str, widths: tuple[int, ...]) -> dict[str, dict[str, Recipe]]:
@@ -157,7 +166,7 @@ def _families(network: str, widths: tuple[int, ...]) -> dict[str, dict[str, Reci
     first = {f"MoD, c = {c}": args(mod, c=c) for c in widths[:-1]}
     original = {f"MoD, c = {c}, original": args(mod, c=c, fusion="original") for c in widths}
     found["sweep"] = first | original
-    if network == "resnet20":
+    if network == _OF_VARIANTS:
         found["combinations"] = _combinations(plain)
         found["depth"] = {label: args(plain, layers=list(blocks)) for label, blocks in DEPTHS.items()}
     return found
@@ -181,7 +190,7 @@ def _combinations(plain: Recipe) -> dict[str, Recipe]:
 
 
 def cifar10_variants(device: str = "cpu") -> list[Cell]:
-    """The recipe and network of `cifar10_controls` on a CPU, with variants of Mixture-of-Depths.
+    """The recipe and first network of `cifar10_controls`, with variants of Mixture-of-Depths.
 
     First one seed of each variant, which chooses those that are worth more; then three further
     seeds of each, which decide: `cells_of` with ``only`` has those of the chosen.
@@ -194,20 +203,18 @@ def cifar10_variants(device: str = "cpu") -> list[Cell]:
         >>> cells[0].label, cells[0].recipe.model_args
         ('gate of the map', {'gate': 'map'})
     """
-    if device != "cpu":
-        raise ValueError(f"no list of cells for device {device!r}; there is one for cpu")
-    network = "resnet20"
-    mod = controls_by_name(f"cifar10.{network}.controls")[SCORE_ORDER]
+    accelerator = _accelerator(device)
+    mod = controls_by_name(f"cifar10.{_OF_VARIANTS}.controls")[SCORE_ORDER]
     return [
         Cell(
-            network=network,
+            network=_OF_VARIANTS,
             family="variants",
             label=label,
             recipe=replace(
                 mod,
                 model_args={**mod.model_args, **variant.options},
                 seed=seed,
-                accelerator="cpu",
+                accelerator=accelerator,
             ),
         )
         for seed in range(SEEDS + 1)
@@ -240,6 +247,7 @@ def cells_of(
     device: str = "cpu",
     *,
     only: Iterable[str] = (),
+    networks: Iterable[str] = (),
     seeds: int | None = None,
     epochs: int | None = None,
     where: Iterable[str] = (),
@@ -250,12 +258,13 @@ def cells_of(
         name: of `EXPERIMENTS`.
         device: ``cpu`` or ``cuda``.
         only: labels of cells; none: all.
+        networks: short names of plain networks; none: all.
         seeds: the first so many of each cell's.
         epochs: of each, in place of the experiment's.
         where: changes of where they run, as for `Cell.changed`.
 
     Raises:
-        ValueError: no such experiment, device or label, or a change that is refused.
+        ValueError: no such experiment, device, label or network, or a change that is refused.
 
     Example:
         >>> [cell.recipe.seed for cell in cells_of("cifar10-controls", only=["plain"], seeds=2)]
@@ -265,16 +274,29 @@ def cells_of(
         raise ValueError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be at least 1, not {seeds}")
-    where, wanted = list(where), set(only)
-    cells = EXPERIMENTS[name](device)
-    unknown = wanted - {cell.label for cell in cells}
-    if unknown:
-        labels = dict.fromkeys(cell.label for cell in cells)
-        raise ValueError(f"no label {sorted(unknown)[0]!r}; the labels are {'; '.join(labels)}")
+    where, cells = list(where), EXPERIMENTS[name](device)
+    wanted = _known("label", only, [cell.label for cell in cells])
+    of = _known("network", networks, [cell.network for cell in cells])
     first: dict[tuple[str, str], int] = {}
     chosen = []
     for cell in cells:
         start = first.setdefault((cell.network, cell.label), cell.recipe.seed)
-        if (not wanted or cell.label in wanted) and (seeds is None or cell.recipe.seed < start + seeds):
+        if (
+            cell.label in wanted
+            and cell.network in of
+            and (seeds is None or cell.recipe.seed < start + seeds)
+        ):
             chosen.append(cell.changed(epochs=epochs, where=where))
     return chosen
+
+
+def _known(what: str, wanted: Iterable[str], there: Iterable[str]) -> set[str]:
+    """What is wanted; all that is there where nothing is named.
+
+    Raises:
+        ValueError: something else is named.
+    """
+    named, names = set(wanted), list(dict.fromkeys(there))
+    if unknown := sorted(named - set(names)):
+        raise ValueError(f"no {what} {unknown[0]!r}; the {what}s are {'; '.join(names)}")
+    return named or set(names)

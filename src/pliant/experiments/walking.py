@@ -2,17 +2,22 @@
 
 A row is written as soon as its cell has finished, and says all by which a cell is known. So an
 experiment goes on from its rows alone, on another machine and without the folders of its runs;
-a run that was cut off goes on from its checkpoint, where its folder is still there.
+a run that was cut off goes on from its checkpoint, where its folder is still there. Several
+processes that share these folders share the cells: none takes what another has in hand.
 """
 
 from __future__ import annotations
 
 import csv
+import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from pliant._lock import FolderInUseError, held
 from pliant.compare import Score, compare, read_scores, run_folder, write_scores
 from pliant.experiments.cells import Cell, key_of
 
@@ -74,7 +79,7 @@ def run_cells(
     Args:
         cells: what to run, the most important first.
         rows: CSV file of `pliant.compare.Score`, which gets each cell's row when it has finished.
-        folder: of the runs.
+        folder: of the runs. A cell that another process runs there is passed over.
         limit: seconds after which no further cell is begun; the one that runs ends.
         progress: show `fit`'s progress bar.
         tell: gets a line for each cell.
@@ -94,6 +99,7 @@ def run_cells(
     begin = time.monotonic()
     added: list[Score] = []
     lost: list[str] = []
+    elsewhere = 0
     for number, cell in enumerate(cells, 1):
         name = f"{number} of {len(cells)}: {cell.network}, {cell.label}, seed {cell.recipe.seed}"
         # Read anew each time: another process may have written some of them.
@@ -102,20 +108,88 @@ def run_cells(
         if limit is not None and time.monotonic() - begin >= limit:
             tell(f"{name}: not begun, the time is up; the same command goes on from here")
             break
-        tell(name)
+        place = run_folder(_parent(cell, folder), cell.label, cell.recipe)
+        place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            done = compare({cell.label: cell.recipe}, _parent(cell, folder), progress=progress)
+            with held(place.with_name(f"{place.name}.lock")):
+                # Another process may have finished it since the rows were read.
+                if {key_of(row) for row in scores_in(rows)}.issuperset(cell.keys):
+                    continue
+                tell(name)
+                done = compare({cell.label: cell.recipe}, place.parent, progress=progress)
+                scores = [score for score, _ in done.values()]
+                with held(Path(folder, "rows.lock"), wait=True):  # two would each lose the other's
+                    write_scores(rows, scores, append=True)
+        except FolderInUseError:
+            elsewhere += 1
+            continue
         except NonFiniteLossError as error:
             lost.append(f"{cell.label}, seed {cell.recipe.seed}")
-            tell(f"  failed: {error}")
+            tell(f"{name}: failed: {error}")
             continue
-        scores = [score for score, _ in done.values()]
-        write_scores(rows, scores, append=True)
         added += scores
-        tell(f"  {_told(scores)}")
+        tell(f"{name}: {_told(scores)}")
+    if elsewhere:
+        tell(f"passed over, because other processes had them in hand: {elsewhere}")
     if lost:
         raise RuntimeError(f"the loss of {'; '.join(lost)} became NaN or infinite; see their folders")
     return added
+
+
+def run_cells_together(
+    cells: Sequence[Cell],
+    rows: str | Path,
+    folder: str | Path,
+    processes: int,
+    *,
+    limit: float | None = None,
+) -> list[Score]:
+    """`run_cells` in several processes at once, which share the cells; they print what they do.
+
+    Small networks leave a GPU, or many cores, idle between their kernels. With
+    ``threads=1`` each process takes one core.
+
+    Args:
+        cells: as `run_cells` takes them.
+        rows: likewise.
+        folder: likewise.
+        processes: how many.
+        limit: seconds, of each.
+
+    Raises:
+        RuntimeError: some processes failed; what the others ran is in the rows.
+    """
+    before = scores_in(rows)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    walkers = [
+        context.Process(target=_walk, args=(cells, rows, folder, limit), name=f"walker {n}")
+        for n in range(processes)
+    ]
+    for walker in walkers:
+        walker.start()
+    try:
+        for walker in walkers:
+            walker.join()
+    except KeyboardInterrupt:  # they got it too, and keep what they have
+        for walker in walkers:
+            walker.join()
+        raise
+    added = [row for row in scores_in(rows) if row not in before]
+    if failed := sum(walker.exitcode != 0 for walker in walkers):
+        raise RuntimeError(
+            f"{failed} of {processes} processes failed, for the reasons above; {len(added)} rows were added"
+        )
+    return added
+
+
+def _walk(cells: Sequence[Cell], rows: str | Path, folder: str | Path, limit: float | None) -> None:
+    """What each of several processes does."""
+    try:
+        run_cells(cells, rows, folder, limit=limit, tell=partial(print, flush=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"pliant: {error}")
 
 
 def _told(scores: Sequence[Score]) -> str:

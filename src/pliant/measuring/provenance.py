@@ -71,11 +71,12 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def commit(folder: Path) -> str:
     """Commit of the work tree that holds `folder`, ``-dirty`` if `folder` differs from it.
 
-    Empty where git does not track the folder: a package installed into somebody else's
-    repository must not report that repository's commit.
+    Where git does not track the folder, what the variable ``PLIANT_COMMIT`` says, for a copy without
+    its history (a container, a lent machine), else empty: a package installed into somebody
+    else's repository must not report that repository's commit.
     """
     if not _git(folder, "ls-files", "--", "__init__.py"):
-        return ""
+        return os.environ.get("PLIANT_COMMIT", "")
     head = _git(folder, "rev-parse", "HEAD")
     # Only the code itself: results that a run has just written do not change it.
     changed = _git(folder, "status", "--porcelain", "--", ".")

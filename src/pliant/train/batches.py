@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pliant.train.images import ImageSet, TensorImages, UnreadableImageError
-from pliant.train.processes import place
+from pliant.train.processes import device_of, place
 from pliant.train.recipe import AUGMENTATIONS, Recipe
 from pliant.train.seeds import mixed_seed, seeded
 
@@ -213,7 +213,7 @@ class FileBatches(Batches):
             batch_sampler=([(self.epoch, i) for i in index.tolist()] for index in self.order()[first:]),
             num_workers=recipe.workers,
             collate_fn=_collated,
-            pin_memory=torch.cuda.is_available() and recipe.accelerator != "cpu",
+            pin_memory=device_of(recipe).type == "cuda",
         )
         for x, y, bad, stop in loader:
             self.unreadable.update(bad)

@@ -49,7 +49,7 @@ from pliant.train.run import (
 from pliant.train.saved import ADVICE, LAST, PREVIOUS, newest
 from pliant.train.seeds import mixed_seed, seeded
 from pliant.train.sharding import of_the_first, strategy_of
-from pliant.train.tasks import Classification
+from pliant.train.tasks import LOG_EVERY, Classification
 
 __all__ = ["Terminated", "build", "fit"]
 
@@ -185,7 +185,7 @@ def _train(
     """Run Lightning's Trainer to the end of the recipe."""
     own: list[Callback] = [Keep(folder, recipe.checkpoint_minutes)]
     if recipe.ema is not None:
-        own.insert(0, WeightAveraging(avg_fn=_ema(recipe.ema)))
+        own.insert(0, WeightAveraging(multi_avg_fn=_ema(recipe.ema)))
     if progress:
         own.append(RichProgressBar(leave=False))
     trainer = pl.Trainer(
@@ -204,7 +204,7 @@ def _train(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # `Batches` gives each process its share
-        log_every_n_steps=10,
+        log_every_n_steps=LOG_EVERY,
     )
     device = trainer.strategy.root_device
     if recipe.channels_last:
@@ -330,12 +330,20 @@ def _logger(folder: Path) -> Any:
 
 
 def _ema(decay: float) -> Any:
-    """Average that forgets the first steps: its decay rises to `decay` from 0.1."""
+    """Average that forgets the first steps: its decay rises to `decay` from 0.1.
 
-    def average(old: Tensor, new: Tensor, count: Tensor) -> Tensor:
+    All values of one type at once, as torch's own averages take them.
+    """
+
+    def average(old: list[Tensor], new: list[Tensor], count: Tensor) -> None:
         # As in TensorFlow's ExponentialMovingAverage with num_updates.
         share = min(decay, (1 + float(count)) / (10 + float(count)))
-        return share * old + (1 - share) * new
+        if not old[0].is_floating_point():  # counters, such as those of batch norm
+            for a, b in zip(old, new, strict=True):
+                a.copy_(share * a + (1 - share) * b)
+            return
+        torch._foreach_mul_(old, share)
+        torch._foreach_add_(old, torch._foreach_mul(new, 1 - share))
 
     return average
 

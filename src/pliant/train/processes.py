@@ -1,4 +1,7 @@
-"""The processes of one distributed run; a run in one process is one of one."""
+"""Where a run takes place: its device, and the processes of a distributed one.
+
+A run in one process is one of one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,20 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from pliant.train.recipe import Recipe
+
 T = TypeVar("T")
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Where a run of a recipe takes place on this machine: a GPU or the CPU.
+
+    Example:
+        >>> device_of(Recipe(name="example", model="resnet20_cifar", accelerator="cpu"))
+        device(type='cpu')
+    """
+    gpu = recipe.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
 
 
 def place() -> tuple[int, int]:

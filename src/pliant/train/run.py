@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pliant._files import atomic_path, writing
 from pliant._lock import held
 from pliant.measuring.provenance import provenance
+from pliant.train.processes import device_of
 from pliant.train.recipe import WHERE, Recipe, differences
 from pliant.train.saved import ADVICE, DAMAGED, LAST, newest
 
@@ -137,8 +137,7 @@ def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path | No
             if not (folder / RECIPE).is_file():  # first: it says that the folder is a run's
                 write_json(folder / RECIPE, recipe.as_dict())
             if not (folder / ENVIRONMENT).is_file():
-                gpu = recipe.accelerator != "cpu" and torch.cuda.is_available()
-                write_json(folder / ENVIRONMENT, provenance("cuda" if gpu else "cpu"))
+                write_json(folder / ENVIRONMENT, provenance(device_of(recipe)))
             # Killed before its first checkpoint, a run begins again.
             checkpoint = newest(folder)
             if checkpoint not in (None, folder / LAST) and (folder / LAST).is_file():

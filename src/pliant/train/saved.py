@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from pliant.measuring.provenance import provenance
+from pliant.train.processes import device_of
 from pliant.train.recipe import Recipe
 
 LAST = Path("checkpoints", "last.ckpt")
@@ -131,12 +132,11 @@ def newest(folder: Path, *, quiet: bool = False) -> Path | None:
 
 def environment(recipe: Recipe) -> dict[str, Any]:
     """Machine, versions, commit and threads of this process, for a run of `recipe`."""
-    gpu = recipe.accelerator != "cpu" and torch.cuda.is_available()
     try:
         lightning = version("lightning")
     except PackageNotFoundError:  # installed as what it is built from
         lightning = ""
-    about = {**provenance("cuda" if gpu else "cpu"), "lightning": lightning}
+    about = {**provenance(device_of(recipe)), "lightning": lightning}
     # Plain text: torch's version is of a class of its own.
     return {k: str(v) if isinstance(v, str) else v for k, v in about.items()} | {
         "threads": torch.get_num_threads()

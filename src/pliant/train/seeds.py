@@ -22,6 +22,18 @@ def mixed_seed(seed: int, *parts: int | str) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
+def seed_torch(value: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of one other device.
+
+    `torch.manual_seed` asks after every kind of device there could be, which takes a millisecond.
+    """
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
+    elif device.type != "cpu":
+        torch.manual_seed(value)
+
+
 @contextmanager
 def seeded(seed: int, *parts: int | str) -> Iterator[None]:
     """Seed the generators of Python, numpy and torch's CPU, and put them back after.
