@@ -346,3 +346,25 @@ def test_an_option_changes_what_is_learnt(change, tmp_path):
         for more in ([], [change])
     )
     assert not same(weights(plain), weights(changed))
+
+
+def test_averaged_weights_are_the_weights_of_all_steps_and_indices_are_not_averaged(tmp_path):
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, task, *_):
+            seen.append({name: value.clone() for name, value in task.model.state_dict().items()})
+
+    changes = ["epochs=1", "ema=0.4", "batch=512", "model_args.selection=fixed"]
+    run = fit(override(TINY, changes), tmp_path / "run", progress=False, callbacks=[Watch()])
+    assert len(seen) == 2
+    # The second step's share is 1 - min(0.4, 2/11).
+    name = "conv1.weight"
+    expected = 2 / 11 * seen[0][name] + 9 / 11 * seen[1][name]
+    assert torch.allclose(weights(run)[name], expected, atol=1e-6)
+    assert not torch.allclose(seen[0][name], seen[1][name], atol=1e-4)
+    whole = {name: value for name, value in seen[1].items() if not value.is_floating_point()}
+    chosen = [name for name in whole if name.endswith("selector.index")]
+    assert chosen
+    assert any(bool(whole[name].bool().any()) for name in chosen)
+    assert same({name: weights(run)[name] for name in whole}, whole)

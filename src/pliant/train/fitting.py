@@ -338,9 +338,8 @@ def _ema(decay: float) -> Any:
     def average(old: list[Tensor], new: list[Tensor], count: Tensor) -> None:
         # As in TensorFlow's ExponentialMovingAverage with num_updates.
         share = min(decay, (1 + float(count)) / (10 + float(count)))
-        if not old[0].is_floating_point():  # counters, such as those of batch norm
-            for a, b in zip(old, new, strict=True):
-                a.copy_(share * a + (1 - share) * b)
+        if not old[0].is_floating_point():  # counters, and indices: the mean of two sevens may be a six
+            torch._foreach_copy_(old, new)
             return
         torch._foreach_mul_(old, share)
         torch._foreach_add_(old, torch._foreach_mul(new, 1 - share))
