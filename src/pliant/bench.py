@@ -103,7 +103,7 @@ _SHORT: dict[str, Any] = {"min_run_time": 0.1, "max_run_time": 32.0}
 _ON_GPU: dict[str, Any] = {
     "rounds": 30,
     "min_run_time": 0.05,
-    "max_run_time": 12.0,
+    "max_run_time": 8.0,
     "max_prepare_time": 150.0,
 }
 _BEST: dict[str, Any] = {"forms": (OPTIMIZED,), "lower_resolution": None}
