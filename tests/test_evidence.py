@@ -13,7 +13,7 @@ from pliant import cli
 from pliant.compare import PLAIN, REMOVED, Score, write_scores
 from pliant.experiments.cells import cells_of
 from pliant.experiments.claims import Paired, Rival, answer, any_of, at_equal_time, paired
-from pliant.experiments.evidence import gather
+from pliant.experiments.evidence import Setting, gather
 from pliant.experiments.page import FIRST, FIXED, FRESH, INDEX_ORDER, SCORE_ORDER, page, write_evidence
 from pliant.experiments.timing import STEP
 from pliant.measuring.rows import Measurement, write_rows
@@ -21,6 +21,7 @@ from pliant.measuring.rows import Measurement, write_rows
 NAME = "cifar10-controls"
 CELLS = cells_of(NAME)
 VARIANTS = "cifar10-variants"
+EAGER = Setting("eager", 1)
 
 
 def scores_of(accuracies, cells=CELLS):
@@ -72,7 +73,7 @@ def times_of(ratios, engine="eager", batch=1, spread=0.01):
 
 
 def text_of(accuracies, times=()):
-    return page(NAME, gather(CELLS, scores_of(accuracies), list(times), "cpu"))
+    return page(NAME, gather(CELLS, [scores_of(accuracies)], list(times)))
 
 
 def lines_of(text):
@@ -228,9 +229,9 @@ def test_times_of_another_run_are_no_pair():
     rows = [
         replace(r, date="yesterday") if SCORE_ORDER in r.model else replace(r, date="now") for r in rows
     ]
-    (own,) = gather(CELLS, [], rows, "cpu")
-    assert own.time(REMOVED, "eager", 1).time_ratio == 0.6
-    assert own.time(SCORE_ORDER, "eager", 1) is None
+    (own,) = gather(CELLS, [], rows)
+    assert own.time(REMOVED, EAGER).time_ratio == 0.6
+    assert own.time(SCORE_ORDER, EAGER) is None
 
 
 def test_the_form_that_suits_the_engine_is_the_one_that_counts():
@@ -246,11 +247,10 @@ def test_the_form_that_suits_the_engine_is_the_one_that_counts():
             Measurement(model="resnet20: ADN", engine=STEP, time_ratio=2.0),
             Measurement(model="resnet18: plain", time_ratio=1.0),
         ],
-        "cpu",
     )
-    assert [own.time(n, "eager", 1).time_ratio for n in (PLAIN, SCORE_ORDER, FIRST)] == [1.0, 0.9, 0.7]
-    assert [own.formless(n, "eager", 1) for n in (PLAIN, SCORE_ORDER, FIRST)] == [False, False, True]
-    assert own.settings() == [("eager", 1)]
+    assert [own.time(n, EAGER).time_ratio for n in (PLAIN, SCORE_ORDER, FIRST)] == [1.0, 0.9, 0.7]
+    assert [own.formless(n, EAGER) for n in (PLAIN, SCORE_ORDER, FIRST)] == [False, False, True]
+    assert own.settings() == [EAGER]
     assert own.step("ADN, base-net").time_ratio == 2.0
     assert len(own.times) == 6
 
@@ -283,13 +283,28 @@ def test_tables_have_means_spreads_and_costs():
 def test_rows_of_other_experiments_are_left_out():
     (row,) = scores_of({PLAIN: (88.0,)})
     others = [replace(row, epochs=1), replace(row, recipe="cifar10.resnet20"), replace(row, seed=9)]
-    (own,) = gather(CELLS, [row, *others], [], "cpu")
+    (own,) = gather(CELLS, [[row, *others]], [])
     assert own.scores == (row,)
-    assert gather(CELLS, [row, row], [], "cpu")[0].scores == (row,)
+    assert gather(CELLS, [[row, row]], [])[0].scores == (row,)
     with pytest.raises(
         ValueError, match=r"two rows of plain, seed 0, have test accuracies of 88\.0 and 80\.0 %"
     ):
-        gather(CELLS, [row, replace(row, test_accuracy=80.0)], [], "cpu")
+        gather(CELLS, [[row, replace(row, test_accuracy=80.0)]], [])
+
+
+def test_a_run_on_two_devices_counts_once_and_times_are_each_devices_own():
+    rows = scores_of({PLAIN: (88.0, 89.0), REMOVED: (87.0,)})
+    on_gpu = [replace(rows[0], test_accuracy=88.5, gpu="a GPU")]
+    times = times_of({PLAIN: 1.0, REMOVED: 0.6})
+    times += [replace(row, device="cuda", time_ratio=row.time_ratio / 2) for row in times]
+    (own,) = gather(CELLS, [on_gpu, rows], times)
+    assert own.accuracy(PLAIN) == {0: 88.5, 1: 89.0}
+    assert own.accuracy(REMOVED) == {0: 87.0}
+    assert own.settings() == [EAGER, Setting("eager", 1, "cuda")]
+    assert [own.time(REMOVED, setting).time_ratio for setting in own.settings()] == [0.6, 0.3]
+    text = page(NAME, [own])
+    assert "Trained on a CPU, 2 cores (2 rows); a GPU (1 row)." in text
+    assert "| latency ratio, eager, batch 1 | latency ratio, eager, batch 1, cuda |" in text
 
 
 def test_page_and_figure_are_written_from_files(tmp_path):
@@ -302,7 +317,7 @@ def test_page_and_figure_are_written_from_files(tmp_path):
     assert "no rows of cifar10-controls in" in str(done.exception)
     assert (docs / "evidence.md").read_text() == "full"
     done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", "--seeds", "1", *place])
-    assert "--page takes neither --only nor --seeds" in str(done.exception)
+    assert "--page takes no --only, --network or --seeds" in str(done.exception)
 
     write_scores(results / f"{NAME}-cpu.csv", scores_of({PLAIN: (88.0, 89.0), REMOVED: (87.0,)}))
     done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", *place])
@@ -311,9 +326,9 @@ def test_page_and_figure_are_written_from_files(tmp_path):
     write_rows(results / f"{NAME}-latency-cpu.csv", times_of({PLAIN: 1.0, REMOVED: 0.6}))
     path = write_evidence(NAME, results, docs)
     text = path.read_text()
-    assert f"![Accuracy against latency](../results/{NAME}-resnet20-cpu.svg)" in text
+    assert f"![Accuracy against latency](../results/{NAME}-resnet20.svg)" in text
     assert "resnet18" not in text  # nothing was run on a GPU
-    figure = (results / f"{NAME}-resnet20-cpu.svg").read_text()
+    figure = (results / f"{NAME}-resnet20.svg").read_text()
     assert ">blocks removed<" in figure
     assert ">resnet20, eager, batch 1<" in figure
     rehearsed = [replace(row, epochs=2) for row in scores_of({PLAIN: (50.0,)})]
@@ -323,7 +338,7 @@ def test_page_and_figure_are_written_from_files(tmp_path):
     assert "`pliant experiment cifar10-controls --epochs 2 --page`" in short.read_text()
     again = (
         write_evidence(NAME, results, docs).read_text(),
-        (results / f"{NAME}-resnet20-cpu.svg").read_text(),
+        (results / f"{NAME}-resnet20.svg").read_text(),
     )
     assert again == (text, figure)
 
@@ -332,9 +347,9 @@ def test_page_and_figure_are_written_from_files(tmp_path):
     gpu = replace(row, recipe=first.recipe.name, model=first.recipe.model, gpu="a GPU")
     write_scores(results / f"{NAME}-cuda.csv", [gpu])
     text = write_evidence(NAME, results, docs).read_text()
-    assert "## What the rows show (resnet20, cpu)" in text
-    assert "## What the rows show (resnet50, cuda)" in text
-    assert "Trained on a GPU." in text
+    assert "## What the rows show (resnet20)" in text
+    assert "## What the rows show (resnet50)" in text
+    assert "Trained on a GPU (1 row)." in text
 
 
 def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
@@ -372,7 +387,7 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
         "- **static** (`selection='static', temperature=0.1, straight_through=True, order='index'," in text
     )
     assert "| plain | 4 | 86.83 ± 4.55 |" in text
-    figure = (results / f"{VARIANTS}-resnet20-cpu.svg").read_text()
+    figure = (results / f"{VARIANTS}-resnet20.svg").read_text()
     assert ">gate of the map<" in figure
 
     # Without the seeds that decide nothing is, whatever the first says.

@@ -1,9 +1,13 @@
-"""Rows of one network's experiment, joined: accuracies by seed, times by setting."""
+"""Rows of one network's experiment, joined: accuracies by seed, times by setting.
+
+An accuracy is the recipe's and the seed's, wherever it was trained; a time is its device's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from pliant.compare import PLAIN, REMOVED, Score
 from pliant.experiments.cells import Cell, Key, key_of
@@ -15,20 +19,40 @@ from pliant.measuring.rows import AS_IS, OPTIMIZED, Measurement
 FINEST = {True: 0.015, False: 0.03}
 
 
+class Setting(NamedTuple):
+    """In what networks were timed.
+
+    Attributes:
+        engine: or `STEP`.
+        batch: images.
+        device: ``cpu`` or ``cuda``.
+
+    Example:
+        >>> print(Setting("eager", 1), Setting("eager", 1, "cuda"), sep="; ")
+        eager, batch 1; eager, batch 1, cuda
+    """
+
+    engine: str
+    batch: int
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        place = "" if self.device == "cpu" else f", {self.device}"
+        return f"{self.engine}, batch {self.batch}{place}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What is known of the cells of one network on one kind of device.
+    """What is known of the cells of one network.
 
     Attributes:
         network: short name of the plain network.
-        device: ``cpu`` or ``cuda``.
         cells: of the experiment, run or not.
         scores: rows of these cells, and of no others.
         times: rows of times of these networks.
     """
 
     network: str
-    device: str
     cells: tuple[Cell, ...]
     scores: tuple[Score, ...]
     times: tuple[Measurement, ...]
@@ -50,50 +74,51 @@ class Evidence:
         """Difference of two labels' accuracies."""
         return paired(self.accuracy(one), self.accuracy(other))
 
-    def settings(self, *, steps: bool = False) -> list[tuple[str, int]]:
-        """Engines and batches in which latency was timed, or batches of training steps."""
-        return list(dict.fromkeys((r.engine, r.batch) for r in self.times if (r.engine == STEP) == steps))
+    def settings(self, *, steps: bool = False) -> list[Setting]:
+        """In what latency was timed, or training steps."""
+        found = (Setting(r.engine, r.batch, r.device) for r in self.times if (r.engine == STEP) == steps)
+        return list(dict.fromkeys(found))
 
-    def time(self, label: str, engine: str, batch: int) -> Measurement | None:
+    def time(self, label: str, setting: Setting) -> Measurement | None:
         """The row of a label's time, of the run that timed the plain network last.
 
         A Mixture-of-Depths network is taken with its blocks in the form that suits the engine; in the
         plain one where that could not be made, which `formless` says.
         """
-        rows = self._of(label, engine, batch)
+        rows = self._of(label, setting)
         return min(
             (r for r in rows if r.time_ratio is not None), key=lambda r: r.form != OPTIMIZED, default=None
         )
 
-    def formless(self, label: str, engine: str, batch: int) -> bool:
+    def formless(self, label: str, setting: Setting) -> bool:
         """Whether a label's blocks should have had the engine's form, and could not."""
-        return any(r.form == OPTIMIZED and r.error for r in self._of(label, engine, batch))
+        return any(r.form == OPTIMIZED and r.error for r in self._of(label, setting))
 
-    def failure(self, label: str, engine: str, batch: int) -> str:
+    def failure(self, label: str, setting: Setting) -> str:
         """Why a label has no time; empty if it has one, or was not in the run."""
-        if self.time(label, engine, batch) is not None:
+        if self.time(label, setting) is not None:
             return ""
-        return next((r.error for r in self._of(label, engine, batch) if r.error), "")
+        return next((r.error for r in self._of(label, setting) if r.error), "")
 
-    def _of(self, label: str, engine: str, batch: int) -> list[Measurement]:
+    def _of(self, label: str, setting: Setting) -> list[Measurement]:
         """All rows of a label in a setting: of one run, for ratios of two runs are no pair."""
 
         def rows(name: str) -> list[Measurement]:
-            known = (name_of(self.network, name), AS_IS, engine, batch)
-            return [r for r in self.times if (r.model, r.variant, r.engine, r.batch) == known]
+            known = (name_of(self.network, name), AS_IS, *setting)
+            return [r for r in self.times if (r.model, r.variant, r.engine, r.batch, r.device) == known]
 
         runs = {r.date for r in rows(PLAIN)}
         return [r for r in rows(label) if not runs or r.date in runs]
 
-    def margin(self, label: str, engine: str, batch: int) -> float:
+    def margin(self, label: str, setting: Setting) -> float:
         """How far a label's ratio of times may be from the true one: its spread over rounds, at least."""
-        row = self.time(label, engine, batch)
-        return max(FINEST[batch == 1], (row.time_ratio_iqr or 0.0) if row else 0.0)
+        row = self.time(label, setting)
+        return max(FINEST[setting.batch == 1], (row.time_ratio_iqr or 0.0) if row else 0.0)
 
     def step(self, label: str) -> Measurement | None:
-        """The row of the training step that a label comes from."""
+        """The row of the training step that a label comes from, on the device that was timed first."""
         cell = next((c.label for c in self.cells if label in c.labels), label)
-        steps = (self.time(cell, *setting) for setting in self.settings(steps=True))
+        steps = (self.time(cell, setting) for setting in self.settings(steps=True))
         return next((row for row in steps if row is not None), None)
 
     def without(self, seed: int) -> Evidence:
@@ -105,12 +130,12 @@ class Evidence:
         """Labels of plain networks, from that without the blocks to the whole one."""
         return [REMOVED, *self.labels("depth"), PLAIN]
 
-    def at_equal_time(self, label: str, engine: str, batch: int) -> AtEqualTime | None:
+    def at_equal_time(self, label: str, setting: Setting) -> AtEqualTime | None:
         """A label against plain networks of all depths; None if it or an end of these has no time.
 
         A depth in between counts if it has the seeds of both ends.
         """
-        times = {name: self.time(name, engine, batch) for name in (label, *self.depths)}
+        times = {name: self.time(name, setting) for name in (label, *self.depths)}
         if any(times[name] is None for name in (label, REMOVED, PLAIN)):
             return None
         seeds = self.accuracy(REMOVED).keys() & self.accuracy(PLAIN).keys()
@@ -122,27 +147,35 @@ class Evidence:
         ]
         own = times[label]
         assert own is not None
-        margin = max(self.margin(name, engine, batch) for name in (label, *(r.label for r in rivals)))
+        margin = max(self.margin(name, setting) for name in (label, *(r.label for r in rivals)))
         return at_equal_time(self.accuracy(label), float(own.time_ratio or 0), margin, rivals)
 
 
 def gather(
-    cells: Iterable[Cell], scores: Sequence[Score], times: Sequence[Measurement], device: str
+    cells: Iterable[Cell], scores: Iterable[Sequence[Score]], times: Sequence[Measurement]
 ) -> list[Evidence]:
     """Evidence for each network among the cells; rows that belong to none of them are left out.
 
+    Args:
+        cells: of the experiment.
+        scores: rows of each device. What was run on several counts once: the first's.
+        times: rows of times, of all devices.
+
     Raises:
-        ValueError: two rows say different things of one run.
+        ValueError: two rows of one device say different things of one run.
     """
     cells = list(cells)
     by_key: dict[Key, Score] = {}
-    for score in scores:
-        known = by_key.setdefault(key_of(score), score)
-        if known.test_accuracy != score.test_accuracy:
-            raise ValueError(
-                f"two rows of {score.label}, seed {score.seed}, have test accuracies of "
-                f"{known.test_accuracy} and {score.test_accuracy} %; delete one of them"
-            )
+    for rows in scores:
+        there: dict[Key, Score] = {}
+        for score in rows:
+            known = there.setdefault(key_of(score), score)
+            if known.test_accuracy != score.test_accuracy:
+                raise ValueError(
+                    f"two rows of {score.label}, seed {score.seed}, have test accuracies of "
+                    f"{known.test_accuracy} and {score.test_accuracy} %; delete one of them"
+                )
+        by_key = there | by_key
     found = []
     for network in dict.fromkeys(cell.network for cell in cells):
         own = tuple(cell for cell in cells if cell.network == network)
@@ -151,7 +184,6 @@ def gather(
         found.append(
             Evidence(
                 network=network,
-                device=device,
                 cells=own,
                 scores=tuple(s for key, s in by_key.items() if key in keys),
                 times=tuple(r for r in times if r.model in names),

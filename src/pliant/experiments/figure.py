@@ -21,7 +21,7 @@ _KINDS = {
 
 
 def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
-    """Draw test accuracy against the latency ratio, a panel for each engine and batch.
+    """Draw test accuracy against the latency ratio, a panel for each setting.
 
     Upright bars are standard deviations over seeds, level ones interquartile ranges over
     rounds. The dotted line joins plain networks of all depths, from that without the blocks to the
@@ -35,10 +35,8 @@ def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
     # The question is theirs; all other networks, some several times as slow, are in the tables.
     labels = [label for family in ("controls", "variants", "depth") for label in evidence.labels(family)]
     panels = {
-        (engine, batch): [
-            name for name in labels if evidence.accuracy(name) and evidence.time(name, engine, batch)
-        ]
-        for engine, batch in evidence.settings()
+        setting: [name for name in labels if evidence.accuracy(name) and evidence.time(name, setting)]
+        for setting in evidence.settings()
     }
     panels = {setting: names for setting, names in panels.items() if names}
     if not panels:
@@ -47,13 +45,13 @@ def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
     down = -(-len(panels) // across)
     figure = Figure(figsize=(6.6 * across, 4.6 * down + 0.5), layout="constrained")
     drawn = {}
-    for at, ((engine, batch), names) in enumerate(panels.items(), 1):
+    for at, (setting, names) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(down, across, at)
         plain(axes)
         depths = []
         for number, name in enumerate(names):
             accuracies = list(evidence.accuracy(name).values())
-            timed = evidence.time(name, engine, batch)
+            timed = evidence.time(name, setting)
             assert timed is not None
             x, y = timed.time_ratio or 0.0, statistics.fmean(accuracies)
             marker, colour = _KINDS[kind := _kind(name)]
@@ -77,7 +75,7 @@ def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
         if len(depths) > 1:
             axes.plot(*zip(*sorted(depths), strict=True), linestyle=":", color="#777777", zorder=2)
         axes.margins(x=0.15, y=0.12)
-        axes.set_title(f"{evidence.network}, {engine}, batch {batch}", fontsize=10)
+        axes.set_title(f"{evidence.network}, {setting}", fontsize=10)
         axes.set_xlabel("latency over the plain network's")
         axes.set_ylabel("test accuracy, %")
     figure.legend(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pliant._files import atomic_path
 from pliant.compare import BASE_ALONE, MOD_CONTROLS, PLAIN, REMOVED, Score
 from pliant.experiments.cells import BORROWED, FAMILIES, cells_of, key_of, rivals_of
 from pliant.experiments.claims import FEWEST, MISSING, answer, mean_and_spread, sentence
-from pliant.experiments.evidence import Evidence, gather
+from pliant.experiments.evidence import Evidence, Setting, gather
 from pliant.experiments.figure import plot_evidence
 from pliant.experiments.tables import markdown
 from pliant.experiments.timing import STEP
@@ -91,7 +92,7 @@ def write_evidence(
     Args:
         name: of `pliant.experiments.EXPERIMENTS`.
         results: folder of the rows, ``NAME-DEVICE.csv`` and ``NAME-latency-DEVICE.csv``, which
-            gets the figures.
+            gets the figures. What was trained on both devices counts once: the GPU's row.
         docs: folder that gets the page, ``evidence.md`` or ``variants.md``.
         epochs: of a rehearsal, whose page is ``evidence-N-epochs.md``; by default the experiment's.
 
@@ -106,19 +107,22 @@ def write_evidence(
     figures: dict[int, str] = {}
     sources = [source for source in (BORROWED.get(name, ("",))[0], name) if source]
     short = f"-{epochs}-epochs" if epochs else ""
-    # What borrows has one list of cells, for the CPU.
-    for device in ("cpu",) if name in BORROWED else ("cpu", "cuda"):
-        scores = [score for source in sources for score in scores_in(results / f"{source}-{device}.csv")]
-        timed = results / f"{name}-latency-{device}.csv"
-        times = read_rows(timed) if timed.exists() else []
-        cells = [*rivals_of(name, device, epochs=epochs), *cells_of(name, device, epochs=epochs)]
-        for evidence in gather(cells, scores, times, device):
-            if not evidence.scores and device == "cuda":
-                continue  # a second device is told of only where it was used
-            figure = results / f"{name}-{evidence.network}-{device}{short}.svg"
-            if plot_evidence(evidence, figure):
-                figures[len(parts)] = _link(figure, docs)
-            parts.append(evidence)
+    scores = [
+        [score for source in sources for score in scores_in(results / f"{source}-{device}.csv")]
+        for device in ("cuda", "cpu")
+    ]
+    timed = (results / f"{name}-latency-{device}.csv" for device in ("cpu", "cuda"))
+    times = [row for path in timed if path.exists() for row in read_rows(path)]
+    # A GPU's list has the networks of a CPU's, and more: told of only where they were run.
+    everywhere = {cell.network for cell in cells_of(name, "cpu")}
+    cells = [*rivals_of(name, "cuda", epochs=epochs), *cells_of(name, "cuda", epochs=epochs)]
+    for evidence in gather(cells, scores, times):
+        if not evidence.scores and evidence.network not in everywhere:
+            continue
+        figure = results / f"{name}-{evidence.network}{short}.svg"
+        if plot_evidence(evidence, figure):
+            figures[len(parts)] = _link(figure, docs)
+        parts.append(evidence)
     if not any(part.scores for part in parts):
         # An empty page in the place of a full one is a mistake in a folder's name.
         raise ValueError(
@@ -148,7 +152,7 @@ def page(
     find = findings_of_variants if name in BORROWED else _findings
     command = f"{name} --epochs {epochs}" if epochs else name
     lines = [_HEAD.format(command=command, title=_title(name), there=_there(parts)), ""]
-    titles = [f" ({e.network}, {e.device})" if len(parts) > 1 else "" for e in parts]
+    titles = [f" ({e.network})" if len(parts) > 1 else "" for e in parts]
     for number, (evidence, title) in enumerate(zip(parts, titles, strict=True)):
         lines += [f"## What the rows show{title}", "", *find(evidence), ""]
         if link := (figures or {}).get(number):
@@ -203,26 +207,22 @@ def _setting(evidence: Evidence) -> str:
 
 
 def _origins(rows: Iterable[Score | Measurement]) -> str:
-    """Machines, versions and commits of rows."""
-    found = sorted(
-        {
-            ", ".join(
-                filter(
-                    None,
-                    (
-                        r.gpu or f"{r.cpu}, {r.cores} cores",
-                        f"torch {r.torch}" if r.torch else "",
-                        f"commit {r.commit[:12]}{'-dirty' * r.commit.endswith('-dirty')}"
-                        if r.commit
-                        else "",
-                    ),
-                )
+    """Machines, versions and commits of rows, and how many rows each has."""
+    found = Counter(
+        ", ".join(
+            filter(
+                None,
+                (
+                    r.gpu or f"{r.cpu}, {r.cores} cores",
+                    f"torch {r.torch}" if r.torch else "",
+                    f"commit {r.commit[:12]}{'-dirty' * r.commit.endswith('-dirty')}" if r.commit else "",
+                ),
             )
-            for r in rows
-            if r.gpu or r.cpu
-        }
+        )
+        for r in rows
+        if r.gpu or r.cpu
     )
-    return "; ".join(found)
+    return "; ".join(f"{where} ({rows} row{'s' * (rows != 1)})" for where, rows in found.most_common())
 
 
 def _findings(evidence: Evidence) -> list[str]:
@@ -242,19 +242,19 @@ def _findings(evidence: Evidence) -> list[str]:
     return lines
 
 
-def _equal_time(evidence: Evidence, question: str, settings: Iterable[tuple[str, int]]) -> list[str]:
+def _equal_time(evidence: Evidence, question: str, settings: Iterable[Setting]) -> list[str]:
     """Learned selection against what its time buys in plain networks."""
     rows, verdicts, why = [], [], []
-    for engine, batch in settings:
+    for setting in settings:
         for label in LEARNED:
-            found = evidence.at_equal_time(label, engine, batch)
+            found = evidence.at_equal_time(label, setting)
             if found is None:
                 verdicts.append(MISSING)
-                why += untimed(evidence, label, engine, batch)
+                why += untimed(evidence, label, setting)
                 continue
             verdicts.append(found.verdict)
             figures = (f"{found.time:.3f}", found.line, str(found.found), found.verdict)
-            rows.append((f"{engine}, batch {batch}", label, *figures))
+            rows.append((str(setting), label, *figures))
     if not rows:
         return [f"**{question}** {'; '.join(dict.fromkeys(why)) or f'Its times have {MISSING}'}."]
     heading = (
@@ -268,13 +268,13 @@ def _equal_time(evidence: Evidence, question: str, settings: Iterable[tuple[str,
     return [f"**{question}** {answer(verdicts)}", "", *markdown(heading, rows)]
 
 
-def untimed(evidence: Evidence, label: str, engine: str, batch: int) -> list[str]:
+def untimed(evidence: Evidence, label: str, setting: Setting) -> list[str]:
     """Which of the networks that a comparison at equal time needs has no time, and why."""
     return [
-        f"{name} has no time in {engine}, batch {batch}{f' ({why})' if why else ''}"
+        f"{name} has no time in {setting}{f' ({why})' if why else ''}"
         for name in (label, REMOVED, PLAIN)
-        if evidence.time(name, engine, batch) is None
-        for why in [evidence.failure(name, engine, batch)]
+        if evidence.time(name, setting) is None
+        for why in [evidence.failure(name, setting)]
     ]
 
 
@@ -283,7 +283,7 @@ def _costs(evidence: Evidence) -> list[str]:
     own, bare = evidence.step(SCORE_ORDER), evidence.step(REMOVED)
     if own is None or bare is None or own.time_ratio is None or bare.time_ratio is None:
         return [f"**What does a training step cost?** Training steps: {MISSING}."]
-    margin = evidence.margin(SCORE_ORDER, STEP, own.batch)
+    margin = evidence.margin(SCORE_ORDER, Setting(STEP, own.batch, own.device))
     over = own.time_ratio - 1
     word = "as long as" if abs(over) <= margin else "longer than" if over > 0 else "less long than"
     spreads = [f"{r.time_ratio:.2f} ({r.time_ratio_iqr or 0:.2f})" for r in (own, bare)]
@@ -315,7 +315,7 @@ def _table(evidence: Evidence, family: str, labels: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys([*others, *held, *labels]))
     settings = evidence.settings()
     heading = ["network", "seeds", "test, %", f"against {PLAIN}, points (95 %)", "parameters", "MACs, M"]
-    heading += [f"latency ratio, {engine}, batch {batch}" for engine, batch in settings]
+    heading += [f"latency ratio, {setting}" for setting in settings]
     heading += ["training step, ratio"]
     body = []
     for label in names:
@@ -324,11 +324,11 @@ def _table(evidence: Evidence, family: str, labels: Sequence[str]) -> list[str]:
         cells = [label, str(len(rows)), mean_and_spread(accuracy.values()) if rows else MISSING]
         cells.append("" if label == PLAIN or not rows else str(evidence.against(label, PLAIN)))
         cells += [f"{rows[0].parameters:,}", f"{rows[0].macs / 1e6:.2f}"] if rows else ["", ""]
-        for engine, batch in settings:
-            timed = evidence.time(label, engine, batch)
-            form = " plain form" if evidence.formless(label, engine, batch) else ""
+        for setting in settings:
+            timed = evidence.time(label, setting)
+            form = " plain form" if evidence.formless(label, setting) else ""
             cells.append(
-                evidence.failure(label, engine, batch) and "failed"
+                evidence.failure(label, setting) and "failed"
                 if timed is None
                 else f"{timed.time_ratio:.3f} ({timed.time_ratio_iqr or 0:.3f}){form}"
             )

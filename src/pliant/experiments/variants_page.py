@@ -8,7 +8,7 @@ from typing import Any
 
 from pliant.compare import REMOVED
 from pliant.experiments.claims import FEWEST, MISSING, any_of
-from pliant.experiments.evidence import Evidence
+from pliant.experiments.evidence import Evidence, Setting
 from pliant.experiments.tables import markdown
 from pliant.experiments.variants import VARIANTS
 
@@ -52,28 +52,28 @@ def _choice(evidence: Evidence) -> list[str]:
         first = [row for row in evidence.rows(label) if row.seed == CHOOSING]
         own = label if label not in VARIANTS or VARIANTS[label].selects else f"{label} (selects nothing)"
         accuracy = f"{first[0].val_accuracy:.2f}" if first else MISSING
-        rows.append((own, accuracy, *(_ratio(evidence, label, *s) for s in evidence.settings())))
+        rows.append((own, accuracy, *(_ratio(evidence, label, s) for s in evidence.settings())))
     heading = (
         f"validation of seed {CHOOSING}, %",
-        *(f"time, {e}, batch {b}" for e, b in evidence.settings()),
+        *(f"time, {setting}" for setting in evidence.settings()),
     )
     return markdown(("network", *heading), rows)
 
 
-def _ratio(evidence: Evidence, label: str, engine: str, batch: int) -> str:
-    row = evidence.time(label, engine, batch)
+def _ratio(evidence: Evidence, label: str, setting: Setting) -> str:
+    row = evidence.time(label, setting)
     return "" if row is None else f"{row.time_ratio:.3f}"
 
 
-def _at_equal_time(evidence: Evidence, question: str, settings: list[tuple[str, int]]) -> list[str]:
+def _at_equal_time(evidence: Evidence, question: str, settings: list[Setting]) -> list[str]:
     """Each variant against plain networks of all depths, in each setting."""
     deciding = evidence.without(CHOOSING)
     rows = []
     verdicts: dict[str, list[str]] = {}
     for label, variant in VARIANTS.items():
         cells, own = [], []
-        for engine, batch in settings:
-            found = deciding.at_equal_time(label, engine, batch)
+        for setting in settings:
+            found = deciding.at_equal_time(label, setting)
             said = f": {found.verdict}" if found and found.found.n >= FEWEST else ""
             cells.append("" if found is None else f"{found.found} at {found.time:.3f}{said}")
             own.append(MISSING if found is None else found.verdict)
@@ -82,7 +82,7 @@ def _at_equal_time(evidence: Evidence, question: str, settings: list[tuple[str, 
         rows.append((label, str(deciding.against(label, REMOVED)), *cells))
     if all(verdict == MISSING for own in verdicts.values() for verdict in own):
         return [f"**{question}** {_nothing(deciding, settings)}"]
-    headings = [f"{engine}, batch {batch}" for engine, batch in settings]
+    headings = [str(setting) for setting in settings]
     return [
         f"**{question}** {any_of(verdicts)}",
         "",
@@ -94,9 +94,9 @@ def _at_equal_time(evidence: Evidence, question: str, settings: list[tuple[str, 
     ]
 
 
-def _nothing(deciding: Evidence, settings: list[tuple[str, int]]) -> str:
+def _nothing(deciding: Evidence, settings: list[Setting]) -> str:
     """Why there is no verdict at all."""
-    timed = any(deciding.time(label, *setting) for label in VARIANTS for setting in settings)
+    timed = any(deciding.time(label, setting) for label in VARIANTS for setting in settings)
     seeds = f"The seeds that decide have {MISSING}."
     return seeds if timed else f"Its times have {MISSING}."
 

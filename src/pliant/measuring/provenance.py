@@ -71,12 +71,14 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def commit(folder: Path) -> str:
     """Commit of the work tree that holds `folder`, ``-dirty`` if `folder` differs from it.
 
-    Where git does not track the folder, what the variable ``PLIANT_COMMIT`` says, for a copy without
-    its history (a container, a lent machine), else empty: a package installed into somebody
-    else's repository must not report that repository's commit.
+    What the variable ``PLIANT_COMMIT`` says goes before that, for copies without their history (in a
+    container, on a lent machine). Empty where git does not track the folder: a package
+    installed into somebody else's repository must not report that repository's commit.
     """
+    if said := os.environ.get("PLIANT_COMMIT", ""):
+        return said
     if not _git(folder, "ls-files", "--", "__init__.py"):
-        return os.environ.get("PLIANT_COMMIT", "")
+        return ""
     head = _git(folder, "rev-parse", "HEAD")
     # Only the code itself: results that a run has just written do not change it.
     changed = _git(folder, "status", "--porcelain", "--", ".")
