@@ -10,7 +10,9 @@ FAST := -m "not slow and not gpu"
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
 # What make gpu times; with one of them, a loan of a few minutes is enough.
-GPU_SUITES ?= mod condconv forms steps
+GPU_SUITES ?= steps mod condconv forms
+# Networks that train at a time on one GPU, a core each.
+PROCESSES ?= 8
 export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -71,14 +73,15 @@ bench: setup ## latency and MoD tax in every engine, and training steps, on this
 # For a machine with a GPU and a torch of its own: no .venv, nothing is installed. Every
 # step runs whatever became of the one before; the exit status tells if one failed.
 gpu: export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
-gpu: ## GPU tests and timings by the Python at hand; DATA=folder of CIFAR-10 adds a training comparison (CHANGES=epochs=10)
+gpu: ## GPU tests and timings by the Python at hand; DATA=folder of CIFAR-10 adds the experiments (PROCESSES=8 at a time)
 	@failed=; step() { echo "+ $$*"; "$$@" || failed="$$failed; $$*"; }; \
 	step $(PYTHON) -m pytest -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py); \
 	for suite in $(GPU_SUITES); do step $(PYTHON) -m pliant bench --device cuda --suite $$suite; done; \
 	step $(PYTHON) -m pliant costs; \
-	if [ -n "$(DATA)" ]; then step $(PYTHON) -m pliant compare cifar10.resnet18 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-cuda.csv; \
-	step $(PYTHON) -m pliant compare cifar10.mobilenetv1_w025 --method condconv path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-condconv-cuda.csv; \
-	step $(PYTHON) -m pliant compare cifar10.resnet50 --method adn --seeds 3 path="$(DATA)" accelerator=gpu $(CHANGES) --rows results/cifar10-adn-cuda.csv; fi; \
+	train() { step $(PYTHON) -m pliant experiment "$$@" path="$(DATA)" threads=1 workers=0 --device cuda --processes $(PROCESSES); }; \
+	if [ -n "$(DATA)" ]; then train cifar10-controls --network resnet20; train cifar10-variants --seeds 1; \
+	step $(PYTHON) -m pliant experiment cifar10-controls --device cuda --network resnet20 --measure --engine eager; \
+	train cifar10-controls --network resnet18 --network resnet50; fi; \
 	if [ -n "$$failed" ]; then echo "failed:$${failed#;}" >&2; exit 1; fi
 
 clean: ## remove what make made

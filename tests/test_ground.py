@@ -279,18 +279,18 @@ def test_gpu_runs_every_step_and_fails_if_one_did(tmp_path):
     python.chmod(0o755)
     done = run("make", "gpu", f"PYTHON={python}", "DATA=cifar")
     calls = (tmp_path / "calls").read_text().splitlines()
+    trained = "path=cifar threads=1 workers=0 --device cuda --processes 8"
     assert calls[0].startswith("-m pytest -m gpu")
     assert calls[1:] == [
+        "-m pliant bench --device cuda --suite steps",
         "-m pliant bench --device cuda --suite mod",
         "-m pliant bench --device cuda --suite condconv",
         "-m pliant bench --device cuda --suite forms",
-        "-m pliant bench --device cuda --suite steps",
         "-m pliant costs",
-        "-m pliant compare cifar10.resnet18 path=cifar accelerator=gpu --rows results/cifar10-cuda.csv",
-        "-m pliant compare cifar10.mobilenetv1_w025 --method condconv path=cifar accelerator=gpu "
-        "--rows results/cifar10-condconv-cuda.csv",
-        "-m pliant compare cifar10.resnet50 --method adn --seeds 3 path=cifar accelerator=gpu "
-        "--rows results/cifar10-adn-cuda.csv",
+        f"-m pliant experiment cifar10-controls --network resnet20 {trained}",
+        f"-m pliant experiment cifar10-variants --seeds 1 {trained}",
+        "-m pliant experiment cifar10-controls --device cuda --network resnet20 --measure --engine eager",
+        f"-m pliant experiment cifar10-controls --network resnet18 --network resnet50 {trained}",
     ]
     assert done.returncode != 0
     assert "bench --device cuda" in done.stderr
