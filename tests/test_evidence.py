@@ -73,7 +73,7 @@ def times_of(ratios, engine="eager", batch=1, spread=0.01):
 
 
 def text_of(accuracies, times=()):
-    return page(NAME, gather(CELLS, [scores_of(accuracies)], list(times)))
+    return page(NAME, gather(CELLS, scores_of(accuracies), list(times)))
 
 
 def lines_of(text):
@@ -251,7 +251,8 @@ def test_the_form_that_suits_the_engine_is_the_one_that_counts():
     assert [own.time(n, EAGER).time_ratio for n in (PLAIN, SCORE_ORDER, FIRST)] == [1.0, 0.9, 0.7]
     assert [own.formless(n, EAGER) for n in (PLAIN, SCORE_ORDER, FIRST)] == [False, False, True]
     assert own.settings() == [EAGER]
-    assert own.step("ADN, base-net").time_ratio == 2.0
+    assert own.settings(steps=True) == [Setting(STEP, 1)]
+    assert own.step("ADN, base-net", Setting(STEP, 1)).time_ratio == 2.0
     assert len(own.times) == 6
 
 
@@ -283,28 +284,60 @@ def test_tables_have_means_spreads_and_costs():
 def test_rows_of_other_experiments_are_left_out():
     (row,) = scores_of({PLAIN: (88.0,)})
     others = [replace(row, epochs=1), replace(row, recipe="cifar10.resnet20"), replace(row, seed=9)]
-    (own,) = gather(CELLS, [[row, *others]], [])
+    (own,) = gather(CELLS, [row, *others], [])
     assert own.scores == (row,)
-    assert gather(CELLS, [[row, row]], [])[0].scores == (row,)
+    assert gather(CELLS, [row, row], [])[0].scores == (row,)
     with pytest.raises(
         ValueError, match=r"two rows of plain, seed 0, have test accuracies of 88\.0 and 80\.0 %"
     ):
-        gather(CELLS, [[row, replace(row, test_accuracy=80.0)]], [])
+        gather(CELLS, [row, replace(row, test_accuracy=80.0)], [])
 
 
-def test_a_run_on_two_devices_counts_once_and_times_are_each_devices_own():
-    rows = scores_of({PLAIN: (88.0, 89.0), REMOVED: (87.0,)})
-    on_gpu = [replace(rows[0], test_accuracy=88.5, gpu="a GPU")]
-    times = times_of({PLAIN: 1.0, REMOVED: 0.6})
+def test_networks_are_compared_on_one_device_and_a_seed_counts_once(tmp_path):
+    on_cpu = scores_of({PLAIN: (88.0, 89.0, 90.0), REMOVED: (87.0, 87.0), SCORE_ORDER: (0.0, 0.0, 87.5)})
+    on_gpu = [
+        replace(row, gpu="a GPU", test_accuracy=accuracy)
+        for row in scores_of({PLAIN: (0.0,), REMOVED: (0.0, 0.0, 0.0)})
+        for accuracy in [88.5 if row.label == PLAIN else 86.0]
+    ]
+    times = times_of({PLAIN: 1.0, REMOVED: 0.6, SCORE_ORDER: 0.8})
     times += [replace(row, device="cuda", time_ratio=row.time_ratio / 2) for row in times]
-    (own,) = gather(CELLS, [on_gpu, rows], times)
-    assert own.accuracy(PLAIN) == {0: 88.5, 1: 89.0}
-    assert own.accuracy(REMOVED) == {0: 87.0}
-    assert own.settings() == [EAGER, Setting("eager", 1, "cuda")]
+    (own,) = gather(CELLS, [*on_cpu, *on_gpu], times)
+    # The GPU's row of the first seed; seed 2 of the one was run on a CPU, of the other on a GPU.
+    assert own.accuracy(PLAIN) == {0: 88.5, 1: 89.0, 2: 90.0}
+    assert own.accuracy(REMOVED) == {0: 86.0, 1: 86.0, 2: 86.0}
+    assert own.against(PLAIN, REMOVED).differences == (2.5, 2.0)
+    assert own.against(SCORE_ORDER, REMOVED).n == 2
+    assert own.at_equal_time(SCORE_ORDER, EAGER).found.n == 2
+    cuda = Setting("eager", 1, "cuda")
+    assert own.settings() == [EAGER, cuda]
     assert [own.time(REMOVED, setting).time_ratio for setting in own.settings()] == [0.6, 0.3]
-    text = page(NAME, [own])
-    assert "Trained on a CPU, 2 cores (2 rows); a GPU (1 row)." in text
+
+    # The same from files, whatever their order.
+    write_scores(tmp_path / f"{NAME}-cpu.csv", on_cpu)
+    write_scores(tmp_path / f"{NAME}-cuda.csv", on_gpu)
+    for device in ("cpu", "cuda"):
+        write_rows(tmp_path / f"{NAME}-latency-{device}.csv", [r for r in times if r.device == device])
+    text = write_evidence(NAME, tmp_path, tmp_path).read_text()
+    assert "| plain | 3 | 89.17 ± 0.76 |" in text
+    assert "Trained on a CPU, 2 cores (8 rows); a GPU (4 rows)." in text
     assert "| latency ratio, eager, batch 1 | latency ratio, eager, batch 1, cuda |" in text
+
+
+def test_a_training_step_is_told_of_each_device():
+    times = times_of({PLAIN: 1.0, REMOVED: 0.7, SCORE_ORDER: 0.8, "ADN": 1.9}, STEP, 128)
+    times += [replace(row, device="cuda", time_ratio=2 * row.time_ratio) for row in times]
+    text = text_of({PLAIN: (88.0,), "ADN, base-net": (86.0,)}, times)
+    assert "| time ratio, training step, batch 128 | time ratio, training step, batch 128, cuda |" in text
+    assert "| ADN, base-net | 1 | 86.00 | -2.00, 1 seed | 1,000 | 2.00 | 1.90 | 3.80 |" in text
+    asked = next(line for line in lines_of(text) if "does a training step cost?" in line)
+    assert "takes less long than the plain network's: 0.80 (0.01)" in asked
+    assert "takes longer than the plain network's: 1.60 (0.01)" in asked
+    # One end on a device alone says nothing there.
+    part = text_of({}, [row for row in times if row.device == "cpu" or REMOVED not in row.model])
+    asked = next(line for line in lines_of(part) if "does a training step cost?" in line)
+    assert "takes longer" not in asked
+    assert "Training steps: not run yet." in text_of({})
 
 
 def test_page_and_figure_are_written_from_files(tmp_path):
@@ -317,6 +350,8 @@ def test_page_and_figure_are_written_from_files(tmp_path):
     assert "no rows of cifar10-controls in" in str(done.exception)
     assert (docs / "evidence.md").read_text() == "full"
     done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", "--seeds", "1", *place])
+    assert "--page takes no --only, --network or --seeds" in str(done.exception)
+    done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", "--network", "resnet20", *place])
     assert "--page takes no --only, --network or --seeds" in str(done.exception)
 
     write_scores(results / f"{NAME}-cpu.csv", scores_of({PLAIN: (88.0, 89.0), REMOVED: (87.0,)}))
@@ -396,8 +431,13 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     assert "equal measured time?** The seeds that decide have not run yet." in text
 
 
+def runs(*values):
+    """Accuracies on one device from seeds and values in turn."""
+    return {(seed, "cpu"): value for seed, value in zip(values[::2], values[1::2], strict=True)}
+
+
 def test_student_and_pairs():
-    found = paired({0: 1.0, 1: 3.0, 5: 9.0}, {0: 0.0, 1: 1.0, 2: 7.0})
+    found = paired(runs(0, 1.0, 1, 3.0, 5, 9.0), runs(0, 0.0, 1, 1.0, 2, 7.0))
     assert found == Paired((1.0, 2.0))
     low, high = found.interval  # t = 12.706 for one degree of freedom, standard error 0.5
     assert (low, high) == pytest.approx((1.5 - 6.353, 1.5 + 6.353))
@@ -407,7 +447,7 @@ def test_student_and_pairs():
     many = Paired(tuple([1.0, 2.0] * 30))
     assert many.interval[1] - many.mean == pytest.approx(2.086 * many.error)
     assert answer(["worse"]) == "No, it is worse."
-    ends = [Rival("slow", {0: 2.0}, 1.0), Rival("fast", {0: 0.5}, 0.6)]
-    assert at_equal_time({0: 1.0}, 0.5, 0.0, ends).found.differences == (0.5,)
+    ends = [Rival("slow", runs(0, 2.0), 1.0), Rival("fast", runs(0, 0.5), 0.6)]
+    assert at_equal_time(runs(0, 1.0), 0.5, 0.0, ends).found.differences == (0.5,)
     assert any_of({"A": ["not run yet"], "B": []}) == "Not run yet."
     assert any_of({"A": ["worse", "undecided"]}) == "Not shown of any so far: undecided 1."

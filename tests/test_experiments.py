@@ -9,53 +9,30 @@ from types import SimpleNamespace
 
 import pytest
 import timm
-from typer.testing import CliRunner
 
-from pliant import cli, experiments
-from pliant._lock import held
+from _experiment import ADN, PLAIN, REMOVED, TINY, run, walk
+from pliant import experiments
 from pliant.compare import read_scores, write_scores
-from pliant.experiments import EXPERIMENTS, Cell, cells_of, rivals_of, run_cells, states, walking
+from pliant.experiments import (
+    EXPERIMENTS,
+    cells_of,
+    rivals_of,
+    run_cells,
+    states,
+    timing,
+    walking,
+)
 from pliant.experiments.cells import RIVALS, cifar10_controls, cifar10_variants, key_of
 from pliant.experiments.timing import STEP, Effort, time_cells
 from pliant.experiments.variants import VARIANTS
-from pliant.experiments.walking import run_cells_together
 from pliant.measuring.rows import read_rows
 from pliant.models import list_networks
-from pliant.train.recipe import Recipe, differences
+from pliant.train.recipe import differences
 from pliant.train.tasks import Classification, NonFiniteLossError
-
-TINY = Recipe(
-    name="tiny",
-    model="resnet20_cifar",
-    pixels=8,
-    epochs=1,
-    batch=256,
-    workers=0,
-    threads=1,
-    accelerator="cpu",
-)
-PLAIN = Cell(network="resnet20", family="controls", label="plain", recipe=TINY)
-REMOVED = replace(
-    PLAIN,
-    label="blocks removed",
-    recipe=replace(TINY, model="resnet20_cifar_mod", model_args={"selection": "none"}),
-)
-ADN = replace(
-    PLAIN,
-    family="adn",
-    label="ADN",
-    recipe=replace(TINY, model="resnet20_cifar_adn", objective="specialize"),
-)
 
 
 class Killed(BaseException):
     """What stands for the end of the process."""
-
-
-def walk(cells, place, **options):
-    told = []
-    added = run_cells(cells, place / "rows.csv", place / "runs", tell=told.append, **options)
-    return [s.label for s in added], told
 
 
 # --- cells -------------------------------------------------------------------------------------
@@ -130,6 +107,10 @@ def test_cells_can_be_chosen_and_shortened():
     ):
         with pytest.raises(ValueError, match=message):
             cells_of(name, **wrong)
+    with pytest.raises(
+        ValueError, match=r"no run of resnet18 has the label MoD \+ ADN; its labels are plain;"
+    ):
+        cells_of(name, "cuda", only=["MoD + ADN"], networks=["resnet18"])
     with pytest.raises(ValueError, match="no experiment 'snow'; there are cifar10-controls"):
         cells_of("snow")
 
@@ -160,6 +141,8 @@ def test_rivals_are_cells_of_the_controls():
     assert keys.issuperset(key for cell in rivals for key in cell.keys)
     assert {cell.recipe.seed for cell in rivals} == {cell.recipe.seed for cell in cifar10_variants()}
     assert rivals_of("cifar10-controls") == []
+    on_gpu = rivals_of("cifar10-variants", "cuda")  # where the controls have other networks too
+    assert [cell.keys for cell in on_gpu] == [cell.keys for cell in rivals]
 
 
 # --- walking -----------------------------------------------------------------------------------
@@ -240,34 +223,6 @@ def test_no_cell_is_begun_when_the_time_is_up(tmp_path, monkeypatch):
     assert told[-1].endswith("not begun, the time is up; the same command goes on from here")
 
 
-def test_several_processes_share_the_cells(tmp_path):
-    cells = [PLAIN, REMOVED, replace(PLAIN, recipe=replace(TINY, seed=1))]
-    added = run_cells_together(cells, tmp_path / "rows.csv", tmp_path / "runs", 2)
-    rows = read_scores(tmp_path / "rows.csv")
-    assert sorted(map(key_of, rows)) == sorted(key for cell in cells for key in cell.keys)
-    assert sorted(map(key_of, added)) == sorted(map(key_of, rows))
-    # What the walkers share gives the same rows as one process does.
-    run_cells(cells, tmp_path / "alone.csv", tmp_path / "alone")
-    alone = read_scores(tmp_path / "alone.csv")
-    accuracies = [{key_of(row): row.test_accuracy for row in found} for found in (rows, alone)]
-    assert accuracies[0] == accuracies[1]
-    # A process that fails is told of, and the rows of the others are kept.
-    broken = replace(PLAIN, label="broken", recipe=replace(TINY, model="snow"))
-    with pytest.raises(RuntimeError, match=r"[12] of 2 processes failed, for the reasons above; 0 rows"):
-        run_cells_together([broken], tmp_path / "rows.csv", tmp_path / "runs", 2)
-    assert read_scores(tmp_path / "rows.csv") == rows
-
-
-def test_a_cell_that_another_process_has_in_hand_is_passed_over(tmp_path):
-    place = tmp_path / "runs" / "tiny-1"
-    place.mkdir(parents=True)
-    with held(place / "plain-s0.lock"):
-        added, told = walk([PLAIN, REMOVED], tmp_path)
-    assert added == ["blocks removed"]
-    assert told[-1] == "passed over, because other processes had them in hand: 1"
-    assert walk([PLAIN, REMOVED], tmp_path)[0] == ["plain"]
-
-
 def test_a_loss_that_is_no_number_costs_its_own_cell(tmp_path, monkeypatch):
     compare = walking.compare
 
@@ -299,7 +254,7 @@ def test_scores_are_read_as_they_were_written(tmp_path):
 # --- times -------------------------------------------------------------------------------------
 
 
-def test_networks_and_training_steps_are_timed_against_the_plain_network(tmp_path):
+def test_networks_and_training_steps_are_timed_against_the_plain_network(tmp_path, monkeypatch):
     path, quick = tmp_path / "times.csv", Effort(rounds=1, min_run_time=0)
     options = {"threads": 1, "engines": ["eager"], "batches": [1], "effort": quick}
     cells = [PLAIN, REMOVED, replace(PLAIN, recipe=replace(TINY, seed=1)), ADN]
@@ -318,17 +273,14 @@ def test_networks_and_training_steps_are_timed_against_the_plain_network(tmp_pat
     assert sorted(r.model for r in again) == sorted(r.model for r in rows)
     with pytest.raises(ValueError, match="ratios are to the plain resnet20"):
         time_cells([REMOVED], path, **options)
+    with pytest.raises(ValueError, match="no engine 'fast'; there are eager, "):
+        time_cells(cells, path, **(options | {"engines": ["fast"]}))
+    monkeypatch.setattr(timing, "ENGINES", {"slow": SimpleNamespace(missing="pip install slow")})
+    with pytest.raises(ValueError, match="engine slow is not here: pip install slow"):
+        time_cells(cells, path, **(options | {"engines": ["slow"]}))
 
 
 # --- the command -------------------------------------------------------------------------------
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(cli.app, ["experiment", *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 def test_the_command_lists_runs_and_times(tmp_path, monkeypatch):
@@ -367,14 +319,25 @@ def test_the_command_lists_runs_and_times(tmp_path, monkeypatch):
         run("tiny", "--measure", "--list", *place)
     with pytest.raises(ValueError, match="--engine is of --measure"):
         run("tiny", "--engine", "eager", *place)
-
-
-def test_the_command_runs_several_processes(tmp_path, monkeypatch):
-    monkeypatch.setitem(EXPERIMENTS, "tiny", lambda device: [PLAIN])
-    seen = []
-    monkeypatch.setattr(walking, "run_cells_together", lambda *a, **o: seen.append((a, o)) or [1, 2])
-    place = ("--results", tmp_path / "results", "--folder", tmp_path / "runs")
-    assert "2 rows added" in run("tiny", "--processes", 2, "--limit-minutes", 1, *place)
-    ((cells, rows, folder, processes), options) = seen[0]
-    assert ([c.label for c in cells], folder, processes) == (["plain"], tmp_path / "runs", 2)
-    assert (rows.name, options) == ("tiny-cpu.csv", {"limit": 60.0})
+    for what in ("--measure", "--list", "--page"):
+        with pytest.raises(ValueError, match="--processes is of training"):
+            run("tiny", what, "--processes", 2, *place)
+    monkeypatch.setattr(
+        "pliant.experiments.timing.time_cells",
+        lambda cells, path, **options: timed.append((cells, options["engines"])) or [1],
+    )
+    run(
+        "cifar10-controls",
+        "--measure",
+        "--device",
+        "cuda",
+        "--network",
+        "resnet18",
+        "--engine",
+        "eager",
+        *place,
+    )
+    cells, engines = timed[-1]
+    assert ({cell.network for cell in cells}, engines) == ({"resnet18"}, ["eager"])
+    run("tiny", "--measure", *place)
+    assert timed[-1][1] is None

@@ -20,6 +20,7 @@ from pliant.train import Recipe, Run, evaluate, fit, override, read_run
 from pliant.train.objectives import CrossEntropy
 from pliant.train.optimizing import make_optimizer, rate
 from pliant.train.run import claimed
+from pliant.train.seeds import seed_torch
 from pliant.train.tasks import NonFiniteLossError
 
 TINY = Recipe(
@@ -334,6 +335,28 @@ def test_tensorboard_has_the_gap_of_every_epoch(tiny):
     events = accumulator.EventAccumulator(str(tiny.folder / "tensorboard")).Reload()
     logged = [event.value for event in events.Scalars("gap")]
     assert logged == pytest.approx([row["gap"] for row in tiny.history], abs=1e-6)
+    assert [event.step for event in events.Scalars("step/lr")] == [9, 19]  # of 24
+    assert [event.step for event in events.Scalars("step/cross_entropy")] == [9, 19]
+
+
+def test_steps_are_logged_after_a_run_has_gone_on_as_before(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = replace(TINY, checkpoint_minutes=0)
+    with pytest.raises(KeyError, match="killed"):
+        fit(recipe, tmp_path / "run", progress=False, callbacks=[StopAfter(1)])
+    fit(recipe, tmp_path / "run", resume=True, progress=False)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("step/lr")] == [9, 19]
+
+
+@pytest.mark.parametrize(("kind", "seeded"), [("cpu", []), ("cuda", ["cuda"]), ("mps", ["all"])])
+def test_the_generators_of_the_cpu_and_the_device_are_seeded(kind, seeded, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda value: seen.append("cuda"))
+    monkeypatch.setattr(torch, "manual_seed", lambda value: seen.append("all"))
+    seed_torch(3, torch.device(kind))
+    assert seen == seeded
+    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(3)))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,3 +86,40 @@ def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
     finally:
         _HELD.discard(handle)
         os.close(handle)
+
+
+def in_use(path: str | Path) -> bool:
+    """Whether a process holds the lock `path`, as far as one can tell.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, held(f"{folder}/lock"):
+        ...     in_use(f"{folder}/lock"), in_use(f"{folder}/other")
+        (True, False)
+    """
+    if fcntl is None or not Path(path).is_file():
+        return False
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(handle)
+    return False
+
+
+def locks_in(folder: str | Path) -> bool:
+    """Whether files of a folder can be locked, which is made for it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fcntl is None or locks_in(folder)
+        True
+    """
+    if fcntl is None:
+        return False
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock-") as file, held(file.name):
+        return in_use(file.name)

@@ -344,7 +344,7 @@ def write_recovery_page(path: str | Path, rows: Sequence[Recovery]) -> None:
     images = dict.fromkeys(f"{row.data}, {row.pixels} px" for row in rows)
     where = dict.fromkeys(
         f"- {row.gpu or row.cpu}, {row.cores} cores; torch {row.torch}, timm {row.timm}, pliant "
-        f"{row.pliant}, commit {row.commit[:12]}{'-dirty' * row.commit.endswith('-dirty')}"
+        f"{row.pliant}, commit {row.short_commit}"
         for row in rows
     )
     text = f"""# Recovery after a conversion

@@ -34,7 +34,8 @@ def experiment(
         int, typer.Option(help="so many runs at a time, each in a process of its own", min=1)
     ] = 1,
     engine: Annotated[
-        list[str] | None, typer.Option(help="of --measure: only in these engines; repeat for several")
+        list[str] | None,
+        typer.Option(help="of --measure: in these engines, beside training steps; repeat for several"),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="say where each run stands, and run none")] = False,
     measure: Annotated[
@@ -45,13 +46,15 @@ def experiment(
     ] = False,
 ) -> None:
     """Train all networks of an experiment, one row each; the same command goes on where it stopped."""
-    from pliant.experiments import cells_of, rivals_of, run_cells, states
-    from pliant.experiments.walking import run_cells_together, scores_in
+    from pliant.experiments import cells_of, rivals_of, run_cells, run_cells_together, states
+    from pliant.experiments.walking import scores_in
 
     if list_ + measure + page > 1:
         raise ValueError("--list, --measure and --page are one at a time")
     if engine and not measure:
         raise ValueError("--engine is of --measure: training has no engine")
+    if processes > 1 and (list_ or measure or page):
+        raise ValueError("--processes is of training, which --list, --measure and --page do not do")
     if page:
         from pliant.experiments.page import write_evidence
 

@@ -6,6 +6,6 @@ what the rows show (`claims`, `page`, `figure`).
 """
 
 from pliant.experiments.cells import EXPERIMENTS, Cell, cells_of, rivals_of
-from pliant.experiments.walking import run_cells, states
+from pliant.experiments.walking import run_cells, run_cells_together, states
 
-__all__ = ["EXPERIMENTS", "Cell", "cells_of", "rivals_of", "run_cells", "states"]
+__all__ = ["EXPERIMENTS", "Cell", "cells_of", "rivals_of", "run_cells", "run_cells_together", "states"]

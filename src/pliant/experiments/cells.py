@@ -232,14 +232,17 @@ BORROWED: dict[str, tuple[str, tuple[str, ...]]] = {"cifar10-variants": ("cifar1
 
 
 def rivals_of(name: str, device: str = "cpu", *, epochs: int | None = None) -> list[Cell]:
-    """Cells of another experiment that this one's are held against; none for most.
+    """Cells of another experiment that this one's are held against, of its networks; none for most.
 
     Example:
         >>> list(dict.fromkeys(cell.label for cell in rivals_of("cifar10-variants")))[:4]
         ['plain', 'MoD, score order', 'first k channels', 'blocks removed']
     """
-    other, labels = BORROWED.get(name, ("", ()))
-    return cells_of(other, device, only=labels, epochs=epochs) if other else []
+    if name not in BORROWED:
+        return []
+    other, labels = BORROWED[name]
+    networks = {cell.network for cell in EXPERIMENTS[name](device)}
+    return cells_of(other, device, only=labels, networks=networks, epochs=epochs)
 
 
 def cells_of(
@@ -264,7 +267,8 @@ def cells_of(
         where: changes of where they run, as for `Cell.changed`.
 
     Raises:
-        ValueError: no such experiment, device, label or network, or a change that is refused.
+        ValueError: no such experiment, device, label or network, no label of that network, or a
+            change that is refused.
 
     Example:
         >>> [cell.recipe.seed for cell in cells_of("cifar10-controls", only=["plain"], seeds=2)]
@@ -287,6 +291,12 @@ def cells_of(
             and (seeds is None or cell.recipe.seed < start + seeds)
         ):
             chosen.append(cell.changed(epochs=epochs, where=where))
+    if not chosen:
+        labels = dict.fromkeys(cell.label for cell in cells if cell.network in of)
+        raise ValueError(
+            f"no run of {', '.join(sorted(of))} has the label {', '.join(sorted(wanted))}; its labels are "
+            f"{'; '.join(labels)}"
+        )
     return chosen
 
 

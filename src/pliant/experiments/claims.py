@@ -1,8 +1,9 @@
 """What rows of an experiment allow one to say: paired differences, in plain words.
 
 Two networks are compared seed by seed, because runs of one seed see the same images in the same
-order. The interval is Student's, of the mean of these differences, at 95 %; where it holds zero
-nothing has been shown, and with fewer than three seeds nothing can be.
+order, and on one device, because nobody has shown that two devices train alike. The interval is
+Student's, of the mean of these differences, at 95 %; where it holds zero nothing has been shown, and
+with fewer than three seeds nothing can be.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 FEW, MISSING, SLOWER = "too few seeds", "not run yet", "slower than the plain network"
 FEWEST = 3  # seeds that a verdict takes
 RESOLUTION = 0.01  # points: one of the 10,000 test images; no deviation is known more finely
+
+
+# Accuracies of a network: by seed and device.
+Accuracies = Mapping[tuple[int, str], float]
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,25 @@ class Paired:
         return f"{self.mean:+.2f} ({low:+.2f} to {high:+.2f}), n = {self.n}"
 
 
-def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Paired:
-    """Differences of two networks' accuracies by seed: `one` minus `other`.
+def paired(one: Accuracies, other: Accuracies) -> Paired:
+    """Differences of two networks' accuracies on one device, by seed: `one` minus `other`.
 
     Example:
-        >>> paired({0: 88.0, 1: 89.0}, {1: 88.5, 2: 87.0}).differences
+        >>> one = {(0, "cpu"): 88.0, (1, "cpu"): 89.0, (2, "cpu"): 88.0}
+        >>> paired(one, {(1, "cpu"): 88.5, (2, "cuda"): 87.0}).differences
         (0.5,)
     """
-    return Paired(tuple(one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())))
+    return Paired(tuple(once({run: one[run] - other[run] for run in one.keys() & other.keys()}).values()))
+
+
+def once(runs: Accuracies) -> dict[int, float]:
+    """Each seed once, in order: what was run on both devices, as the GPU's.
+
+    Example:
+        >>> once({(1, "cuda"): 88.5, (1, "cpu"): 88.0, (0, "cpu"): 87.0})
+        {0: 87.0, 1: 88.5}
+    """
+    return {seed: value for (seed, _), value in sorted(runs.items())}  # "cpu" before "cuda"
 
 
 def sentence(one: str, other: str, found: Paired) -> str:
@@ -207,12 +223,12 @@ class Rival:
 
     Attributes:
         label: its.
-        accuracy: by seed, in percent.
+        accuracy: of its runs, in percent.
         time: over the plain network's.
     """
 
     label: str
-    accuracy: Mapping[int, float]
+    accuracy: Accuracies
     time: float
 
 
@@ -238,26 +254,25 @@ class AtEqualTime:
     verdict: str
 
 
-def at_equal_time(
-    accuracy: Mapping[int, float], time: float, margin: float, rivals: Sequence[Rival]
-) -> AtEqualTime:
+def at_equal_time(accuracy: Accuracies, time: float, margin: float, rivals: Sequence[Rival]) -> AtEqualTime:
     """Compare at equal time; see `AtEqualTime`.
 
     Args:
-        accuracy: of the network, by seed.
+        accuracy: of the network's runs.
         time: of the network, over the plain one's.
         margin: how much longer or shorter that may be.
         rivals: at least two, the plain network among them.
 
     Example:
-        >>> bare, plain = (Rival("bare", dict.fromkeys(range(3), 87.0), 0.6),
-        ...                Rival("plain", dict.fromkeys(range(3), 89.0), 1.0))
-        >>> found = at_equal_time(dict.fromkeys(range(3), 88.2), 0.8, 0.01, [bare, plain])
+        >>> runs = [(0, "cpu"), (1, "cpu"), (2, "cpu")]
+        >>> bare, plain = (Rival("bare", dict.fromkeys(runs, 87.0), 0.6),
+        ...                Rival("plain", dict.fromkeys(runs, 89.0), 1.0))
+        >>> found = at_equal_time(dict.fromkeys(runs, 88.2), 0.8, 0.01, [bare, plain])
         >>> found.line, round(found.found.mean, 2), found.verdict
         ('0.50 bare + 0.50 plain', 0.2, 'better')
-        >>> at_equal_time(dict.fromkeys(range(3), 88.2), 0.8, 0.05, [bare, plain]).verdict
+        >>> at_equal_time(dict.fromkeys(runs, 88.2), 0.8, 0.05, [bare, plain]).verdict
         'undecided'
-        >>> at_equal_time(dict.fromkeys(range(3), 90.0), 1.2, 0.05, [bare, plain]).verdict
+        >>> at_equal_time(dict.fromkeys(runs, 90.0), 1.2, 0.05, [bare, plain]).verdict
         'slower than the plain network'
     """
     rivals = sorted(rivals, key=lambda r: r.time)
@@ -270,8 +285,8 @@ def at_equal_time(
             return low.label, paired(accuracy, low.accuracy)
         share = (at - low.time) / (high.time - low.time)
         line = {
-            seed: (1 - share) * low.accuracy[seed] + share * high.accuracy[seed]
-            for seed in low.accuracy.keys() & high.accuracy.keys()
+            run: (1 - share) * low.accuracy[run] + share * high.accuracy[run]
+            for run in low.accuracy.keys() & high.accuracy.keys()
         }
         return f"{1 - share:.2f} {low.label} + {share:.2f} {high.label}", paired(accuracy, line)
 

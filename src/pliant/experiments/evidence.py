@@ -1,7 +1,4 @@
-"""Rows of one network's experiment, joined: accuracies by seed, times by setting.
-
-An accuracy is the recipe's and the seed's, wherever it was trained; a time is its device's.
-"""
+"""Rows of one network's experiment, joined: accuracies by seed and device, times by setting."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import NamedTuple
 
 from pliant.compare import PLAIN, REMOVED, Score
 from pliant.experiments.cells import Cell, Key, key_of
-from pliant.experiments.claims import AtEqualTime, Paired, Rival, at_equal_time, paired
+from pliant.experiments.claims import Accuracies, AtEqualTime, Paired, Rival, at_equal_time, once, paired
 from pliant.experiments.timing import STEP, name_of
 from pliant.measuring.rows import AS_IS, OPTIMIZED, Measurement
 
@@ -63,16 +60,25 @@ class Evidence:
         return list(dict.fromkeys(label for cell in cells for label in cell.labels))
 
     def rows(self, label: str) -> list[Score]:
-        """Rows of a label, by seed."""
-        return sorted((s for s in self.scores if s.label == label), key=lambda s: s.seed)
+        """Rows of a label, each seed once and in order: what was run on both devices, as the GPU's."""
+        own = sorted((s for s in self.scores if s.label == label), key=lambda s: (s.seed, device_of(s)))
+        return list({s.seed: s for s in own}.values())
+
+    def runs(self, label: str) -> Accuracies:
+        """Test accuracy in percent, by seed and device."""
+        return {
+            (s.seed, device_of(s)): s.test_accuracy
+            for s in self.scores
+            if s.label == label and s.test_accuracy is not None
+        }
 
     def accuracy(self, label: str) -> dict[int, float]:
         """Test accuracy in percent, by seed."""
-        return {s.seed: s.test_accuracy for s in self.rows(label) if s.test_accuracy is not None}
+        return once(self.runs(label))
 
     def against(self, one: str, other: str) -> Paired:
         """Difference of two labels' accuracies."""
-        return paired(self.accuracy(one), self.accuracy(other))
+        return paired(self.runs(one), self.runs(other))
 
     def settings(self, *, steps: bool = False) -> list[Setting]:
         """In what latency was timed, or training steps."""
@@ -115,11 +121,9 @@ class Evidence:
         row = self.time(label, setting)
         return max(FINEST[setting.batch == 1], (row.time_ratio_iqr or 0.0) if row else 0.0)
 
-    def step(self, label: str) -> Measurement | None:
-        """The row of the training step that a label comes from, on the device that was timed first."""
-        cell = next((c.label for c in self.cells if label in c.labels), label)
-        steps = (self.time(cell, setting) for setting in self.settings(steps=True))
-        return next((row for row in steps if row is not None), None)
+    def step(self, label: str, setting: Setting) -> Measurement | None:
+        """The row of the training step that a label comes from."""
+        return self.time(next((c.label for c in self.cells if label in c.labels), label), setting)
 
     def without(self, seed: int) -> Evidence:
         """The same without the rows of a seed."""
@@ -133,49 +137,49 @@ class Evidence:
     def at_equal_time(self, label: str, setting: Setting) -> AtEqualTime | None:
         """A label against plain networks of all depths; None if it or an end of these has no time.
 
-        A depth in between counts if it has the seeds of both ends.
+        A depth in between counts if it has all runs that the label and both ends share.
         """
         times = {name: self.time(name, setting) for name in (label, *self.depths)}
         if any(times[name] is None for name in (label, REMOVED, PLAIN)):
             return None
-        seeds = self.accuracy(REMOVED).keys() & self.accuracy(PLAIN).keys()
+        shared = self.runs(label).keys() & self.runs(REMOVED).keys() & self.runs(PLAIN).keys()
         rivals = [
-            Rival(name, self.accuracy(name), float(row.time_ratio or 0))
+            Rival(name, self.runs(name), float(row.time_ratio or 0))
             for name in self.depths
             if (row := times[name]) is not None
-            and (name in (REMOVED, PLAIN) or seeds <= self.accuracy(name).keys())
+            and (name in (REMOVED, PLAIN) or shared <= self.runs(name).keys())
         ]
         own = times[label]
         assert own is not None
         margin = max(self.margin(name, setting) for name in (label, *(r.label for r in rivals)))
-        return at_equal_time(self.accuracy(label), float(own.time_ratio or 0), margin, rivals)
+        return at_equal_time(self.runs(label), float(own.time_ratio or 0), margin, rivals)
 
 
-def gather(
-    cells: Iterable[Cell], scores: Iterable[Sequence[Score]], times: Sequence[Measurement]
-) -> list[Evidence]:
+def device_of(score: Score) -> str:
+    """Where a row was trained: ``cpu`` or ``cuda``."""
+    return "cuda" if score.gpu else "cpu"
+
+
+def gather(cells: Iterable[Cell], scores: Iterable[Score], times: Sequence[Measurement]) -> list[Evidence]:
     """Evidence for each network among the cells; rows that belong to none of them are left out.
 
     Args:
         cells: of the experiment.
-        scores: rows of each device. What was run on several counts once: the first's.
-        times: rows of times, of all devices.
+        scores: rows of all devices.
+        times: likewise.
 
     Raises:
         ValueError: two rows of one device say different things of one run.
     """
     cells = list(cells)
-    by_key: dict[Key, Score] = {}
-    for rows in scores:
-        there: dict[Key, Score] = {}
-        for score in rows:
-            known = there.setdefault(key_of(score), score)
-            if known.test_accuracy != score.test_accuracy:
-                raise ValueError(
-                    f"two rows of {score.label}, seed {score.seed}, have test accuracies of "
-                    f"{known.test_accuracy} and {score.test_accuracy} %; delete one of them"
-                )
-        by_key = there | by_key
+    by_run: dict[tuple[Key, str], Score] = {}
+    for score in scores:
+        known = by_run.setdefault((key_of(score), device_of(score)), score)
+        if known.test_accuracy != score.test_accuracy:
+            raise ValueError(
+                f"two rows of {score.label}, seed {score.seed}, have test accuracies of "
+                f"{known.test_accuracy} and {score.test_accuracy} %; delete one of them"
+            )
     found = []
     for network in dict.fromkeys(cell.network for cell in cells):
         own = tuple(cell for cell in cells if cell.network == network)
@@ -185,7 +189,7 @@ def gather(
             Evidence(
                 network=network,
                 cells=own,
-                scores=tuple(s for key, s in by_key.items() if key in keys),
+                scores=tuple(s for (key, _), s in by_run.items() if key in keys),
                 times=tuple(r for r in times if r.model in names),
             )
         )

@@ -16,7 +16,6 @@ from pliant.experiments.claims import FEWEST, MISSING, answer, mean_and_spread, 
 from pliant.experiments.evidence import Evidence, Setting, gather
 from pliant.experiments.figure import plot_evidence
 from pliant.experiments.tables import markdown
-from pliant.experiments.timing import STEP
 from pliant.experiments.variants import FIRST, SCORE_ORDER, VARIANTS
 from pliant.experiments.variants_page import findings as findings_of_variants
 from pliant.experiments.walking import scores_in
@@ -61,10 +60,11 @@ _HOW_TO_READ = """\
 {setting}
 
 Accuracy is that of the best validation epoch, tested once, as mean ± standard deviation over seeds.
-Two networks are compared seed by seed, from {fewest} seeds on; the interval is Student's, of the mean of
-these differences, at 95 %, and holds for these test images and this recipe. So few seeds show large
-differences only: what is not shown is not shown to be nothing. Intervals are not corrected for their
+Two networks are compared seed by seed on one device, from {fewest} seeds on; the interval is Student's, of
+the mean of these differences, at 95 %, and holds for these test images and this recipe. So few seeds show
+large differences only: what is not shown is not shown to be nothing. Intervals are not corrected for their
 number: of twenty independent comparisons without any true difference, one is expected to look decided.
+A seed that was run on a CPU and on a GPU counts once, as the GPU's.
 
 Latency is that of networks as deployed (norms folded, Mixture-of-Depths blocks in the portable form that
 suits the engine: "optimized" in [Latency](latency.md)), as the ratio to the plain network in the same run,
@@ -92,7 +92,7 @@ def write_evidence(
     Args:
         name: of `pliant.experiments.EXPERIMENTS`.
         results: folder of the rows, ``NAME-DEVICE.csv`` and ``NAME-latency-DEVICE.csv``, which
-            gets the figures. What was trained on both devices counts once: the GPU's row.
+            gets the figures.
         docs: folder that gets the page, ``evidence.md`` or ``variants.md``.
         epochs: of a rehearsal, whose page is ``evidence-N-epochs.md``; by default the experiment's.
 
@@ -107,11 +107,10 @@ def write_evidence(
     figures: dict[int, str] = {}
     sources = [source for source in (BORROWED.get(name, ("",))[0], name) if source]
     short = f"-{epochs}-epochs" if epochs else ""
-    scores = [
-        [score for source in sources for score in scores_in(results / f"{source}-{device}.csv")]
-        for device in ("cuda", "cpu")
-    ]
-    timed = (results / f"{name}-latency-{device}.csv" for device in ("cpu", "cuda"))
+    devices = ("cpu", "cuda")
+    trained = [results / f"{source}-{device}.csv" for source in sources for device in devices]
+    scores = [score for path in trained for score in scores_in(path)]
+    timed = [results / f"{name}-latency-{device}.csv" for device in devices]
     times = [row for path in timed if path.exists() for row in read_rows(path)]
     # A GPU's list has the networks of a CPU's, and more: told of only where they were run.
     everywhere = {cell.network for cell in cells_of(name, "cpu")}
@@ -215,7 +214,7 @@ def _origins(rows: Iterable[Score | Measurement]) -> str:
                 (
                     r.gpu or f"{r.cpu}, {r.cores} cores",
                     f"torch {r.torch}" if r.torch else "",
-                    f"commit {r.commit[:12]}{'-dirty' * r.commit.endswith('-dirty')}" if r.commit else "",
+                    f"commit {r.short_commit}" if r.commit else "",
                 ),
             )
         )
@@ -279,19 +278,21 @@ def untimed(evidence: Evidence, label: str, setting: Setting) -> list[str]:
 
 
 def _costs(evidence: Evidence) -> list[str]:
-    """What the blocks cost in training."""
-    own, bare = evidence.step(SCORE_ORDER), evidence.step(REMOVED)
-    if own is None or bare is None or own.time_ratio is None or bare.time_ratio is None:
-        return [f"**What does a training step cost?** Training steps: {MISSING}."]
-    margin = evidence.margin(SCORE_ORDER, Setting(STEP, own.batch, own.device))
-    over = own.time_ratio - 1
-    word = "as long as" if abs(over) <= margin else "longer than" if over > 0 else "less long than"
-    spreads = [f"{r.time_ratio:.2f} ({r.time_ratio_iqr or 0:.2f})" for r in (own, bare)]
-    return [
-        f"**What does a training step cost?** With {SCORE_ORDER} it takes {word} the plain network's: "
-        f"{spreads[0]} of its time; without the blocks {spreads[1]} "
-        f"(batch {own.batch}, {own.dtype}, {own.threads} threads)."
-    ]
+    """What the blocks cost in training, on each device that was timed."""
+    told = []
+    for setting in evidence.settings(steps=True):
+        own, bare = evidence.step(SCORE_ORDER, setting), evidence.step(REMOVED, setting)
+        if own is None or bare is None or own.time_ratio is None or bare.time_ratio is None:
+            continue
+        over = own.time_ratio - 1
+        close = abs(over) <= evidence.margin(SCORE_ORDER, setting)
+        word = "as long as" if close else "longer than" if over > 0 else "less long than"
+        spreads = [f"{r.time_ratio:.2f} ({r.time_ratio_iqr or 0:.2f})" for r in (own, bare)]
+        told.append(
+            f"With {SCORE_ORDER} it takes {word} the plain network's: {spreads[0]} of its time; without "
+            f"the blocks {spreads[1]} ({setting}, {own.dtype}, {own.threads} threads)."
+        )
+    return [f"**What does a training step cost?** {' '.join(told) or f'Training steps: {MISSING}.'}"]
 
 
 def _compared(evidence: Evidence, family: str) -> list[str]:
@@ -313,10 +314,10 @@ def _table(evidence: Evidence, family: str, labels: Sequence[str]) -> list[str]:
     others = [PLAIN, *([SCORE_ORDER, REMOVED] if family in _BESIDE else [])]
     held = (label for label in HELD_AGAINST.get(family, {}).values() if label not in labels)
     names = list(dict.fromkeys([*others, *held, *labels]))
-    settings = evidence.settings()
+    settings, steps = evidence.settings(), evidence.settings(steps=True)
     heading = ["network", "seeds", "test, %", f"against {PLAIN}, points (95 %)", "parameters", "MACs, M"]
     heading += [f"latency ratio, {setting}" for setting in settings]
-    heading += ["training step, ratio"]
+    heading += [f"time ratio, {setting}" for setting in steps]
     body = []
     for label in names:
         rows = evidence.rows(label)
@@ -332,8 +333,8 @@ def _table(evidence: Evidence, family: str, labels: Sequence[str]) -> list[str]:
                 if timed is None
                 else f"{timed.time_ratio:.3f} ({timed.time_ratio_iqr or 0:.3f}){form}"
             )
-        step = evidence.step(label)
-        cells.append("" if step is None else f"{step.time_ratio:.2f}")
+        found = [evidence.step(label, setting) for setting in steps]
+        cells += ["" if step is None else f"{step.time_ratio:.2f}" for step in found]
         body.append(cells)
     note = _chance(evidence, names)
     return [*markdown(heading, body), *(["", note] if note else [])]

@@ -67,7 +67,8 @@ def time_cells(
         path: CSV file, written after each engine; rows of other networks and engines stay.
         device: ``cpu`` or ``cuda``.
         threads: of PyTorch and of each engine.
-        engines: names in `pliant.deploy.engines.ENGINES`; one that is missing is passed over.
+        engines: names in `pliant.deploy.engines.ENGINES`; by default two of each device, of which one
+            that is missing is passed over. Training steps are timed beside them.
         batches: images a forward.
         effort: how long.
         progress: called with steps done, steps in all, and what comes next.
@@ -76,12 +77,18 @@ def time_cells(
         The rows of this call.
 
     Raises:
-        ValueError: no plain network among the cells, or the device is missing.
+        ValueError: no plain network among the cells, no such engine, or one that was named, or the
+            device, is missing.
     """
     effort = effort or Effort()
     kind = device.partition(":")[0]
     if kind not in BATCHES:
         raise ValueError(f"device must be cpu or cuda, not {device!r}")
+    for engine in engines or ():
+        if engine not in ENGINES:
+            raise ValueError(f"no engine {engine!r}; there are {', '.join(ENGINES)}")
+        if why := ENGINES[engine].missing:
+            raise ValueError(f"engine {engine} is not here: {why}")
     found: list[Measurement] = []
     for network in dict.fromkeys(cell.network for cell in cells):
         own: dict[str, Cell] = {}

@@ -10,29 +10,39 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pliant._lock import FolderInUseError, held
+from pliant._lock import FolderInUseError, held, in_use, locks_in
 from pliant.compare import Score, compare, read_scores, run_folder, write_scores
 from pliant.experiments.cells import Cell, key_of
 
 DONE, TRAINED, INTERRUPTED, WAITING = "done", "trained, not scored", "interrupted", "not begun"
+RUNNING = "in hand of a process"
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a cell stands: `DONE`, `TRAINED`, `INTERRUPTED` or `WAITING`; and after how many epochs."""
+    """Where a cell stands: `DONE`, `TRAINED`, `RUNNING`, `INTERRUPTED` or `WAITING`.
+
+    Attributes:
+        kind: one of these.
+        epochs: that it has behind it.
+    """
 
     kind: str
     epochs: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kind} after {self.epochs} epochs" if self.kind == INTERRUPTED else self.kind
+        half = self.kind in (RUNNING, INTERRUPTED)
+        return f"{self.kind} after {self.epochs} epochs" if half else self.kind
 
 
 def scores_in(path: str | Path) -> list[Score]:
@@ -48,7 +58,7 @@ def states(cells: Iterable[Cell], rows: Iterable[Score], folder: str | Path) -> 
         rows: that are there, whoever wrote them.
         folder: of the experiment's runs.
     """
-    from pliant.train.run import METRICS, RECIPE, RESULT
+    from pliant.train.run import LOCK, METRICS, RECIPE, RESULT
 
     there = {key_of(row) for row in rows}
     found = []
@@ -59,7 +69,8 @@ def states(cells: Iterable[Cell], rows: Iterable[Score], folder: str | Path) -> 
         elif (place / RESULT).is_file():
             found.append(State(TRAINED, cell.recipe.epochs))
         elif (place / RECIPE).is_file():
-            found.append(State(INTERRUPTED, _epochs(place / METRICS)))
+            kind = RUNNING if in_use(place / LOCK) else INTERRUPTED
+            found.append(State(kind, _epochs(place / METRICS)))
         else:
             found.append(State(WAITING))
     return found
@@ -146,8 +157,10 @@ def run_cells_together(
 ) -> list[Score]:
     """`run_cells` in several processes at once, which share the cells; they print what they do.
 
-    Small networks leave a GPU, or many cores, idle between their kernels. With
-    ``threads=1`` each process takes one core.
+    Small networks leave a GPU, or many cores, idle between their kernels. With ``threads=1`` each
+    process takes one core. They are spawned, so a script calls this below
+    ``if __name__ == "__main__":``. None of them outlives this process, or an interrupt: runs that were in
+    hand go on from their last checkpoint with the next call.
 
     Args:
         cells: as `run_cells` takes them.
@@ -156,24 +169,37 @@ def run_cells_together(
         processes: how many.
         limit: seconds, of each.
 
+    Returns:
+        The rows that were added meanwhile, by whomever.
+
     Raises:
+        ValueError: fewer than one process, or the folder's file system has no locks to share by.
         RuntimeError: some processes failed; what the others ran is in the rows.
+        KeyboardInterrupt: Ctrl-C.
     """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, not {processes}")
+    if processes > 1 and not locks_in(folder):
+        raise ValueError(
+            f"files in {folder} cannot be locked, so several processes would train the same networks: "
+            f"take one process, or a folder on another file system"
+        )
     before = scores_in(rows)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     walkers = [
         context.Process(target=_walk, args=(cells, rows, folder, limit), name=f"walker {n}")
         for n in range(processes)
     ]
-    for walker in walkers:
-        walker.start()
     try:
         for walker in walkers:
-            walker.join()
-    except KeyboardInterrupt:  # they got it too, and keep what they have
+            walker.start()
         for walker in walkers:
             walker.join()
-        raise
+    finally:
+        for walker in walkers:
+            if walker.is_alive():  # this one was interrupted: a run that is ended so keeps its last step
+                walker.terminate()
+                walker.join()
     added = [row for row in scores_in(rows) if row not in before]
     if failed := sum(walker.exitcode != 0 for walker in walkers):
         raise RuntimeError(
@@ -183,13 +209,22 @@ def run_cells_together(
 
 
 def _walk(cells: Sequence[Cell], rows: str | Path, folder: str | Path, limit: float | None) -> None:
-    """What each of several processes does."""
+    """What each of several processes does, as long as the one that began them lives."""
+    threading.Thread(target=_follow, daemon=True).start()
     try:
         run_cells(cells, rows, folder, limit=limit, tell=partial(print, flush=True))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"pliant: {error}")
+
+
+def _follow() -> None:
+    """Wait for the end of the process that began this one, and end this one too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _told(scores: Sequence[Score]) -> str:

@@ -158,6 +158,7 @@ def costs_markdown(
         f"{money} GB a GPU | images/s | cores |",
         f"|---|---:|---|---:|---:|---:|---:|{'---:|' * (price is not None)}---:|---:|---:|",
     ]
+    larger: dict[int, None] = {}
     for entry in ENTRIES:
         recipe = get_recipe(entry.recipe)
         batch = _share(recipe, gpus)
@@ -167,6 +168,7 @@ def costs_markdown(
             if row is None:
                 cells += [NOT_MEASURED] + [""] * (5 + (price is not None))
             else:
+                larger |= {row.batch: None} if row.batch > batch else {}
                 found = cost(
                     recipe, row, _parameters(recipe.model), core.images_per_s if core else None, gpus=gpus
                 )
@@ -175,6 +177,13 @@ def costs_markdown(
                 cells += [f"{found.memory_gb:.1f}", f"{found.images_per_s:.0f}"]
                 cells += [NOT_MEASURED if found.cores is None else f"{found.cores:.0f}"]
             blocks.append(f"| {' | '.join(cells)} |")
+    if larger:
+        blocks += [
+            "",
+            f"Steps of {' and '.join(map(str, larger))} images were measured. Here a step of fewer takes "
+            "its share of their time, which is too little where launching kernels, and not work, takes "
+            "the time.",
+        ]
     return "\n".join(blocks)
 
 
@@ -221,7 +230,7 @@ def _loader(core: LoaderRate | None, gpus: int) -> str:
     lines = [
         f"One core of {core.cpu} loads {core.images_per_s:.0f} images a second ({core.data}: "
         f"{core.kilobytes:g} kB and {core.megapixels:g} megapixels in the median; from shards, random "
-        f"resized crop and flip at {core.pixels} pixels, one worker; commit {core.commit[:12]}).{start} "
+        f"resized crop and flip at {core.pixels} pixels, one worker; commit {core.short_commit}).{start} "
         f"{gpus} GPUs need:",
         "",
         f"| a step of 32 images takes, ms | images/s of {gpus} GPUs | cores of that kind |",
@@ -242,7 +251,7 @@ def _commands(gpus: int) -> list[str]:
 
 
 def _measured(steps: Sequence[StepCost]) -> str:
-    where = dict.fromkeys(f"{r.gpu}, torch {r.torch}, commit {r.commit[:12]}" for r in steps)
+    where = dict.fromkeys(f"{r.gpu}, torch {r.torch}, commit {r.short_commit}" for r in steps)
     said = "; ".join(where) or f"{NOT_MEASURED}: there is no `results/steps-cuda.csv` yet"
     return f"Steps: {said}.\n"
 

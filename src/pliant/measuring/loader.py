@@ -276,7 +276,7 @@ def rates_markdown(rows: Sequence[LoaderRate]) -> str:
     where = dict.fromkeys(
         f"{r.cpu} ({r.cores} cores) · {r.images} images, {r.data}: {r.kilobytes} kB and {r.megapixels} "
         f"megapixels in the median · to {r.pixels} pixels · {r.rounds} rounds · torch {r.torch} · commit "
-        f"{r.commit[:12]}{'-dirty' * r.commit.endswith('-dirty')} · measured {r.date[:10]}"
+        f"{r.short_commit} · measured {r.date[:10]}"
         for r in rows
     )
     indexed = next((r.index_us for r in rows if r.index_us is not None), None)

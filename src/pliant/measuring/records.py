@@ -38,6 +38,11 @@ class Origin:
     commit: str = ""
     date: str = ""
 
+    @property
+    def short_commit(self) -> str:
+        """Twelve digits of the commit, and ``-dirty`` if it is."""
+        return self.commit[:12] + "-dirty" * self.commit.endswith("-dirty")
+
 
 class _Dataclass(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]

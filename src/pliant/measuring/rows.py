@@ -253,7 +253,7 @@ CONDITIONS: dict[str, tuple[str, Text]] = {
 ORIGINS: dict[str, tuple[str, Text]] = {
     "torch": ("torch", lambda r: r.torch),
     "runtime": ("by", lambda r: r.runtime),
-    "commit": ("commit", lambda r: r.commit[:12] + ("-dirty" if r.commit.endswith("-dirty") else "")),
+    "commit": ("commit", lambda r: r.short_commit),
     "date": ("measured", lambda r: r.date[:10]),
 }
 LEGEND = "in brackets: interquartile range over rounds"

@@ -85,7 +85,7 @@ def steps_markdown(rows: Sequence[StepCost]) -> str:
     """Rows as a Markdown table, under a line of where they were measured."""
     where = dict.fromkeys(
         f"{r.gpu or f'{r.cpu} ({r.cores} cores)'} · threads {r.threads} · torch {r.torch} · "
-        f"commit {r.commit[:12]}{'-dirty' * r.commit.endswith('-dirty')} · measured {r.date[:10]}"
+        f"commit {r.short_commit} · measured {r.date[:10]}"
         for r in rows
     )
     lines = [

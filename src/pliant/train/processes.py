@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """Where a run of a recipe takes place on this machine: a GPU or the CPU.
+    """Where a run of a recipe takes place on this machine: a CUDA GPU, or else the CPU.
 
     Example:
         >>> device_of(Recipe(name="example", model="resnet20_cifar", accelerator="cpu"))

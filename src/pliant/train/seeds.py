@@ -23,9 +23,9 @@ def mixed_seed(seed: int, *parts: int | str) -> int:
 
 
 def seed_torch(value: int, device: torch.device) -> None:
-    """Seed torch's generators of the CPU and of one other device.
+    """Seed torch's generators of the CPU and, for a GPU, of the current one.
 
-    `torch.manual_seed` asks after every kind of device there could be, which takes a millisecond.
+    `torch.manual_seed` asks after every kind of device there could be, in each step anew.
     """
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":

@@ -179,7 +179,7 @@ class Classification(pl.LightningModule):
         return loss
 
     def _tell(self, terms: dict[str, Tensor], loss: Tensor) -> None:
-        """Log what a step gave, where it is written or shown: each value takes half a millisecond."""
+        """Log what a step gave, where it is written or shown: for small networks logging is not cheap."""
         if (self.global_step + 1) % LOG_EVERY == 0:
             for name, term in terms.items():
                 self.log(f"step/{name}", term.detach())

@@ -1,0 +1,50 @@
+"""Small cells of an experiment, on digits, and a walk through some."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from typer.testing import CliRunner
+
+from pliant import cli
+from pliant.experiments import Cell, run_cells
+from pliant.train.recipe import Recipe
+
+TINY = Recipe(
+    name="tiny",
+    model="resnet20_cifar",
+    pixels=8,
+    epochs=1,
+    batch=256,
+    workers=0,
+    threads=1,
+    accelerator="cpu",
+)
+PLAIN = Cell(network="resnet20", family="controls", label="plain", recipe=TINY)
+REMOVED = replace(
+    PLAIN,
+    label="blocks removed",
+    recipe=replace(TINY, model="resnet20_cifar_mod", model_args={"selection": "none"}),
+)
+ADN = replace(
+    PLAIN,
+    family="adn",
+    label="ADN",
+    recipe=replace(TINY, model="resnet20_cifar_adn", objective="specialize"),
+)
+
+
+def walk(cells, place, **options):
+    """Labels of the rows that a walk adds, and what it tells."""
+    told = []
+    added = run_cells(cells, place / "rows.csv", place / "runs", tell=told.append, **options)
+    return [s.label for s in added], told
+
+
+def run(*arguments, code=0):
+    """What ``pliant experiment`` prints."""
+    result = CliRunner().invoke(cli.app, ["experiment", *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
