@@ -290,7 +290,7 @@ def _costs(evidence: Evidence) -> list[str]:
         spreads = [f"{r.time_ratio:.2f} ({r.time_ratio_iqr or 0:.2f})" for r in (own, bare)]
         told.append(
             f"With {SCORE_ORDER} it takes {word} the plain network's: {spreads[0]} of its time; without "
-            f"the blocks {spreads[1]} ({setting}, {own.dtype}, {own.threads} threads)."
+            f"the blocks {spreads[1]} ({setting}, {own.dtype}, threads {own.threads})."
         )
     return [f"**What does a training step cost?** {' '.join(told) or f'Training steps: {MISSING}.'}"]
 
