@@ -196,10 +196,11 @@ def run_cells_together(
         for walker in walkers:
             walker.join()
     finally:
-        for walker in walkers:
-            if walker.is_alive():  # this one was interrupted: a run that is ended so keeps its last step
-                walker.terminate()
-                walker.join()
+        left = [walker for walker in walkers if walker.is_alive()]
+        for walker in left:  # this process was interrupted: a run that is ended so keeps its last step
+            walker.terminate()
+        for walker in left:
+            walker.join()
     added = [row for row in scores_in(rows) if row not in before]
     if failed := sum(walker.exitcode != 0 for walker in walkers):
         raise RuntimeError(
