@@ -13,13 +13,13 @@ import timm
 from _experiment import ADN, PLAIN, REMOVED, TINY, run, walk
 from pliant import experiments
 from pliant.compare import read_scores, write_scores
+from pliant.deploy.engines import ENGINES
 from pliant.experiments import (
     EXPERIMENTS,
     cells_of,
     rivals_of,
     run_cells,
     states,
-    timing,
     walking,
 )
 from pliant.experiments.cells import RIVALS, cifar10_controls, cifar10_variants, key_of
@@ -273,9 +273,9 @@ def test_networks_and_training_steps_are_timed_against_the_plain_network(tmp_pat
     assert sorted(r.model for r in again) == sorted(r.model for r in rows)
     with pytest.raises(ValueError, match="ratios are to the plain resnet20"):
         time_cells([REMOVED], path, **options)
-    with pytest.raises(ValueError, match="no engine 'fast'; there are eager, "):
+    with pytest.raises(ValueError, match="no engine 'fast'; the engines are eager, "):
         time_cells(cells, path, **(options | {"engines": ["fast"]}))
-    monkeypatch.setattr(timing, "ENGINES", {"slow": SimpleNamespace(missing="pip install slow")})
+    monkeypatch.setitem(ENGINES, "slow", SimpleNamespace(name="slow", missing="pip install slow"))
     with pytest.raises(ValueError, match="engine slow is not here: pip install slow"):
         time_cells(cells, path, **(options | {"engines": ["slow"]}))
 

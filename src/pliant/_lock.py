@@ -89,7 +89,9 @@ def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def in_use(path: str | Path) -> bool:
-    """Whether a process holds the lock `path`, as far as one can tell.
+    """Whether a process holds the lock `path`; a process that tries to in the same moment is refused it.
+
+    False where nothing can be locked.
 
     Example:
         >>> import tempfile

@@ -13,6 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom. Beyond the last one it
 # is used on: the interval is then a little too wide, never too narrow.
@@ -26,8 +27,8 @@ FEW, MISSING, SLOWER = "too few seeds", "not run yet", "slower than the plain ne
 FEWEST = 3  # seeds that a verdict takes
 RESOLUTION = 0.01  # points: one of the 10,000 test images; no deviation is known more finely
 
-
-# Accuracies of a network: by seed and device.
+T = TypeVar("T")
+# Accuracies of a network in percent, by seed and device, ``cpu`` or ``cuda``.
 Accuracies = Mapping[tuple[int, str], float]
 
 
@@ -97,14 +98,14 @@ def paired(one: Accuracies, other: Accuracies) -> Paired:
     return Paired(tuple(once({run: one[run] - other[run] for run in one.keys() & other.keys()}).values()))
 
 
-def once(runs: Accuracies) -> dict[int, float]:
+def once(runs: Mapping[tuple[int, str], T]) -> dict[int, T]:
     """Each seed once, in order: what was run on both devices, as the GPU's.
 
     Example:
         >>> once({(1, "cuda"): 88.5, (1, "cpu"): 88.0, (0, "cpu"): 87.0})
         {0: 87.0, 1: 88.5}
     """
-    return {seed: value for (seed, _), value in sorted(runs.items())}  # "cpu" before "cuda"
+    return {seed: runs[seed, device] for seed, device in sorted(runs)}  # "cpu" before "cuda"
 
 
 def sentence(one: str, other: str, found: Paired) -> str:

@@ -61,13 +61,12 @@ class Evidence:
 
     def rows(self, label: str) -> list[Score]:
         """Rows of a label, each seed once and in order: what was run on both devices, as the GPU's."""
-        own = sorted((s for s in self.scores if s.label == label), key=lambda s: (s.seed, device_of(s)))
-        return list({s.seed: s for s in own}.values())
+        return list(once({(s.seed, trained_on(s)): s for s in self.scores if s.label == label}).values())
 
     def runs(self, label: str) -> Accuracies:
         """Test accuracy in percent, by seed and device."""
         return {
-            (s.seed, device_of(s)): s.test_accuracy
+            (s.seed, trained_on(s)): s.test_accuracy
             for s in self.scores
             if s.label == label and s.test_accuracy is not None
         }
@@ -155,7 +154,7 @@ class Evidence:
         return at_equal_time(self.runs(label), float(own.time_ratio or 0), margin, rivals)
 
 
-def device_of(score: Score) -> str:
+def trained_on(score: Score) -> str:
     """Where a row was trained: ``cpu`` or ``cuda``."""
     return "cuda" if score.gpu else "cpu"
 
@@ -174,7 +173,7 @@ def gather(cells: Iterable[Cell], scores: Iterable[Score], times: Sequence[Measu
     cells = list(cells)
     by_run: dict[tuple[Key, str], Score] = {}
     for score in scores:
-        known = by_run.setdefault((key_of(score), device_of(score)), score)
+        known = by_run.setdefault((key_of(score), trained_on(score)), score)
         if known.test_accuracy != score.test_accuracy:
             raise ValueError(
                 f"two rows of {score.label}, seed {score.seed}, have test accuracies of "

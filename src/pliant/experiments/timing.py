@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pliant.compare import PLAIN
-from pliant.deploy.engines import ENGINES
+from pliant.deploy.engines import ENGINES, named
 from pliant.depth import get_depth, subnet
 from pliant.experiments.cells import Cell
 from pliant.measuring.entrants import fresh
@@ -84,11 +84,9 @@ def time_cells(
     kind = device.partition(":")[0]
     if kind not in BATCHES:
         raise ValueError(f"device must be cpu or cuda, not {device!r}")
-    for engine in engines or ():
-        if engine not in ENGINES:
-            raise ValueError(f"no engine {engine!r}; there are {', '.join(ENGINES)}")
-        if why := ENGINES[engine].missing:
-            raise ValueError(f"engine {engine} is not here: {why}")
+    for wanted in named(engines) if engines else ():
+        if wanted.missing:
+            raise ValueError(f"engine {wanted.name} is not here: {wanted.missing}")
     found: list[Measurement] = []
     for network in dict.fromkeys(cell.network for cell in cells):
         own: dict[str, Cell] = {}

@@ -111,10 +111,13 @@ def run_cells(
     added: list[Score] = []
     lost: list[str] = []
     elsewhere = 0
+
+    def done(cell: Cell) -> bool:  # read anew each time: another process may have written its rows
+        return {key_of(row) for row in scores_in(rows)}.issuperset(cell.keys)
+
     for number, cell in enumerate(cells, 1):
         name = f"{number} of {len(cells)}: {cell.network}, {cell.label}, seed {cell.recipe.seed}"
-        # Read anew each time: another process may have written some of them.
-        if {key_of(row) for row in scores_in(rows)}.issuperset(cell.keys):
+        if done(cell):
             continue
         if limit is not None and time.monotonic() - begin >= limit:
             tell(f"{name}: not begun, the time is up; the same command goes on from here")
@@ -123,12 +126,11 @@ def run_cells(
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             with held(place.with_name(f"{place.name}.lock")):
-                # Another process may have finished it since the rows were read.
-                if {key_of(row) for row in scores_in(rows)}.issuperset(cell.keys):
+                if done(cell):  # between the first look and the lock
                     continue
                 tell(name)
-                done = compare({cell.label: cell.recipe}, place.parent, progress=progress)
-                scores = [score for score, _ in done.values()]
+                found = compare({cell.label: cell.recipe}, place.parent, progress=progress)
+                scores = [score for score, _ in found.values()]
                 with held(Path(folder, "rows.lock"), wait=True):  # two would each lose the other's
                     write_scores(rows, scores, append=True)
         except FolderInUseError:

@@ -332,7 +332,7 @@ def _logger(folder: Path) -> Any:
 def _ema(decay: float) -> Any:
     """Average that forgets the first steps: its decay rises to `decay` from 0.1.
 
-    All values of one type at once, as torch's own averages take them.
+    All values of one type at once, as torch's own averages take them; of integers the last ones count.
     """
 
     def average(old: list[Tensor], new: list[Tensor], count: Tensor) -> None:

@@ -30,7 +30,7 @@ from pliant.train.saved import OURS, check_teacher, environment, warn_of_changes
 from pliant.train.seeds import mixed_seed, seed_torch, seeded
 from pliant.train.sharding import share_out
 
-LOG_EVERY = 10  # steps, of what is logged of one
+LOG_EVERY = 10  # steps; what one gave is logged so often
 
 
 class NonFiniteLossError(RuntimeError):
