@@ -40,7 +40,7 @@ class Killed(BaseException):
 
 def test_seeds_of_all_controls_come_before_everything_else():
     cells = cifar10_controls()
-    assert len({cell.keys for cell in cells}) == len(cells) == 51
+    assert len({cell.keys for cell in cells}) == len(cells) == 55
     heads = [(cell.family, cell.recipe.seed) for cell in cells]
     assert list(dict.fromkeys(heads)) == [
         *[(family, seed) for family in ("controls", "depth") for seed in range(3)],
@@ -53,7 +53,7 @@ def test_seeds_of_all_controls_come_before_everything_else():
     assert Counter(heads)["controls", 1] == 7
     assert [cell.label for cell in cells if cell.recipe.seed == 3] == [
         *("plain", "MoD, score order", "first k channels", "blocks removed"),
-        *("plain, 3-2-2 blocks", "plain, 3-3-2 blocks"),
+        *("plain, 3-2-2 blocks", "plain, 3-3-2 blocks", "plain, 1-1-1 blocks"),
     ]
     on_gpu = cifar10_controls("cuda")
     assert [c.keys for c in on_gpu if c.network == "resnet20"] == [c.keys for c in cells]

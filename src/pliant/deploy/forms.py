@@ -31,11 +31,13 @@ from pliant.methods.conditional import ROUTING, CondConv2d
 from pliant.methods.mixing import mix
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.methods.selectors import (
+    SELECTION,
     ChannelSelector,
     ConstantSelector,
     FirstSelector,
     RandomSelector,
     Scorer,
+    SharedSelection,
     StaticSelector,
     gates,
 )
@@ -109,7 +111,7 @@ class _ExportedMoD(Block):
         self.k, self.fusion, self.inner_shortcut = block.k, block.fusion, block.inner_shortcut
         self.core, self.last_act = block.core, block.last_act
         self.before = block.channels - block.k if block.fusion == "last" else 0
-        self.gate = block.gate
+        self.gate, self.passes_on = block.gate, block.passes_on
         index = scale = None
         selector = block.selector
         if isinstance(selector, (StaticSelector, ConstantSelector)):  # constant already where optimised
@@ -126,6 +128,9 @@ class _ExportedMoD(Block):
     def _process(self, y: Tensor, picked: Tensor | None) -> Tensor:
         processed: Tensor = self.last_act(y if picked is None else y + picked)
         return processed if self.scale is None else processed * self.scale.to(processed.dtype)
+
+    def _pass_on(self, fused: Tensor, selection: tuple[Tensor | None, ...]) -> Tensor:
+        return thread(fused, SELECTION, selection) if self.passes_on else fused
 
 
 class ProgramMoD(_ExportedMoD):
@@ -161,7 +166,7 @@ class ProgramMoD(_ExportedMoD):
             fused = x.scatter_add(1, where, y) if self.fusion == "original" else x.scatter(1, where, y)
         if scores is not None and self.gate == "map":
             fused = fused * scores.to(fused.dtype)[:, :, None, None]
-        return fused
+        return self._pass_on(fused, (scores, chosen))
 
 
 class ConvScorer(nn.Module):
@@ -205,7 +210,8 @@ class GraphMoD(_ExportedMoD):
         self.batch = batch
         self.first_channels = block.selector is None or isinstance(block.selector, FirstSelector)
         self.by_index = getattr(block.selector, "order", "score") == "index"
-        self.selector = ConvScorer(block.selector) if isinstance(block.selector, Scorer) else None
+        shared = block.selector if isinstance(block.selector, SharedSelection) else None
+        self.selector = ConvScorer(block.selector) if isinstance(block.selector, Scorer) else shared
         self.register_buffer("place", self._place())
         self.register_buffer("source", self._source())
 
@@ -214,6 +220,8 @@ class GraphMoD(_ExportedMoD):
         top = index = logits = None
         if self.selector is not None:
             top, index, logits = self.selector(x)
+            if self.by_index and top is not None and index is not None:
+                top, index = _sorted_by_index(top, index)
         if top is None or index is None:
             assert self.index is not None
             picked = x[:, : self.k] if self.first_channels else x.index_select(1, self.index)
@@ -223,12 +231,10 @@ class GraphMoD(_ExportedMoD):
             fused = self._selected(x, top, index)
         if self.gate == "map" and logits is not None:
             fused = fused * gates(logits).to(x.dtype)
-        return fused
+        return self._pass_on(fused, (top, index, logits))
 
     def _selected(self, x: Tensor, top: Tensor, index: Tensor) -> Tensor:
         """`x` with what the core gives for the channels `index` [B, k, 1, 1], whose logits are `top`."""
-        if self.by_index:
-            top, index = _sorted_by_index(top, index)
         picked = _gather(x, self._flat(x, index), self.k)
         y = self._process(self.core(picked), picked if self.inner_shortcut else None).to(x.dtype)
         if self.gate == "output":

@@ -20,15 +20,18 @@ FAMILIES = {
     "controls": "Selection and its controls",
     "variants": "Variants",
     "sweep": "Width of the block and where its output goes (Table 9)",
-    "depth": "Depths between no block and all of them",
+    "depth": "Plain networks of other depths",
     "adn": "Adaptive depth against networks trained alone",
     "condconv": "CondConv",
     "combinations": "Two methods at once",
 }
 SUPER, BASE = "super-net", "base-net"
 SEEDS = 3  # of what is to be decided; the rest has one, and the page says so
-# Plain networks between no block and all of them, in blocks of each stage: what time buys without a method.
-DEPTHS = {f"plain, {'-'.join(map(str, blocks))} blocks": blocks for blocks in ((3, 2, 2), (3, 3, 2))}
+# Plain networks of other depths, in blocks of each stage: what time buys without a method. Two lie between
+# no Mixture-of-Depths block and all of them; one has none of those that ``blocks="all"`` replaces.
+DEPTHS = {
+    f"plain, {'-'.join(map(str, blocks))} blocks": blocks for blocks in ((3, 2, 2), (3, 3, 2), (1, 1, 1))
+}
 # What variants are held against. Their rows are those of the controls, with a further seed: a
 # variant's first seed chooses it, and the next three decide. Their times are taken anew beside it.
 RIVALS = (PLAIN, REMOVED, SCORE_ORDER, FIRST, *DEPTHS)

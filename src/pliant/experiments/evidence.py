@@ -130,13 +130,14 @@ class Evidence:
 
     @property
     def depths(self) -> list[str]:
-        """Labels of plain networks, from that without the blocks to the whole one."""
+        """Labels of plain networks of all depths."""
         return [REMOVED, *self.labels("depth"), PLAIN]
 
     def at_equal_time(self, label: str, setting: Setting) -> AtEqualTime | None:
-        """A label against plain networks of all depths; None if it or an end of these has no time.
+        """A label against plain networks of all depths.
 
-        A depth in between counts if it has all runs that the label and both ends share.
+        None if it, the network without the blocks or the plain one has no time. Other depths count if they
+        have all runs that these three share.
         """
         times = {name: self.time(name, setting) for name in (label, *self.depths)}
         if any(times[name] is None for name in (label, REMOVED, PLAIN)):

@@ -16,7 +16,7 @@ _KINDS = {
     "learned selection": ("o", "#D55E00"),
     "selection that is not learned": ("o", "#0072B2"),
     "variants": ("D", "#CC79A7"),
-    "depths in between": ("^", "#009E73"),
+    "plain, of another depth": ("^", "#009E73"),
 }
 
 
@@ -24,8 +24,8 @@ def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
     """Draw test accuracy against the latency ratio, a panel for each setting.
 
     Upright bars are standard deviations over seeds, level ones interquartile ranges over
-    rounds. The dotted line joins plain networks of all depths, from that without the blocks to the
-    whole one: a network below it is worse than what its time buys otherwise.
+    rounds. The dotted line joins plain networks of all depths: a network below it is worse than what
+    its time buys otherwise.
 
     Returns:
         `path`; None where none of them has both an accuracy and a time.
@@ -96,4 +96,4 @@ def _kind(label: str) -> str:
         return "learned selection"
     if label in VARIANTS:
         return "variants"
-    return "selection that is not learned" if label in MOD_CONTROLS else "depths in between"
+    return "selection that is not learned" if label in MOD_CONTROLS else "plain, of another depth"

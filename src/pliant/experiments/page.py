@@ -72,8 +72,8 @@ the median of ratios within a round, its interquartile range in brackets. A trai
 backward and optimiser at the recipe's batch and precision. How long the runs took stands in their rows
 only: they ran in the background of other work.
 
-At equal time a network is held against plain networks of all depths, from that without the blocks to the
-whole one: against the straight line between the two that take a little less and a little more time. A
+At equal time a network is held against plain networks of all depths, that without the blocks and the whole
+one among them: against the straight line between the two that take a little less and a little more time. A
 ratio of times is taken to be off by its interquartile range, by 1.5 points at least at batch 1 and by 3 at
 larger batches. A network is called better if it beats the line at the longest time that this leaves, and
 each plain network that is no slower; worse if it loses to the line at the shortest; what is slower than the

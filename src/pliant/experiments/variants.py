@@ -14,6 +14,7 @@ from typing import Any
 from pliant.compare import MOD_CONTROLS, REMOVED
 
 SCORE_ORDER, _, _, _, FIRST, _ = MOD_CONTROLS
+LEAST = "plain, 1-1-1 blocks"  # what `blocks="all"` leaves
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,22 @@ VARIANTS: dict[str, Variant] = {
         {"gate": "none", **_SOFT},
         "the score multiplies nothing: the selector learns to rank and no more",
         "straight-through",
+    ),
+    "all blocks": Variant(
+        {"blocks": "all", **_STEADY},
+        "all positions but each stage's first: twice as many blocks, a cheaper network",
+        LEAST,
+    ),
+    "all blocks, one selection": Variant(
+        {"blocks": "all", "share_selection": True, **_STEADY},
+        "a stage's blocks see the same channels, so one selector ranks them, once",
+        "all blocks",
+    ),
+    "all blocks, one random selection": Variant(
+        {"blocks": "all", "share_selection": True, "selection": "random", **_STEADY},
+        "the same, its channels drawn for each image",
+        LEAST,
+        selects=False,
     ),
     "gate of the map, c by stage": Variant(
         {**_BY_STAGE, **_STEADY, "gate": "map"},

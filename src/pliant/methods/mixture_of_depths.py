@@ -13,6 +13,7 @@ Shapes in this file: a feature map has C channels, of which k = C // c are proce
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
 from pliant.methods.mod_block import Fusion, MoDBlock, without_mod_blocks
 from pliant.methods.narrow import Core, core_width, narrow_core, unfit
 from pliant.methods.selectors import (
+    SELECTION,
     ChannelSelector,
     FirstSelector,
     Gate,
@@ -33,6 +35,7 @@ from pliant.methods.selectors import (
     StaticSelector,
 )
 from pliant.surgery import Method, PassedOver, Site, Survey
+from pliant.threaded import pass_along
 
 __all__ = [
     "ChannelSelector",
@@ -46,6 +49,11 @@ __all__ = [
 ]
 
 Selection = Literal["learned", "static", "random", "fixed", "first", "none"]
+
+_SWITCHES = (
+    *("straight_through", "selector_bias", "share_selection"),
+    *("inner_shortcut", "last_act", "zero_init_last"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +99,9 @@ class MixtureOfDepths(Method):
             arXiv 2006.16038), so that channels that were not selected learn too. Off: gradients
             reach the selector through the scores alone.
         selector_bias: one learned number is added to each channel's logit.
+        share_selection: a stage's first block of this method selects for all of the stage's: a
+            residual stage's channels are the same from block to block, and one selector is paid
+            for (ours). For selections that are made for each input, ``"learned"`` and ``"random"``.
         core: ``"block"`` a narrow copy of the replaced block; ``"separable"`` a depthwise 3x3 and
             a 1x1 convolution, k (9 + k) multiplications for each position in place of 18 k^2 of
             a basic block (ours).
@@ -129,6 +140,7 @@ class MixtureOfDepths(Method):
     temperature: float = 1.0
     straight_through: bool = False
     selector_bias: bool = False
+    share_selection: bool = False
     core: Core = "block"
     inner_shortcut: bool = False
     last_act: bool = False
@@ -149,7 +161,7 @@ class MixtureOfDepths(Method):
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
-        for name in ("straight_through", "selector_bias", "inner_shortcut", "last_act", "zero_init_last"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.blocks not in ("odd", "all"):
@@ -191,6 +203,16 @@ class MixtureOfDepths(Method):
                 f"gate='map' takes the scores of all channels of an input, which selection="
                 f"{self.selection!r} has not; 'learned' and 'first' have"
             )
+        if self.share_selection and self.selection not in ("learned", "random"):
+            raise ValueError(
+                f"share_selection is for selections that are made for each input, 'learned' and 'random'; "
+                f"selection={self.selection!r} makes none"
+            )
+        if self.share_selection and self.straight_through:
+            raise ValueError(
+                "straight_through takes a block's own ranking, and with share_selection a stage's later "
+                "blocks have none; drop one of the two"
+            )
         if self.gate == "none" and ranked and not self.straight_through:
             raise ValueError(
                 "gate='none' leaves the selector without a gradient for ever; straight_through gives it one"
@@ -207,6 +229,7 @@ class MixtureOfDepths(Method):
         c = self._by_stage(found, type(model).__name__)
         sites, passed_over = [], []
         for n, stage in enumerate(found):
+            here = []
             for i, block in enumerate(stage.blocks):
                 if wanted is not None:
                     take, why = block.path in wanted, "not named in blocks"
@@ -222,9 +245,10 @@ class MixtureOfDepths(Method):
                     if why and wanted is not None:
                         raise ValueError(f"blocks names {block.path}, which cannot be replaced: {why}")
                 if take:
-                    sites.append(Site(block.path, self._detail(block, c[n])))
+                    here.append(Site(block.path, self._detail(block, c[n])))
                 else:
                     passed_over.append(PassedOver(block.path, why))
+            sites += _sharing(here) if self.share_selection else here
         notes = []
         begins_without = self.zero_init_last and self.fusion != "replace" and not self.inner_shortcut
         if self.selection != "none" and not begins_without:
@@ -233,6 +257,8 @@ class MixtureOfDepths(Method):
                 "again; zero_init_last=True starts as the network without them (but not with "
                 "fusion='replace' or inner_shortcut)"
             )
+        if self.share_selection and not any("shared" in site.detail for site in sites):
+            notes.append("share_selection changes nothing: no stage has two such blocks of one width")
         constant = [s.path for s in sites if self.selection == "learned" and s.detail.get("hidden") == 1]
         if constant and not self.selector_bias:
             notes.append(
@@ -247,7 +273,19 @@ class MixtureOfDepths(Method):
             return RemovedBlock(site.detail["C"])
         channels, k = site.detail["C"], site.detail["k"]
         core = narrow_core(module, channels, k, kind=self.core, zero_init_last=self.zero_init_last)
-        return MoDBlock(module, core, channels, k, self)
+        shared, passes_on = ("shared" in site.detail), ("passes_on" in site.detail)
+        return MoDBlock(module, core, channels, k, self, shared=shared, passes_on=passes_on)
+
+    def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
+        """Let the blocks between pass selections along; see `Method.finish`."""
+        shared = {site.path for site in sites if "shared" in site.detail}
+        own = {site.path for site in sites}
+        for stage in stages(model) if shared else ():
+            paths = [block.path for block in stage.blocks]
+            ends = [n for n, path in enumerate(paths) if path in shared]
+            begin = [n for n, path in enumerate(paths) if path in own][:1]
+            between = paths[begin[0] : ends[-1]] if ends else []
+            pass_along([model.get_submodule(path) for path in between if path not in own], SELECTION)
 
     def _wanted(self, every: dict[str, BlockInfo]) -> set[str] | None:
         if isinstance(self.blocks, str):
@@ -310,6 +348,16 @@ class MixtureOfDepths(Method):
         if self.gate == "map" and self.zero_init_last:
             nn.init.zeros_(scorer.fc2.weight)
         return scorer
+
+
+def _sharing(sites: list[Site]) -> list[Site]:
+    """Sites of one stage, of which the first of a width selects for those that follow."""
+    told = [{**site.detail} for site in sites]
+    for before, here in itertools.pairwise(told):
+        if "k" in here and (here["C"], here["k"]) == (before["C"], before.get("k")):
+            before["passes_on"] = here["shared"] = 1
+            here.pop("hidden", None)
+    return [Site(site.path, detail) for site, detail in zip(sites, told, strict=True)]
 
 
 def _all_of(kind: type, values: object) -> bool:

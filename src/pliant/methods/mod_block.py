@@ -20,13 +20,16 @@ from pliant.anatomy import Block, RemovedBlock
 from pliant.methods import routed
 from pliant.methods.narrow import last_activation
 from pliant.methods.selectors import (
+    SELECTION,
     ChannelSelector,
     ConstantSelector,
     Gate,
     Scorer,
+    SharedSelection,
     StaticSelector,
     relaxed,
 )
+from pliant.threaded import thread
 
 if TYPE_CHECKING:
     from pliant.methods.mixture_of_depths import MixtureOfDepths
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 Network = TypeVar("Network", bound=nn.Module)
 
 Fusion = Literal["first", "last", "original", "replace"]
+
+_SCORED = (StaticSelector, ConstantSelector, SharedSelection)
 
 
 class MoDBlock(Block):
@@ -46,22 +51,32 @@ class MoDBlock(Block):
         channels: C.
         k: channels that are processed.
         config: the method's options.
+        shared: takes the selection that comes with the feature map, and has no selector of its own.
+        passes_on: threads its selection to the blocks that follow.
     """
 
     selector: nn.Module | None
 
     def __init__(
-        self, replaced: nn.Module, core: nn.Module, channels: int, k: int, config: MixtureOfDepths
+        self,
+        replaced: nn.Module,
+        core: nn.Module,
+        channels: int,
+        k: int,
+        config: MixtureOfDepths,
+        *,
+        shared: bool = False,
+        passes_on: bool = False,
     ) -> None:
         super().__init__(channels)
         self.k = k
         self.fusion: Fusion = config.fusion
         self.gate: Gate = config.gate
         self.straight_through = config.straight_through
-        self.inner_shortcut = config.inner_shortcut
+        self.inner_shortcut, self.passes_on = config.inner_shortcut, passes_on
         like = next(replaced.parameters())
         with torch.device(like.device):
-            selector = config.selector(channels, k)
+            selector = SharedSelection() if shared else config.selector(channels, k)
         self.selector = None if selector is None else selector.to(like.dtype)
         self.core = core
         self.last_act = last_activation(replaced) if config.last_act else nn.Identity()
@@ -81,13 +96,13 @@ class MoDBlock(Block):
         y = self._process(self._straight(picked, x, x, index))
         if scores is not None and self.gate == "output":
             y = y * scores.to(y.dtype)[..., None, None]
-        return self._gated(self._fuse(x, y, index), scores)
+        return self._pass_on(self._gated(self._fuse(x, y, index), scores), scores, index)
 
     def _trained(self, x: Tensor) -> Tensor:
         """The same, by operators whose gradients take fewer passes over `x`."""
         if (native := self._native(x)) is not None:
             return native
-        scores, means, at = None, x, cast("routed.At", 0)
+        scores, index, means, at = None, None, x, cast("routed.At", 0)
         if isinstance(self.selector, Scorer):
             means, x = routed.pool(x)
         if self.selector is not None:
@@ -100,7 +115,8 @@ class MoDBlock(Block):
         of_core = scores if self.gate == "output" else None
         if of_core is not None:
             of_core = of_core.expand(x.shape[0], self.k)
-        return self._gated(routed.fuse(x, y, of_core, at, self.fusion == "replace"), scores)
+        fused = self._gated(routed.fuse(x, y, of_core, at, self.fusion == "replace"), scores)
+        return fused if index is None else self._pass_on(fused, scores, index)
 
     def _straight(self, picked: Tensor, x: Tensor, seen: Tensor, index: routed.At) -> Tensor:
         """`picked`, with the gradient of a soft ranking where that is wanted.
@@ -122,6 +138,9 @@ class MoDBlock(Block):
             return fused
         return fused * scores.to(fused.dtype)[:, :, None, None]
 
+    def _pass_on(self, fused: Tensor, scores: Tensor | None, index: Tensor) -> Tensor:
+        return thread(fused, SELECTION, (scores, index)) if self.passes_on else fused
+
     def _native(self, x: Tensor) -> Tensor | None:
         """The same by one operator, where it is there and knows this block."""
         from pliant.ops import mod_training as native  # on use: few processes train on a CPU
@@ -131,8 +150,9 @@ class MoDBlock(Block):
         if (
             native.unfit(x)
             or self.gate != "output"
+            or self.passes_on
             or (self.straight_through and self.training)
-            or isinstance(selector, (StaticSelector, ConstantSelector))  # their scores it does not know
+            or isinstance(selector, _SCORED)  # their scores it does not know
             or (learned and selector.fc2.bias is not None)
             or self.inner_shortcut
             or type(self.last_act) is not nn.Identity

@@ -14,16 +14,19 @@ Shapes in this file::
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.methods.precision import full_precision, linear, pooled
+from pliant.threaded import threaded
 
 Order = Literal["score", "index"]
 Gate = Literal["output", "map", "none"]
+
+SELECTION = "selection"  # the name under which selections are threaded
 
 
 class Scorer(nn.Module):
@@ -246,6 +249,24 @@ class ConstantSelector(nn.Module):
     def forward(self, _x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return scores [k] or None, and index [k]."""
         return self.scores, self.index
+
+
+class SharedSelection(nn.Module):
+    """No selector: the selection that an earlier block of the stage threaded through the forward."""
+
+    def forward(self, x: Tensor) -> Any:
+        """What came with the feature map `x`: scores and index, or what the block's form makes of them.
+
+        Raises:
+            RuntimeError: nothing came.
+        """
+        selection = threaded(x, SELECTION)
+        if selection is None:
+            raise RuntimeError(
+                "no selection came with the feature map: the block that makes it did not run before, or a "
+                "module between made a new tensor (reentrant gradient checkpointing does too)"
+            )
+        return selection
 
 
 def best(logits: Tensor, k: int, order: Order) -> tuple[Tensor, Tensor]:

@@ -111,6 +111,8 @@ def fusable(block: MoDBlock) -> str:
     """
     if not isinstance(block.selector, ChannelSelector):
         return "its channels are not chosen by a learned selector"
+    if block.passes_on:
+        return "other blocks take its selection (share_selection)"
     if block.selector.upper()[1] is not None:
         return "its selector has a bias"
     if block.inner_shortcut:
