@@ -449,5 +449,13 @@ def test_student_and_pairs():
     assert answer(["worse"]) == "No, it is worse."
     ends = [Rival("slow", runs(0, 2.0), 1.0), Rival("fast", runs(0, 0.5), 0.6)]
     assert at_equal_time(runs(0, 1.0), 0.5, 0.0, ends).found.differences == (0.5,)
+    far = [
+        Rival("slow", runs(0, 9.0, 1, 9.1, 2, 9.2), 1.0),
+        Rival("fast", runs(0, 8.0, 1, 8.1, 2, 8.2), 0.6),
+    ]
+    least = runs(0, 1.0, 1, 1.1, 2, 1.2)
+    assert [at_equal_time(least, time, 0.01, far).verdict for time in (0.5, 0.595, 0.7)] == [
+        *("undecided", "worse", "worse"),  # what is faster than each of them has no equal
+    ]
     assert any_of({"A": ["not run yet"], "B": []}) == "Not run yet."
     assert any_of({"A": ["worse", "undecided"]}) == "Not shown of any so far: undecided 1."

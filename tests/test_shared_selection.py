@@ -60,10 +60,11 @@ class ByHand(nn.Module):
         return self.kept
 
 
-def by_hand(model) -> nn.Module:
-    """The same network, each stage's selection handed over beside the feature map."""
+def by_hand(model, *apart) -> nn.Module:
+    """The same network, each stage's selection handed over beside the feature map, but of blocks apart."""
     model, kept = copy.deepcopy(model), []
-    for block in blocks(model).values():
+    for path in blocks(model).keys() - {*apart}:
+        block = model.get_submodule(path)
         block.passes_on, block.selector = False, ByHand(block.selector, kept)
     return model
 
@@ -135,6 +136,13 @@ def test_who_selects_and_who_takes():
     }
     kinds = {path: type(block.selector) for path, block in blocks(network(selection="random")).items()}
     assert [kinds["layer1.1"], kinds["layer1.3"]] == [RandomSelector, SharedSelection]
+    named = blocks(network(blocks=("layer1.4", "layer1.2", "layer2.3")))
+    assert {path: type(block.selector) for path, block in named.items()} == {
+        "layer1.2": own,
+        "layer1.4": taken,
+        "layer2.3": own,
+    }
+    assert list(blocks(network(c=(0, 4, 4)))) == ["layer2.1", "layer2.3", "layer3.1"]
     assert [b.passes_on for b in blocks(network("all blocks")).values()] == [
         *(True, True, True, False),
         *(True, True, False),
@@ -154,8 +162,8 @@ def test_what_is_saved_is_the_selectors_that_are_not_there():
 def test_the_plan_says_who_shares():
     plain = timm.create_model("resnet20_cifar", layers=LAYERS)
     told = str(plan(plain, MixtureOfDepths(c=4, reduction=2, share_selection=True)))
-    assert "layer1.1: BasicBlock -> MoDBlock (C=16, c=4, k=4, hidden=8, passes_on=1)" in told
-    assert "layer1.3: BasicBlock -> MoDBlock (C=16, c=4, k=4, shared=1)" in told
+    assert "layer1.1: BasicBlock -> MoDBlock (C=16, c=4, k=4, hidden=8, passes_on=True)" in told
+    assert "layer1.3: BasicBlock -> MoDBlock (C=16, c=4, k=4, shared=True)" in told
     nothing = "share_selection changes nothing: no stage has two such blocks of one width"
     assert nothing not in told
     assert nothing in str(plan(timm.create_model("resnet20_cifar"), MixtureOfDepths(share_selection=True)))
@@ -180,6 +188,24 @@ def test_wrong_options_are_refused(options, message):
         MixtureOfDepths(**options)
 
 
+def test_who_shares_already_is_left_alone():
+    """Or blocks would take the selection of whoever comes before them."""
+    plain = timm.create_model("resnet20_cifar", layers=LAYERS)
+    first, second = (
+        MixtureOfDepths(c=4, share_selection=True, blocks=tuple(f"layer1.{n}" for n in between))
+        for between in ((1, 3), (2, 4))
+    )
+    late = "layer1.1 shares a selection with others of its stage already; .* so layer1.2 comes too late"
+    with pytest.raises(ValueError, match=late):
+        convert(plain, first, second)
+    apart = convert(plain, first, MixtureOfDepths(c=4, blocks=("layer1.2",))).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(apart(x := torch.randn(2, 3, 16, 16)), by_hand(apart, "layer1.2")(x))
+        for target in ("program", "onnx"):
+            formed = use_export_forms(copy.deepcopy(apart), target, None)
+            torch.testing.assert_close(formed(x), apart(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_selection_that_is_lost_is_missed_by_name():
     model = network()
     model.layer1[2]._forward_hooks.clear()
@@ -202,6 +228,19 @@ def test_at_both_depths_of_an_adaptive_network(skip):
         torch.testing.assert_close(out, pliant.subnet(model, (skip,) * 3)(x))
         torch.testing.assert_close(out, by_hand(model)(x))
         assert torch.allclose(out, shared(x)) is not skip
+        again = convert(pliant.subnet(model, (skip,) * 3), AdaptiveDepth()) if not skip else None
+    if again is not None:  # what passes selections along does it once, however often it is wrapped
+        assert len(again.layer1[2]._forward_hooks) == len(again.layer1[2].block._forward_hooks) == 1
+
+
+def test_gradient_checkpointing():
+    model, x, found = network().train(), torch.randn(4, 3, 16, 16), []
+    for checkpointing in (False, True):
+        one = copy.deepcopy(model)
+        one.set_grad_checkpointing(checkpointing)
+        one(x).square().sum().backward()
+        found.append([p.grad for p in one.parameters()])
+    torch.testing.assert_close(*found)
 
 
 def test_with_kernels_mixed_in_the_blocks_between():
@@ -259,7 +298,7 @@ def test_one_graph():
 def test_neither_operator_knows_it_and_says_so():
     model, x = network(), torch.randn(2, 3, 16, 16)
     ready = optimize(model, x)
-    takes, gives = "not chosen by a learned selector", "other blocks take its selection"
+    takes, gives = "it takes another block's selection", "other blocks take its selection"
     assert {path: [part in why for part in (gives, takes)] for path, why in unfused(ready).items()} == {
         **{f"layer{n}.1": [True, False] for n in (1, 2)},
         **{f"layer{n}.3": [False, True] for n in (1, 2)},

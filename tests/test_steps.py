@@ -80,6 +80,9 @@ def test_what_stands_beside_a_network_is_what_it_says():
         "network, as written": 3, "network, fewer passes": 3,
     }  # fmt: skip
     assert all(b.selector is None for b in blocks["first k"])
+    shared = timm.create_model("resnet20_cifar_mod", blocks="all", share_selection=True)
+    first = steps._networks("n", shared, "resnet20_cifar", (3, 8, 8))["first k"]
+    assert [m.passes_on for m in first.modules() if isinstance(m, MoDBlock)] == [False] * 6
     assert made["network"] is network
     # Forms of one function: the same outputs and gradients, by other ways.
     x, found = torch.randn(4, 3, 8, 8), {}

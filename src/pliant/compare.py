@@ -43,6 +43,7 @@ MOD_CONTROLS: dict[str, dict[str, Any]] = {
 
 # Options that a selection without scores has no use for.
 _OF_SCORES = ("straight_through", "temperature", "selector_bias", "gate")
+_OF_INPUTS = ("share_selection",)  # and one that is not made for each input
 
 # Capacity at one recipe, as in Table 1 of CondConv.
 CONDCONV_CONTROLS: dict[str, dict[str, Any]] = {
@@ -137,9 +138,12 @@ def controls(
 def _changed(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """`arguments` with `options`; without those that a control's selection would refuse."""
     unused: tuple[str, ...] = ()
-    if options.get("selection", "learned") not in ("learned", "static"):
-        gated = options["selection"] == "first" and arguments.get("gate") == "map"
+    selection = options.get("selection", "learned")
+    if selection not in ("learned", "static"):
+        gated = selection == "first" and arguments.get("gate") == "map"
         unused = _OF_SCORES[:1] if gated else _OF_SCORES
+    if selection not in ("learned", "random"):
+        unused += _OF_INPUTS
     return {**{k: v for k, v in arguments.items() if k not in unused}, **options}
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from pliant import anatomy
-from pliant.threaded import passes_along
+from pliant.threaded import take_over
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -326,8 +326,7 @@ def _apply(model: nn.Module, method: Method) -> Survey:
             module = module.to(memory_format=torch.channels_last)
         modes = [(kept, kept.training) for kept in old.modules()]
         setattr(model.get_submodule(parent), name, module.train(old.training))
-        for hook in filter(passes_along, old._forward_hooks.values()):  # values go past the new module too
-            module.register_forward_hook(hook)
+        take_over(module, old)
         for kept, training in modes:  # a frozen norm in a block that trains, say
             kept.training = training
     method.finish(model, survey.sites)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ def pass_along(modules: Iterable[nn.Module], name: str) -> None:
         module.register_forward_hook(partial(_hand_on, name))
 
 
-def passes_along(hook: object) -> bool:
+def passes_along(hook: object) -> TypeGuard[partial[Any]]:
     """Whether a forward hook is one that `pass_along` put on a module.
 
     Example:
@@ -68,6 +68,28 @@ def passes_along(hook: object) -> bool:
         ([True], False)
     """
     return isinstance(hook, partial) and hook.func is _hand_on
+
+
+def take_over(new: nn.Module, old: nn.Module) -> None:
+    """Let `new`, which takes the place of `old`, pass along what `old` does.
+
+    Example:
+        >>> import torch
+        >>> old, new = nn.AvgPool2d(2), nn.MaxPool2d(2)
+        >>> pass_along([old], "routing")
+        >>> take_over(new, old)
+        >>> take_over(new, old)  # which changes nothing
+        >>> [hook.args for hook in new._forward_hooks.values()]
+        [('routing',)]
+    """
+    known = {hook.args for hook in _passing(new)}
+    for hook in _passing(old):
+        if hook.args not in known:
+            new.register_forward_hook(hook)
+
+
+def _passing(module: nn.Module) -> list[partial[Any]]:
+    return [hook for hook in module._forward_hooks.values() if passes_along(hook)]
 
 
 def _hand_on(name: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

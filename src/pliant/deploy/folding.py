@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_iter
 
 from pliant.methods.adaptive_depth import SwitchableNorm
 from pliant.methods.conditional import CondConv2d, CondLinear
-from pliant.threaded import passes_along
+from pliant.threaded import passes_along, take_over
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -71,8 +71,7 @@ def fold_norms(model: Network, example: Tensor) -> Network:
     for norm, layer in _pairs(folded, seen):
         _fold(layer, norm)
         left = _what_is_left(norm)
-        for hook in norm._forward_hooks.values():
-            left.register_forward_hook(hook)
+        take_over(left, norm)
         _replace(folded, norm, left)
     return folded
 

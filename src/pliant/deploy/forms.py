@@ -41,7 +41,7 @@ from pliant.methods.selectors import (
     StaticSelector,
     gates,
 )
-from pliant.threaded import thread
+from pliant.threaded import take_over, thread
 
 Network = TypeVar("Network", bound=nn.Module)
 Target = Literal["program", "onnx", "openvino"]
@@ -81,6 +81,7 @@ def use_export_forms(model: Network, target: Target, batch: int | None) -> Netwo
             continue
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new.eval())
+        take_over(new, module)
     return model
 
 

@@ -30,6 +30,7 @@ from pliant.measuring.provenance import cpu_model
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.ops import building
 from pliant.ops.fused import FusedMoDBlock, fusable
+from pliant.threaded import take_over
 
 if TYPE_CHECKING:
     import onnx
@@ -132,7 +133,9 @@ def take_blocks(network: nn.Module) -> dict[str, FusedMoDBlock]:
         )
     for path in taken:
         parent, _, name = path.rpartition(".")
-        setattr(network.get_submodule(parent), name, Place())
+        place = Place()
+        setattr(network.get_submodule(parent), name, place)
+        take_over(place, blocks[path])
     return taken
 
 

@@ -20,7 +20,7 @@ from pliant.methods.selectors import StaticSelector
 from pliant.ops import building
 from pliant.ops.fused import FusedMoDBlock, fusable
 from pliant.switch import Depth
-from pliant.threaded import passes_along
+from pliant.threaded import passes_along, take_over
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -101,8 +101,7 @@ def _why_not(block: MoDBlock) -> str:
 def _put(network: Network, path: str, block: MoDBlock) -> Network:
     """Put the fused form of `block` in its place; returns the network."""
     new = FusedMoDBlock(block).eval()
-    for hook in block._forward_hooks.values():
-        new.register_forward_hook(hook)
+    take_over(new, block)
     if not path:
         return cast("Network", new)  # the network is this one block
     parent, _, name = path.rpartition(".")

@@ -240,7 +240,8 @@ class AtEqualTime:
     That is the straight line between the two plain networks of some depth that take a little less
     time and a little more. It is better if it is better than the line at the longest that its time may
     be, and than each of them that is no slower; worse if it is worse than the line at the shortest; and
-    where it is slower than all of them it is not better at equal time, whatever it reaches.
+    where it is slower than all of them it is not better at equal time, whatever it reaches, and where
+    it is faster than all of them it is not worse.
 
     Attributes:
         time: of the network, over the plain one's.
@@ -296,7 +297,7 @@ def at_equal_time(accuracy: Accuracies, time: float, margin: float, rivals: Sequ
     if verdict not in (FEW, MISSING):
         no_slower = [paired(accuracy, r.accuracy) for r in rivals if r.time <= time + margin]
         if over(time - margin)[1].verdict == WORSE:
-            verdict = WORSE
+            verdict = UNDECIDED if time + margin < rivals[0].time else WORSE
         elif any(p.verdict != BETTER for p in [over(time + margin)[1], *no_slower]):
             verdict = UNDECIDED
         else:

@@ -77,7 +77,8 @@ one among them: against the straight line between the two that take a little les
 ratio of times is taken to be off by its interquartile range, by 1.5 points at least at batch 1 and by 3 at
 larger batches. A network is called better if it beats the line at the longest time that this leaves, and
 each plain network that is no slower; worse if it loses to the line at the shortest; what is slower than the
-plain network is not better at equal time, whatever it reaches."""
+plain network is not better at equal time, whatever it reaches, and what is faster than all of them is not
+worse."""
 
 
 def write_evidence(

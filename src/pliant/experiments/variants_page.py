@@ -19,6 +19,11 @@ _LUCK = (
     "The best of many is partly luck. So the first seed, and its validation images, choose which variants "
     "get further seeds, and only these seeds decide."
 )
+_PLAIN_FORM = (
+    "In eager mode and in a training step, variants that the native operators do not have run in PyTorch's "
+    "([which](mixture-of-depths.md#variants-that-are-ours)): their time there is that of missing operators "
+    "too. Files of ONNX Runtime have all of them."
+)
 
 
 def findings(evidence: Evidence) -> list[str]:
@@ -27,6 +32,8 @@ def findings(evidence: Evidence) -> list[str]:
         *_at_equal_time(evidence, QUESTION, evidence.settings()),
         "",
         *_at_equal_time(evidence, TRAINING, evidence.settings(steps=True)),
+        "",
+        _PLAIN_FORM,
         "",
         _seeds(evidence),
         "",

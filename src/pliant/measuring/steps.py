@@ -171,7 +171,7 @@ def _first_channels(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network)
     for block in network.modules():
         if isinstance(block, MoDBlock):
-            block.selector = None
+            block.selector, block.passes_on = None, False
     return network
 
 

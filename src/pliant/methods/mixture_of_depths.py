@@ -32,6 +32,7 @@ from pliant.methods.selectors import (
     Order,
     RandomSelector,
     Scorer,
+    SharedSelection,
     StaticSelector,
 )
 from pliant.surgery import Method, PassedOver, Site, Survey
@@ -99,9 +100,10 @@ class MixtureOfDepths(Method):
             arXiv 2006.16038), so that channels that were not selected learn too. Off: gradients
             reach the selector through the scores alone.
         selector_bias: one learned number is added to each channel's logit.
-        share_selection: a stage's first block of this method selects for all of the stage's: a
-            residual stage's channels are the same from block to block, and one selector is paid
-            for (ours). For selections that are made for each input, ``"learned"`` and ``"random"``.
+        share_selection: a stage's first block of this method selects and scores for those that
+            follow: a residual stage's channels are the same from block to block, and one selector
+            is paid for (ours). For selections that are made for each input, ``"learned"`` and
+            ``"random"``.
         core: ``"block"`` a narrow copy of the replaced block; ``"separable"`` a depthwise 3x3 and
             a 1x1 convolution, k (9 + k) multiplications for each position in place of 18 k^2 of
             a basic block (ours).
@@ -118,8 +120,9 @@ class MixtureOfDepths(Method):
 
     Raises:
         ValueError: an option is out of its range. When applied: `c` leaves a block
-            without a channel (named with C and c), or a block named in `blocks`
-            changes width or resolution, or has no core.
+            without a channel (named with C and c), a block named in `blocks`
+            changes width or resolution, or has no core, or blocks of the stage share a
+            selection already.
 
     Example:
         >>> import timm
@@ -248,7 +251,7 @@ class MixtureOfDepths(Method):
                     here.append(Site(block.path, self._detail(block, c[n])))
                 else:
                     passed_over.append(PassedOver(block.path, why))
-            sites += _sharing(here) if self.share_selection else here
+            sites += _sharing(here, stage) if self.share_selection else here
         notes = []
         begins_without = self.zero_init_last and self.fusion != "replace" and not self.inner_shortcut
         if self.selection != "none" and not begins_without:
@@ -350,12 +353,23 @@ class MixtureOfDepths(Method):
         return scorer
 
 
-def _sharing(sites: list[Site]) -> list[Site]:
-    """Sites of one stage, of which the first of a width selects for those that follow."""
+def _sharing(sites: list[Site], stage: Stage) -> list[Site]:
+    """Sites of one stage, of which the first of a width selects for those that follow.
+
+    Raises:
+        ValueError: others of the stage share a selection already; they would take this one.
+    """
+    for block in stage.blocks if sites else ():
+        old = block.module
+        if isinstance(old, MoDBlock) and (old.passes_on or isinstance(old.selector, SharedSelection)):
+            raise ValueError(
+                f"{block.path} shares a selection with others of its stage already; blocks that share one "
+                f"are converted at once, so {sites[0].path} comes too late"
+            )
     told = [{**site.detail} for site in sites]
     for before, here in itertools.pairwise(told):
         if "k" in here and (here["C"], here["k"]) == (before["C"], before.get("k")):
-            before["passes_on"] = here["shared"] = 1
+            before["passes_on"] = here["shared"] = True
             here.pop("hidden", None)
     return [Site(site.path, detail) for site, detail in zip(sites, told, strict=True)]
 

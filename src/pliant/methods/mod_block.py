@@ -38,7 +38,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 Fusion = Literal["first", "last", "original", "replace"]
 
-_SCORED = (StaticSelector, ConstantSelector, SharedSelection)
+# Whose scores or channels the native operator of training cannot be given.
+_NOT_NATIVE = (StaticSelector, ConstantSelector, SharedSelection)
 
 
 class MoDBlock(Block):
@@ -152,7 +153,7 @@ class MoDBlock(Block):
             or self.gate != "output"
             or self.passes_on
             or (self.straight_through and self.training)
-            or isinstance(selector, _SCORED)  # their scores it does not know
+            or isinstance(selector, _NOT_NATIVE)
             or (learned and selector.fc2.bias is not None)
             or self.inner_shortcut
             or type(self.last_act) is not nn.Identity

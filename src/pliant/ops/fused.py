@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pliant.anatomy import Block
 from pliant.methods.mixture_of_depths import MoDBlock
-from pliant.methods.selectors import ChannelSelector
+from pliant.methods.selectors import ChannelSelector, SharedSelection
 from pliant.ops.mod_block import in_pytorch, mod_block_
 
 _NATIVE = (torch.float32, torch.bfloat16)
@@ -109,6 +109,8 @@ def fusable(block: MoDBlock) -> str:
         >>> fusable(timm.create_model("resnet18_mod", selection="random").layer1[1])
         'its channels are not chosen by a learned selector'
     """
+    if isinstance(block.selector, SharedSelection):
+        return "it takes another block's selection (share_selection)"
     if not isinstance(block.selector, ChannelSelector):
         return "its channels are not chosen by a learned selector"
     if block.passes_on:
