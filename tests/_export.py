@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import timm
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+import pliant
 from adaptive import scramble
 from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, convert, subnet
+from pliant.deploy.loading import open_export
+
+
+def through_file(model: nn.Module, path: Path) -> tuple[Tensor, Tensor]:
+    """What `model`, exported to `path`, gives for images of 32 pixels, and what it gives itself."""
+    if path.suffix != ".pt2":
+        pytest.importorskip({".onnx": "onnxruntime", ".xml": "openvino"}[path.suffix])
+    pliant.export(model, path, example=torch.zeros(2, 3, 32, 32), batches=(1, 3))
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        return open_export(path)(x), model(x)
 
 
 class Small(nn.Module):

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import pliant
+from _export import through_file
 from adaptive import scramble
 from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, convert, plan
 from pliant.analysis.routing import selection_frequency
 from pliant.deploy.forms import use_export_forms
-from pliant.deploy.loading import open_export
 from pliant.deploy.optimize import optimize, unfused
 from pliant.measuring.macs import count_parameters
 from pliant.methods import routed
@@ -152,11 +152,11 @@ def test_who_selects_and_who_takes():
 
 def test_what_is_saved_is_the_selectors_that_are_not_there():
     # C C / r twice, with r = 4, for C = 16, 32, 64.
-    one, two = (
+    shared, own = (
         count_parameters(timm.create_model("resnet20_cifar_mod", blocks="all", share_selection=share))
         for share in (True, False)
     )
-    assert two - one == 2688 == 2 * (16 * 4 + 32 * 8 + 64 * 16)
+    assert own - shared == 2688 == 2 * (16 * 4 + 32 * 8 + 64 * 16)
 
 
 def test_the_plan_says_who_shares():
@@ -228,9 +228,12 @@ def test_at_both_depths_of_an_adaptive_network(skip):
         torch.testing.assert_close(out, pliant.subnet(model, (skip,) * 3)(x))
         torch.testing.assert_close(out, by_hand(model)(x))
         assert torch.allclose(out, shared(x)) is not skip
-        again = convert(pliant.subnet(model, (skip,) * 3), AdaptiveDepth()) if not skip else None
-    if again is not None:  # what passes selections along does it once, however often it is wrapped
-        assert len(again.layer1[2]._forward_hooks) == len(again.layer1[2].block._forward_hooks) == 1
+
+
+def test_however_often_a_block_is_wrapped_it_passes_selections_along_once():
+    model = convert(network(), AdaptiveDepth())
+    again = convert(pliant.subnet(model, (False,) * 3), AdaptiveDepth())
+    assert len(again.layer1[2]._forward_hooks) == len(again.layer1[2].block._forward_hooks) == 1
 
 
 def test_gradient_checkpointing():
@@ -312,25 +315,15 @@ def test_neither_operator_knows_it_and_says_so():
 
 def test_an_onnx_file_ranks_once_a_stage(tmp_path):
     onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    path = pliant.export(model := network(), tmp_path / "net.onnx", batches=(1, 3))
+    found, expected = through_file(network(), path := tmp_path / "net.onnx")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert kinds.count("TopK") == 3
-    x = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(open_export(path)(x), model(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
 @every_option
 @pytest.mark.parametrize("ending", [".pt2", ".onnx", ".xml"])
 def test_files_are_held_against_the_network(option, ending, tmp_path):
-    if ending != ".pt2":
-        pytest.importorskip({".onnx": "onnxruntime", ".xml": "openvino"}[ending])
-    model = network(option)
-    path = pliant.export(
-        model, tmp_path / f"net{ending}", example=torch.zeros(2, 3, 32, 32), batches=(1, 3)
-    )
-    x = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(open_export(path)(x), model(x), rtol=1e-3, atol=1e-3)
+    found, expected = through_file(network(option), tmp_path / f"net{ending}")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -41,9 +41,9 @@ MOD_CONTROLS: dict[str, dict[str, Any]] = {
     REMOVED: {"selection": "none"},
 }
 
-# Options that a selection without scores has no use for.
+# Options for which a selection has no use if it has no scores, and if it is not made for each input.
 _OF_SCORES = ("straight_through", "temperature", "selector_bias", "gate")
-_OF_INPUTS = ("share_selection",)  # and one that is not made for each input
+_OF_INPUTS = ("share_selection",)
 
 # Capacity at one recipe, as in Table 1 of CondConv.
 CONDCONV_CONTROLS: dict[str, dict[str, Any]] = {

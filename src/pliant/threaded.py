@@ -42,6 +42,26 @@ def threaded(x: Tensor, name: str) -> Any:
     return getattr(x, f"_pliant_{name}", None)
 
 
+def arrived(x: Tensor, name: str) -> Any:
+    """What `thread` hung on `x` under `name`.
+
+    Raises:
+        RuntimeError: nothing, or it was lost.
+
+    Example:
+        >>> import torch
+        >>> arrived(thread(torch.zeros(1), "routing", torch.ones(2)), "routing")
+        tensor([1., 1.])
+    """
+    value = threaded(x, name)
+    if value is None:
+        raise RuntimeError(
+            f"no {name} came with the feature map: the block that computes it did not run before, or "
+            f"a module between made a new tensor (reentrant gradient checkpointing does too)"
+        )
+    return value
+
+
 def pass_along(modules: Iterable[nn.Module], name: str) -> None:
     """Let modules hang what their input carries under `name` on their output.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pliant.methods.mixing import Form, Geometry, conditional_conv2d, conditional_linear
 from pliant.methods.precision import full_precision, linear, pooled
-from pliant.threaded import thread, threaded
+from pliant.threaded import arrived, thread
 
 Activation = Literal["sigmoid", "softmax"]
 Bias = Literal["shared", "experts"]
@@ -92,7 +92,7 @@ class Router(nn.Module):
         with full_precision(x):
             features = pooled(x)
             if self.previous:
-                features = torch.cat((features, arrived(x).to(features.dtype)), 1)
+                features = torch.cat((features, arrived(x, ROUTING).to(features.dtype)), 1)
             if self.fc1 is not None:
                 features = F.relu(linear(features, self.fc1))
             logits = linear(features, self.fc2)
@@ -131,22 +131,8 @@ class SharedRouting(nn.Module):
         Raises:
             RuntimeError: none arrived.
         """
-        return arrived(x)
-
-
-def arrived(x: Tensor) -> Tensor:
-    """The routing threaded along `x`.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    routing: Tensor | None = threaded(x, ROUTING)
-    if routing is None:
-        raise RuntimeError(
-            "no routing came with the feature map: the block that computes it did not run before, or "
-            "a module between made a new tensor (reentrant gradient checkpointing does too)"
-        )
-    return routing
+        routing: Tensor = arrived(x, ROUTING)
+        return routing
 
 
 class _Conditional(nn.Module):

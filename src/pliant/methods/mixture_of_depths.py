@@ -281,14 +281,12 @@ class MixtureOfDepths(Method):
 
     def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
         """Let the blocks between pass selections along; see `Method.finish`."""
-        shared = {site.path for site in sites if "shared" in site.detail}
-        own = {site.path for site in sites}
-        for stage in stages(model) if shared else ():
+        sharing = {site.path for site in sites if site.detail.keys() & {"shared", "passes_on"}}
+        for stage in stages(model) if sharing else ():
             paths = [block.path for block in stage.blocks]
-            ends = [n for n, path in enumerate(paths) if path in shared]
-            begin = [n for n, path in enumerate(paths) if path in own][:1]
-            between = paths[begin[0] : ends[-1]] if ends else []
-            pass_along([model.get_submodule(path) for path in between if path not in own], SELECTION)
+            at = [n for n, path in enumerate(paths) if path in sharing]
+            between = paths[at[0] : at[-1]] if at else []
+            pass_along([model.get_submodule(path) for path in between if path not in sharing], SELECTION)
 
     def _wanted(self, every: dict[str, BlockInfo]) -> set[str] | None:
         if isinstance(self.blocks, str):

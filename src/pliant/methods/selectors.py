@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.methods.precision import full_precision, linear, pooled
-from pliant.threaded import threaded
+from pliant.threaded import arrived
 
 Order = Literal["score", "index"]
 Gate = Literal["output", "map", "none"]
@@ -252,21 +252,25 @@ class ConstantSelector(nn.Module):
 
 
 class SharedSelection(nn.Module):
-    """No selector: the selection that an earlier block of the stage threaded through the forward."""
+    """No selector: the selection that an earlier block of the stage threaded through the forward.
+
+    Example:
+        >>> from pliant.threaded import thread
+        >>> x = thread(torch.zeros(1, 4, 2, 2), SELECTION, (None, torch.tensor([[3, 1]])))
+        >>> SharedSelection()(x)
+        (None, tensor([[3, 1]]))
+    """
 
     def forward(self, x: Tensor) -> Any:
-        """What came with the feature map `x`: scores and index, or what the block's form makes of them.
+        """What came with the feature map `x` [B, C, H, W].
+
+        Scores [B, k] or what the gate wants, and index [B, k]; in an exported form, what that makes
+        of them.
 
         Raises:
             RuntimeError: nothing came.
         """
-        selection = threaded(x, SELECTION)
-        if selection is None:
-            raise RuntimeError(
-                "no selection came with the feature map: the block that makes it did not run before, or a "
-                "module between made a new tensor (reentrant gradient checkpointing does too)"
-            )
-        return selection
+        return arrived(x, SELECTION)
 
 
 def best(logits: Tensor, k: int, order: Order) -> tuple[Tensor, Tensor]:
