@@ -127,6 +127,12 @@ VARIANTS: dict[str, Variant] = {
     "gate of the map, c by stage": Variant(
         {**_BY_STAGE, **_STEADY, "gate": "map"},
         "the gate and the wider cores at once",
-        "c by stage",
+        "gate of the map, c by stage, first k",
+    ),
+    "gate of the map, c by stage, first k": Variant(
+        {**_BY_STAGE, "gate": "map", "selection": "first"},
+        "the same gate and cores, nothing selected",
+        FIRST,
+        selects=False,
     ),
 }
