@@ -95,7 +95,7 @@ def test_rows_fill_the_table_by_the_nearest_batch_and_the_quickest_form():
     assert "Some CPU loads 100 images a second" in text
     assert "| 40 | 6400 | 64 |" in text
     assert "finds ImageNet's images in their shards at its start, in 64 seconds." in text
-    assert "\nSteps of 64 images were measured. Here a step of fewer" in text
+    assert "\nSome steps were measured with 64 images alone. Here a step of fewer" in text
     fitting = [replace(row, batch=32) for row in rows]
     assert "were measured" not in costs_markdown(fitting, [RATE])
     header, rule = (t for t in text.splitlines() if t.startswith(("| recipe", "|---|---:|---|")))

@@ -396,7 +396,8 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     assert text.startswith("# Variants\n\nWritten by `pliant experiment cifar10-variants --page`")
     assert "beat no block at all at equal measured time?** Its times have not run yet." in text
     assert "- gate of the map against gate of the map, first k: not run yet." in lines_of(text)
-    assert "Variants by the seeds that have rows: 19 with 0 seeds. " in text
+    assert "Variants by the seeds that have rows: 20 with 0 seeds. " in text
+    assert "There are rows of **8 of 48 runs** of resnet20." in text  # 20 and 28 of the rivals
 
     own = {
         "gate of the map": (70.0, 88.6, 88.8, 88.8),
@@ -407,7 +408,8 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     ratios = AT_ENDS | {"gate of the map": 0.8, "static": 0.6, "gate of the map, first k": 0.7}
     write_rows(results / f"{VARIANTS}-latency-cpu.csv", times_of(ratios))
     text = write_evidence(VARIANTS, results, docs).read_text()
-    assert "that have rows: 16 with 0 seeds, 1 with 1 seed, 2 with 4 seeds. " in text
+    assert "that have rows: 17 with 0 seeds, 1 with 1 seed, 2 with 4 seeds. " in text
+    assert "There are rows of **17 of 54 runs** of resnet20." in text  # and three further seeds of two
     asked = next(line for line in lines_of(text) if "no block at all at equal measured time" in line)
     # The line is 88.0, 88.2, 88.1 at 0.8; what selects nothing is not counted.
     assert asked.endswith("Yes: gate of the map.")
@@ -415,7 +417,10 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     assert row.startswith("| gate of the map | +1.63 (")
     assert "| +0.63 (" in row
     assert row.endswith("n = 3 at 0.800: better |")
-    assert "| static | not run yet | not run yet at 0.600 |" in lines_of(text)
+    (rest,) = [line for line in lines_of(text) if line.startswith("Without a seed that decides: ")]
+    assert "; static; " in rest
+    assert ": separable; " in rest  # the third; the first two have seeds that decide
+    assert not any(line.startswith("| static | not run yet") for line in lines_of(text))
     assert "| static | 88.00 | 0.600 |" in lines_of(text)  # what chooses: validation images
     assert "| gate of the map, first k (selects nothing) | 88.00 | 0.700 |" in lines_of(text)
     assert (

@@ -18,6 +18,7 @@ from pliant.experiments.figure import plot_evidence
 from pliant.experiments.tables import markdown
 from pliant.experiments.variants import FIRST, SCORE_ORDER, VARIANTS
 from pliant.experiments.variants_page import findings as findings_of_variants
+from pliant.experiments.variants_page import planned
 from pliant.experiments.walking import scores_in
 from pliant.measuring.rows import Measurement, read_rows
 
@@ -151,7 +152,7 @@ def page(
     """
     find = findings_of_variants if name in BORROWED else _findings
     command = f"{name} --epochs {epochs}" if epochs else name
-    lines = [_HEAD.format(command=command, title=_title(name), there=_there(parts)), ""]
+    lines = [_HEAD.format(command=command, title=_title(name), there=_there(parts, name)), ""]
     titles = [f" ({e.network})" if len(parts) > 1 else "" for e in parts]
     for number, (evidence, title) in enumerate(zip(parts, titles, strict=True)):
         lines += [f"## What the rows show{title}", "", *find(evidence), ""]
@@ -174,15 +175,17 @@ def _link(figure: Path, docs: Path) -> str:
     return Path(os.path.relpath(figure, docs)).as_posix()
 
 
-def _there(parts: Sequence[Evidence]) -> str:
+def _there(parts: Sequence[Evidence], name: str) -> str:
     """How much of the experiment the rows have."""
     told = []
     for evidence in parts:
         there = {key_of(s) for s in evidence.scores}
-        done, total = sum(there.issuperset(c.keys) for c in evidence.cells), len(evidence.cells)
+        cells = planned(evidence) if name in BORROWED else evidence.cells
+        done, total = sum(there.issuperset(c.keys) for c in cells), len(cells)
         runs = f"all {total} runs" if done == total else f"**{done} of {total} runs**"
         told.append(f"{runs} of {evidence.network}")
-    return f"There are rows of {' and of '.join(told)}."
+    further = " Further seeds count for variants that have begun them." if name in BORROWED else ""
+    return f"There are rows of {' and of '.join(told)}.{further}"
 
 
 def _setting(evidence: Evidence) -> str:

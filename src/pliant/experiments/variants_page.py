@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pliant.compare import REMOVED
+from pliant.experiments.cells import Cell
 from pliant.experiments.claims import FEWEST, MISSING, any_of
 from pliant.experiments.evidence import Evidence, Setting
 from pliant.experiments.tables import markdown
@@ -35,7 +36,7 @@ def findings(evidence: Evidence) -> list[str]:
         "",
         _PLAIN_FORM,
         "",
-        _seeds(evidence),
+        *_seeds(evidence),
         "",
         *_choice(evidence),
         "",
@@ -45,11 +46,27 @@ def findings(evidence: Evidence) -> list[str]:
     ]
 
 
-def _seeds(evidence: Evidence) -> str:
-    """How many seeds the variants have been run with."""
+def planned(evidence: Evidence) -> list[Cell]:
+    """The cells that are to be run: of variants that were not chosen for further seeds, the first alone."""
+    rest = VARIANTS.keys() - set(_chosen(evidence))
+    return [c for c in evidence.cells if c.recipe.seed == CHOOSING or c.label not in rest]
+
+
+def _chosen(evidence: Evidence) -> list[str]:
+    """Variants that have rows of seeds that decide."""
+    deciding = evidence.without(CHOOSING)
+    return [label for label in VARIANTS if deciding.rows(label)]
+
+
+def _seeds(evidence: Evidence) -> list[str]:
+    """How many seeds the variants have been run with, and which were not chosen for more."""
     run = Counter(len(evidence.accuracy(label)) for label in VARIANTS)
     counts = (f"{many} with {seeds} seed{'s' * (seeds != 1)}" for seeds, many in sorted(run.items()))
-    return f"Variants by the seeds that have rows: {', '.join(counts)}. {_LUCK}"
+    told = [f"Variants by the seeds that have rows: {', '.join(counts)}. {_LUCK}"]
+    if chosen := _chosen(evidence):
+        rest = [label for label in VARIANTS if label not in chosen]
+        told += ["", f"Without a seed that decides: {'; '.join(rest) or 'none'}."]
+    return told
 
 
 def _choice(evidence: Evidence) -> list[str]:
@@ -77,14 +94,14 @@ def _at_equal_time(evidence: Evidence, question: str, settings: list[Setting]) -
     deciding = evidence.without(CHOOSING)
     rows = []
     verdicts: dict[str, list[str]] = {}
-    for label, variant in VARIANTS.items():
+    for label in _chosen(evidence):
         cells, own = [], []
         for setting in settings:
             found = deciding.at_equal_time(label, setting)
             said = f": {found.verdict}" if found and found.found.n >= FEWEST else ""
             cells.append("" if found is None else f"{found.found} at {found.time:.3f}{said}")
             own.append(MISSING if found is None else found.verdict)
-        if variant.selects:
+        if VARIANTS[label].selects:
             verdicts[label] = own
         rows.append((label, str(deciding.against(label, REMOVED)), *cells))
     if all(verdict == MISSING for own in verdicts.values() for verdict in own):
@@ -93,9 +110,9 @@ def _at_equal_time(evidence: Evidence, question: str, settings: list[Setting]) -
     return [
         f"**{question}** {any_of(verdicts)}",
         "",
-        f"Differences in points (95 %) of the seeds after seed {CHOOSING}, to the line between plain "
-        "networks at the variant's ratio of time to the plain network's. Those that select nothing are not "
-        "counted above.",
+        f"Variants that have seeds after seed {CHOOSING}; differences in points (95 %) of these seeds to "
+        "the line between plain networks at the variant's ratio of time to the plain network's. Those that "
+        "select nothing are not counted above.",
         "",
         *markdown(("variant", f"against {REMOVED}", *headings), rows),
     ]

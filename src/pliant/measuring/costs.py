@@ -180,9 +180,9 @@ def costs_markdown(
     if larger:
         blocks += [
             "",
-            f"Steps of {' and '.join(map(str, larger))} images were measured. Here a step of fewer takes "
-            "its share of their time, which is too little where launching kernels, and not work, takes "
-            "the time.",
+            f"Some steps were measured with {' and '.join(map(str, larger))} images alone. Here a step of "
+            "fewer takes its share of their time, which is too little where launching kernels, and not "
+            "work, takes the time.",
         ]
     return "\n".join(blocks)
 
