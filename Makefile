@@ -11,7 +11,7 @@ WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
 # What make gpu times; with one of them, a loan of a few minutes is enough.
 GPU_SUITES ?= steps mod condconv forms
-# Networks that train at a time on one GPU, a core each.
+# Networks that train at a time on one GPU, and tests that run, a core each.
 PROCESSES ?= 8
 export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -75,7 +75,8 @@ bench: setup ## latency and MoD tax in every engine, and training steps, on this
 gpu: export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: ## GPU tests and timings by the Python at hand; DATA=folder of CIFAR-10 adds the experiments (PROCESSES=8 at a time)
 	@failed=; step() { echo "+ $$*"; "$$@" || failed="$$failed; $$*"; }; \
-	step $(PYTHON) -m pytest -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py); \
+	many=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-n $(PROCESSES) --dist worksteal"); \
+	step $(PYTHON) -m pytest -m gpu $$many $$(grep -l 'mark\.gpu' tests/test_*.py); \
 	for suite in $(GPU_SUITES); do step $(PYTHON) -m pliant bench --device cuda --suite $$suite; done; \
 	step $(PYTHON) -m pliant costs; \
 	train() { step $(PYTHON) -m pliant experiment "$$@" path="$(DATA)" threads=1 workers=0 --device cuda --processes $(PROCESSES); }; \
