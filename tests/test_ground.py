@@ -280,8 +280,9 @@ def test_gpu_runs_every_step_and_fails_if_one_did(tmp_path):
     done = run("make", "gpu", f"PYTHON={python}", "DATA=cifar")
     calls = (tmp_path / "calls").read_text().splitlines()
     trained = "path=cifar threads=1 workers=0 --device cuda --processes 8"
-    assert calls[0].startswith("-m pytest -m gpu")
-    assert calls[1:] == [
+    assert calls[0] == "-c import xdist"
+    assert calls[1].startswith("-m pytest -m gpu -n 8 --dist worksteal tests/")
+    assert calls[2:] == [
         "-m pliant bench --device cuda --suite steps",
         "-m pliant bench --device cuda --suite mod",
         "-m pliant bench --device cuda --suite condconv",
@@ -295,6 +296,15 @@ def test_gpu_runs_every_step_and_fails_if_one_did(tmp_path):
     assert done.returncode != 0
     assert "bench --device cuda" in done.stderr
     assert "-m pytest" not in done.stderr
+
+
+def test_gpu_tests_run_one_by_one_without_xdist(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ "$1" != -c ]\n')
+    python.chmod(0o755)
+    done = run("make", "gpu", f"PYTHON={python}")
+    assert done.returncode == 0
+    assert (tmp_path / "calls").read_text().splitlines()[1].startswith("-m pytest -m gpu tests/")
 
 
 @pytest.mark.parametrize(
