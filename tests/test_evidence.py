@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
+from _evidence import CELLS, NAME, VARIANTS, scores_of, times_of
 from pliant import cli
-from pliant.compare import PLAIN, REMOVED, Score, write_scores
+from pliant.compare import PLAIN, REMOVED, write_scores
 from pliant.experiments.cells import cells_of
 from pliant.experiments.claims import Paired, Rival, answer, any_of, at_equal_time, paired
 from pliant.experiments.evidence import Setting, gather
@@ -18,58 +18,7 @@ from pliant.experiments.page import FIRST, FIXED, FRESH, INDEX_ORDER, SCORE_ORDE
 from pliant.experiments.timing import STEP
 from pliant.measuring.rows import Measurement, write_rows
 
-NAME = "cifar10-controls"
-CELLS = cells_of(NAME)
-VARIANTS = "cifar10-variants"
 EAGER = Setting("eager", 1)
-
-
-def scores_of(accuracies, cells=CELLS):
-    """Rows for {label: accuracies of seeds 0, 1, ...}."""
-    found = []
-    for cell in cells:
-        recipe = cell.recipe
-        for label in cell.labels:
-            if recipe.seed < len(accuracies.get(label, ())):
-                found.append(
-                    Score(
-                        label=label,
-                        recipe=recipe.name,
-                        model=recipe.model,
-                        model_args=json.dumps(dict(recipe.model_args)),
-                        data="cifar10",
-                        pixels=32,
-                        epochs=recipe.epochs,
-                        seed=recipe.seed,
-                        parameters=1000,
-                        macs=2_000_000,
-                        train_accuracy=90.0,
-                        train_ce=0.3,
-                        val_accuracy=88.0,
-                        gap=2.0,
-                        test_accuracy=accuracies[label][recipe.seed],
-                        seconds=600.0,
-                        cpu="a CPU",
-                        cores=2,
-                    )
-                )
-    return found
-
-
-def times_of(ratios, engine="eager", batch=1, spread=0.01):
-    """Rows for {label: time ratio}."""
-    return [
-        Measurement(
-            model=f"resnet20: {label}",
-            engine=engine,
-            batch=batch,
-            median_ms=10 * ratio,
-            time_ratio=ratio,
-            time_ratio_iqr=spread,
-            against="resnet20: plain",
-        )
-        for label, ratio in ratios.items()
-    ]
 
 
 def text_of(accuracies, times=()):
@@ -153,6 +102,8 @@ def test_too_few_seeds_decide_nothing_and_nothing_is_not_run_yet():
 
 
 ENDS = {PLAIN: (89.0, 89.2, 89.1), REMOVED: (87.0, 87.2, 87.1)}
+
+
 AT_ENDS = {PLAIN: 1.0, REMOVED: 0.6}
 
 

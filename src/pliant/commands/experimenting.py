@@ -26,6 +26,13 @@ def experiment(
         list[str] | None, typer.Option(help="only of these plain networks; repeat for several")
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="only the first so many of each label")] = None,
+    chosen: Annotated[
+        int | None,
+        typer.Option(
+            help="of cifar10-variants: the further seeds of so many, those whose first seed did best on "
+            "validation images"
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="in place of the experiment's: a rehearsal")] = None,
     limit_minutes: Annotated[
         float | None, typer.Option(help="begin no further run after so long; the one that runs ends")
@@ -46,7 +53,8 @@ def experiment(
     ] = False,
 ) -> None:
     """Train all networks of an experiment, one row each; the same command goes on where it stopped."""
-    from pliant.experiments import cells_of, rivals_of, run_cells, run_cells_together, states
+    from pliant.experiments import cells_of, choosing, rivals_of, run_cells, run_cells_together, states
+    from pliant.experiments.cells import BORROWED, DEVICES
     from pliant.experiments.walking import scores_in
 
     if list_ + measure + page > 1:
@@ -55,6 +63,15 @@ def experiment(
         raise ValueError("--engine is of --measure: training has no engine")
     if processes > 1 and (list_ or measure or page):
         raise ValueError("--processes is of training, which --list, --measure and --page do not do")
+    if chosen is not None:
+        if name not in BORROWED:
+            raise ValueError(f"--chosen is of {', '.join(BORROWED)}: {name} has no seed that chooses")
+        if only or seeds is not None or measure or page:
+            raise ValueError(
+                "--chosen says which labels and seeds run: no --only, --seeds, --measure or --page"
+            )
+        there = [row for where in DEVICES for row in scores_in(results / f"{name}-{where}.csv")]
+        only = choosing.chosen(there, chosen, epochs=epochs)
     if page:
         from pliant.experiments.page import write_evidence
 
@@ -71,6 +88,8 @@ def experiment(
         epochs=epochs,
         where=where or (),
     )
+    if chosen is not None:
+        cells = choosing.deciding(cells)
     rows = results / f"{name}-{device}.csv"
     place = folder or Path("runs", name)
     if list_:

@@ -36,6 +36,8 @@ DEPTHS = {
 # variant's first seed chooses it, and the next three decide. Their times are taken anew beside it.
 RIVALS = (PLAIN, REMOVED, SCORE_ORDER, FIRST, *DEPTHS)
 _OF_VARIANTS = "resnet20"
+# Devices that experiments run on, and what Lightning calls them.
+DEVICES: dict[str, Accelerator] = {"cpu": "cpu", "cuda": "gpu"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +148,11 @@ def _accelerator(device: str) -> Accelerator:
     Raises:
         ValueError: no experiment runs there.
     """
-    names: dict[str, Accelerator] = {"cpu": "cpu", "cuda": "gpu"}
-    if device not in names:
-        raise ValueError(f"no list of cells for device {device!r}; there is one for {' and '.join(names)}")
-    return names[device]
+    if device not in DEVICES:
+        raise ValueError(
+            f"no list of cells for device {device!r}; there is one for {' and '.join(DEVICES)}"
+        )
+    return DEVICES[device]
 
 
 def _families(network: str, widths: tuple[int, ...]) -> dict[str, dict[str, Recipe]]:

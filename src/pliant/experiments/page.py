@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pliant._files import atomic_path
 from pliant.compare import BASE_ALONE, MOD_CONTROLS, PLAIN, REMOVED, Score
-from pliant.experiments.cells import BORROWED, FAMILIES, cells_of, key_of, rivals_of
+from pliant.experiments.cells import BORROWED, DEVICES, FAMILIES, cells_of, key_of, rivals_of
 from pliant.experiments.claims import FEWEST, MISSING, answer, mean_and_spread, sentence
 from pliant.experiments.evidence import Evidence, Setting, gather
 from pliant.experiments.figure import plot_evidence
@@ -109,10 +109,9 @@ def write_evidence(
     figures: dict[int, str] = {}
     sources = [source for source in (BORROWED.get(name, ("",))[0], name) if source]
     short = f"-{epochs}-epochs" if epochs else ""
-    devices = ("cpu", "cuda")
-    trained = [results / f"{source}-{device}.csv" for source in sources for device in devices]
+    trained = [results / f"{source}-{device}.csv" for source in sources for device in DEVICES]
     scores = [score for path in trained for score in scores_in(path)]
-    timed = [results / f"{name}-latency-{device}.csv" for device in devices]
+    timed = [results / f"{name}-latency-{device}.csv" for device in DEVICES]
     times = [row for path in timed if path.exists() for row in read_rows(path)]
     # A GPU's list has the networks of a CPU's, and more: told of only where they were run.
     everywhere = {cell.network for cell in cells_of(name, "cpu")}

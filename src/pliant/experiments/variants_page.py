@@ -8,6 +8,7 @@ from typing import Any
 
 from pliant.compare import REMOVED
 from pliant.experiments.cells import Cell
+from pliant.experiments.choosing import CHOOSING
 from pliant.experiments.claims import FEWEST, MISSING, any_of
 from pliant.experiments.evidence import Evidence, Setting
 from pliant.experiments.tables import markdown
@@ -15,7 +16,6 @@ from pliant.experiments.variants import VARIANTS
 
 QUESTION = "Does a variant beat no block at all at equal measured time?"
 TRAINING = "And at equal time of a training step?"
-CHOOSING = 0  # the seed that chooses variants for further ones, and has no part in what these decide
 _LUCK = (
     "The best of many is partly luck. So the first seed, and its validation images, choose which variants "
     "get further seeds, and only these seeds decide."

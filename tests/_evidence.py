@@ -1,0 +1,61 @@
+"""Rows of experiments, made by hand."""
+
+from __future__ import annotations
+
+import json
+
+from pliant.compare import Score
+from pliant.experiments.cells import cells_of
+from pliant.measuring.rows import Measurement
+
+NAME = "cifar10-controls"
+CELLS = cells_of(NAME)
+VARIANTS = "cifar10-variants"
+
+
+def scores_of(accuracies, cells=CELLS):
+    """Rows for {label: accuracies of seeds 0, 1, ...}."""
+    found = []
+    for cell in cells:
+        recipe = cell.recipe
+        for label in cell.labels:
+            if recipe.seed < len(accuracies.get(label, ())):
+                found.append(
+                    Score(
+                        label=label,
+                        recipe=recipe.name,
+                        model=recipe.model,
+                        model_args=json.dumps(dict(recipe.model_args)),
+                        data="cifar10",
+                        pixels=32,
+                        epochs=recipe.epochs,
+                        seed=recipe.seed,
+                        parameters=1000,
+                        macs=2_000_000,
+                        train_accuracy=90.0,
+                        train_ce=0.3,
+                        val_accuracy=88.0,
+                        gap=2.0,
+                        test_accuracy=accuracies[label][recipe.seed],
+                        seconds=600.0,
+                        cpu="a CPU",
+                        cores=2,
+                    )
+                )
+    return found
+
+
+def times_of(ratios, engine="eager", batch=1, spread=0.01):
+    """Rows for {label: time ratio}."""
+    return [
+        Measurement(
+            model=f"resnet20: {label}",
+            engine=engine,
+            batch=batch,
+            median_ms=10 * ratio,
+            time_ratio=ratio,
+            time_ratio_iqr=spread,
+            against="resnet20: plain",
+        )
+        for label, ratio in ratios.items()
+    ]
