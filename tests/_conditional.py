@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pliant.methods.conditional import (
-    CondConv2d,
-    Router,
-)
+from pliant.methods.conditional import CondConv2d, Router
 
 FORMS = ("fused", "experts")
-
 
 KINDS: dict[str, dict[str, Any]] = {
     "1x1": {"kernel_size": 1},

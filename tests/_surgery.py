@@ -47,9 +47,6 @@ def assert_untouched(model, before):
         assert torch.equal(value, before[1][name][1])
 
 
-# --- toy methods: a run of blocks with a threaded value, and one that takes blocks -----------
-
-
 class Counted(Block):
     """A block that passes on what the first of them saw."""
 

@@ -73,7 +73,10 @@ def test_the_command_runs_further_seeds_of_those_that_either_device_chose(tmp_pa
         f"0 of 3 done; rows in {tmp_path / f'{VARIANTS}-cpu.csv'}",
     ]
     assert "seed 0" not in listed
-    with pytest.raises(ValueError, match=f"--chosen is of {VARIANTS}: {NAME} has no seed that chooses"):
+    assert "0 of 3 done" in run(VARIANTS, "--chosen", 1, "--network", "resnet20", "--list", *place)
+    with pytest.raises(ValueError, match="run --seeds 1 first"):
+        run(VARIANTS, "--chosen", 1, "--epochs", 2, "--list", *place)
+    with pytest.raises(ValueError, match=f"--chosen is of {VARIANTS}, not of {NAME}"):
         run(NAME, "--chosen", 1, "--list", *place)
     for other in (["--only", "static"], ["--seeds", 1], ["--measure"], ["--page"]):
         with pytest.raises(ValueError, match="--chosen says which labels and seeds run"):

@@ -86,18 +86,21 @@ def test_rows_fill_the_table_by_the_nearest_batch_and_the_quickest_form():
     ]
     text = costs_markdown(rows, [RATE], price=2.5)
     (mod,) = [t for t in text.splitlines() if t.startswith("| imagenet.resnet50_mod.paper | 100 | float32")]
-    assert mod.startswith("| imagenet.resnet50_mod.paper | 100 | float32 | 32 | 50.0 | 7.1 | 57 | 143 | ")
+    assert mod.startswith(
+        "| imagenet.resnet50_mod.paper | 100 | float32 | 32 of 64 | 50.0 | 7.1 | 57 | 143 | "
+    )
     assert mod.endswith(" | 5120 | 51 |")
-    assert "| imagenet.resnet50_mod.paper | 100 | bfloat16 | 32 | 20.0 |" in text
-    assert "| imagenet.cc_mobilenetv1_050.paper | 120 | float32 | 32 | 30.0 |" in text
+    assert "| imagenet.resnet50_mod.paper | 100 | bfloat16 | 32 of 64 | 20.0 |" in text
+    assert "| imagenet.cc_mobilenetv1_050.paper | 120 | float32 | 32 of 64 | 30.0 |" in text
     assert "| imagenet.resnet50.paper | 100 | float32 | 32 | not measured |" in text
     assert "price at 2.5 an hour" in text
     assert "Some CPU loads 100 images a second" in text
     assert "| 40 | 6400 | 64 |" in text
     assert "finds ImageNet's images in their shards at its start, in 64 seconds." in text
-    assert "\nSome steps were measured with 64 images alone. Here a step of fewer" in text
+    assert '\nImages "of" more: steps of so many were measured.' in text
     fitting = [replace(row, batch=32) for row in rows]
     assert "were measured" not in costs_markdown(fitting, [RATE])
+    assert "| imagenet.resnet50_mod.paper | 100 | float32 | 32 | 1.0 |" in costs_markdown(fitting, [RATE])
     header, rule = (t for t in text.splitlines() if t.startswith(("| recipe", "|---|---:|---|")))
     assert header.count("|") == rule.count("|") == mod.count("|")
 
@@ -133,7 +136,7 @@ def test_the_command_fills_a_page_from_rows(tmp_path):
     assert text.startswith("before")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| imagenet.resnet50_mod.paper | 100 | float32 | 32 | 50.0 | 7.1 | 57 |" in text
+    assert "| imagenet.resnet50_mod.paper | 100 | float32 | 32 of 64 | 50.0 | 7.1 | 57 |" in text
 
 
 def test_the_page_is_what_the_rows_of_the_repository_say(tmp_path):

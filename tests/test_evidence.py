@@ -102,8 +102,6 @@ def test_too_few_seeds_decide_nothing_and_nothing_is_not_run_yet():
 
 
 ENDS = {PLAIN: (89.0, 89.2, 89.1), REMOVED: (87.0, 87.2, 87.1)}
-
-
 AT_ENDS = {PLAIN: 1.0, REMOVED: 0.6}
 
 
@@ -345,6 +343,7 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     write_scores(results / f"{NAME}-cpu.csv", scores_of(ends))
     text = write_evidence(VARIANTS, results, docs).read_text()
     assert text.startswith("# Variants\n\nWritten by `pliant experiment cifar10-variants --page`")
+    assert "`pliant experiment cifar10-variants --seeds 1` goes on running the first seeds" in text
     assert "beat no block at all at equal measured time?** Its times have not run yet." in text
     assert "- gate of the map against gate of the map, first k: not run yet." in lines_of(text)
     assert "Variants by the seeds that have rows: 20 with 0 seeds. " in text
@@ -367,13 +366,13 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     row = next(line for line in lines_of(text) if line.startswith("| gate of the map | +"))
     assert row.startswith("| gate of the map | +1.63 (")
     assert "| +0.63 (" in row
-    assert row.endswith("n = 3 at 0.800: better |")
+    assert row.endswith("n = 3 at 0.800 against 0.50 blocks removed + 0.50 plain: better |")
     (rest,) = [line for line in lines_of(text) if line.startswith("Without a seed that decides: ")]
     assert "; static; " in rest
     assert ": separable; " in rest  # the third; the first two have seeds that decide
     assert not any(line.startswith("| static | not run yet") for line in lines_of(text))
-    assert "| static | 88.00 | 0.600 |" in lines_of(text)  # what chooses: validation images
-    assert "| gate of the map, first k (selects nothing) | 88.00 | 0.700 |" in lines_of(text)
+    assert "| static | 88.00 | 2 | 0.600 |" in lines_of(text)  # what chooses: validation images
+    assert "| gate of the map, first k (selects nothing) | 88.00 |  | 0.700 |" in lines_of(text)
     assert (
         "- **static** (`selection='static', temperature=0.1, straight_through=True, order='index'," in text
     )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+from _engines import RUNTIMES
 from pliant.deploy.engines import ENGINES
 from pliant.deploy.int8 import CALIBRATED_ON, random_images
 from pliant.measuring.entrants import fresh
 from pliant.measuring.latency import measure
 
-RUNTIMES = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
 needs_onnx_runtime = pytest.mark.skipif("onnxruntime" not in RUNTIMES, reason="it makes the files")
 
 

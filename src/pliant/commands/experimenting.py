@@ -54,7 +54,7 @@ def experiment(
 ) -> None:
     """Train all networks of an experiment, one row each; the same command goes on where it stopped."""
     from pliant.experiments import cells_of, choosing, rivals_of, run_cells, run_cells_together, states
-    from pliant.experiments.cells import BORROWED, DEVICES
+    from pliant.experiments.cells import DEVICES
     from pliant.experiments.walking import scores_in
 
     if list_ + measure + page > 1:
@@ -64,13 +64,13 @@ def experiment(
     if processes > 1 and (list_ or measure or page):
         raise ValueError("--processes is of training, which --list, --measure and --page do not do")
     if chosen is not None:
-        if name not in BORROWED:
-            raise ValueError(f"--chosen is of {', '.join(BORROWED)}: {name} has no seed that chooses")
+        if name != choosing.EXPERIMENT:
+            raise ValueError(f"--chosen is of {choosing.EXPERIMENT}, not of {name}")
         if only or seeds is not None or measure or page:
             raise ValueError(
                 "--chosen says which labels and seeds run: no --only, --seeds, --measure or --page"
             )
-        there = [row for where in DEVICES for row in scores_in(results / f"{name}-{where}.csv")]
+        there = [row for kind in DEVICES for row in scores_in(results / f"{name}-{kind}.csv")]
         only = choosing.chosen(there, chosen, epochs=epochs)
     if page:
         from pliant.experiments.page import write_evidence

@@ -199,7 +199,7 @@ def cifar10_variants(device: str = "cpu") -> list[Cell]:
     """The recipe and first network of `cifar10_controls`, with variants of Mixture-of-Depths.
 
     First one seed of each variant, which chooses those that are worth more; then three further
-    seeds of each, which decide: `cells_of` with ``only`` has those of the chosen.
+    seeds of each, which decide: `pliant.experiments.choosing` has those that are worth them.
 
     Raises:
         ValueError: another device.

@@ -6,21 +6,33 @@ has no part in what the next seeds decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pliant.compare import Score
 from pliant.experiments.cells import Cell, cells_of, key_of
 from pliant.experiments.evidence import trained_on
 from pliant.experiments.variants import VARIANTS
 
-CHOOSING = 0
+EXPERIMENT = "cifar10-variants"  # which one has a seed that chooses
+CHOOSING = 0  # that seed
+
+
+def ranked(accuracy: Mapping[str, float]) -> list[str]:
+    """Labels of variants, the highest accuracy first. Those that select nothing are controls, without rank.
+
+    Args:
+        accuracy: of the seed that chooses, on validation images, by label.
+
+    Example:
+        >>> ranked({"static": 86.5, "temperature": 86.9, "separable, first k": 87.0})
+        ['temperature', 'static']
+    """
+    learned = (label for label, variant in VARIANTS.items() if variant.selects and label in accuracy)
+    return sorted(learned, key=lambda label: -accuracy[label])
 
 
 def chosen(scores: Iterable[Score], count: int, *, epochs: int | None = None) -> list[str]:
-    """Labels of the variants with the highest validation accuracy of the seed that chooses, best first.
-
-    Those that select nothing are controls, and are not chosen. A seed that was run on a CPU and on a
-    GPU counts as the GPU's.
+    """The first of `ranked`, by rows. A seed that was run on a CPU and on a GPU counts as the GPU's.
 
     Args:
         scores: rows of the experiment, of all devices; others are passed over.
@@ -41,7 +53,7 @@ def chosen(scores: Iterable[Score], count: int, *, epochs: int | None = None) ->
         raise ValueError(f"between 1 and {len(learned)} variants can be chosen, not {count}")
     known = {
         key: cell.label
-        for cell in cells_of("cifar10-variants", only=learned, seeds=1, epochs=epochs)
+        for cell in cells_of(EXPERIMENT, only=learned, seeds=1, epochs=epochs)
         for key in cell.keys
     }
     rows = sorted((row for row in scores if key_of(row) in known), key=trained_on)  # "cpu" before "cuda"
@@ -51,7 +63,7 @@ def chosen(scores: Iterable[Score], count: int, *, epochs: int | None = None) ->
         raise ValueError(
             f"seed {CHOOSING} chooses, and has no row yet of {missing[0]}{more}: run --seeds 1 first"
         )
-    return sorted(learned, key=lambda label: -accuracy[label])[:count]
+    return ranked(accuracy)[:count]
 
 
 def deciding(cells: Iterable[Cell]) -> list[Cell]:

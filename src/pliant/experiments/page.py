@@ -18,7 +18,7 @@ from pliant.experiments.figure import plot_evidence
 from pliant.experiments.tables import markdown
 from pliant.experiments.variants import FIRST, SCORE_ORDER, VARIANTS
 from pliant.experiments.variants_page import findings as findings_of_variants
-from pliant.experiments.variants_page import planned
+from pliant.experiments.variants_page import how_to_go_on, planned
 from pliant.experiments.walking import scores_in
 from pliant.measuring.rows import Measurement, read_rows
 
@@ -52,8 +52,7 @@ _HEAD = """\
 # {title}
 
 Written by `pliant experiment {command} --page` from the rows in [results](../results/README.md), its
-sentences too. {there} What is missing is said to be missing; the same command without `--page` goes
-on running it."""
+sentences too. {there} What is missing is said to be missing; {more}"""
 
 _HOW_TO_READ = """\
 ## How to read it
@@ -151,7 +150,12 @@ def page(
     """
     find = findings_of_variants if name in BORROWED else _findings
     command = f"{name} --epochs {epochs}" if epochs else name
-    lines = [_HEAD.format(command=command, title=_title(name), there=_there(parts, name)), ""]
+    more = (
+        how_to_go_on(command)
+        if name in BORROWED
+        else "the same command without `--page` goes on running it."
+    )
+    lines = [_HEAD.format(command=command, title=_title(name), there=_there(parts, name), more=more), ""]
     titles = [f" ({e.network})" if len(parts) > 1 else "" for e in parts]
     for number, (evidence, title) in enumerate(zip(parts, titles, strict=True)):
         lines += [f"## What the rows show{title}", "", *find(evidence), ""]
@@ -190,10 +194,10 @@ def _there(parts: Sequence[Evidence], name: str) -> str:
 def _setting(evidence: Evidence) -> str:
     """What was run, and where."""
     recipe = evidence.cells[0].recipe
-    planned: dict[str, set[int]] = {}
+    seeds: dict[str, set[int]] = {}
     for cell in evidence.cells:
-        planned.setdefault(cell.family, set()).add(cell.recipe.seed)
-    single = [FAMILIES[family] for family, seeds in planned.items() if len(seeds) == 1]
+        seeds.setdefault(cell.family, set()).add(cell.recipe.seed)
+    single = [FAMILIES[family] for family, own in seeds.items() if len(own) == 1]
     told = [
         f"**{evidence.network} on {recipe.data}**: recipe `{recipe.name}`, {recipe.epochs} epochs, "
         f"{recipe.precision}, the same for all networks."

@@ -8,7 +8,7 @@ from typing import Any
 
 from pliant.compare import REMOVED
 from pliant.experiments.cells import Cell
-from pliant.experiments.choosing import CHOOSING
+from pliant.experiments.choosing import CHOOSING, ranked
 from pliant.experiments.claims import FEWEST, MISSING, any_of
 from pliant.experiments.evidence import Evidence, Setting
 from pliant.experiments.tables import markdown
@@ -17,8 +17,8 @@ from pliant.experiments.variants import VARIANTS
 QUESTION = "Does a variant beat no block at all at equal measured time?"
 TRAINING = "And at equal time of a training step?"
 _LUCK = (
-    "The best of many is partly luck. So the first seed, and its validation images, choose which variants "
-    "get further seeds, and only these seeds decide."
+    "The best of many is partly luck. So the first seed, and its validation images, rank the variants "
+    "(`--chosen N` runs further seeds of the first N), and only the seeds after it decide."
 )
 _PLAIN_FORM = (
     "In eager mode and in a training step, variants that the native operators do not have run in PyTorch's "
@@ -47,38 +47,50 @@ def findings(evidence: Evidence) -> list[str]:
 
 
 def planned(evidence: Evidence) -> list[Cell]:
-    """The cells that are to be run: of variants that were not chosen for further seeds, the first alone."""
-    rest = VARIANTS.keys() - set(_chosen(evidence))
+    """The cells that are to be run: of variants that have begun no further seed, the first alone."""
+    rest = VARIANTS.keys() - set(_begun(evidence))
     return [c for c in evidence.cells if c.recipe.seed == CHOOSING or c.label not in rest]
 
 
-def _chosen(evidence: Evidence) -> list[str]:
+def how_to_go_on(command: str) -> str:
+    """Which commands run what is missing; `command` is that of the experiment."""
+    return (
+        f"`pliant experiment {command} --seeds 1` goes on running the first seeds, `--chosen N` further "
+        "ones, and `cifar10-controls` in its place the plain networks and controls."
+    )
+
+
+def _begun(evidence: Evidence) -> list[str]:
     """Variants that have rows of seeds that decide."""
     deciding = evidence.without(CHOOSING)
     return [label for label in VARIANTS if deciding.rows(label)]
 
 
 def _seeds(evidence: Evidence) -> list[str]:
-    """How many seeds the variants have been run with, and which were not chosen for more."""
+    """How many seeds the variants have been run with, and which have none that decides."""
     run = Counter(len(evidence.accuracy(label)) for label in VARIANTS)
     counts = (f"{many} with {seeds} seed{'s' * (seeds != 1)}" for seeds, many in sorted(run.items()))
     told = [f"Variants by the seeds that have rows: {', '.join(counts)}. {_LUCK}"]
-    if chosen := _chosen(evidence):
-        rest = [label for label in VARIANTS if label not in chosen]
+    if begun := _begun(evidence):
+        rest = [label for label in VARIANTS if label not in begun]
         told += ["", f"Without a seed that decides: {'; '.join(rest) or 'none'}."]
     return told
 
 
 def _choice(evidence: Evidence) -> list[str]:
     """What chooses: the first seed, on validation images; what selects nothing is marked."""
+    labels = (*evidence.depths, *VARIANTS)
+    first = {label: row for label in labels for row in evidence.rows(label) if row.seed == CHOOSING}
+    ranks = ranked({label: row.val_accuracy for label, row in first.items()})
     rows = []
-    for label in (*evidence.depths, *VARIANTS):
-        first = [row for row in evidence.rows(label) if row.seed == CHOOSING]
+    for label in labels:
         own = label if label not in VARIANTS or VARIANTS[label].selects else f"{label} (selects nothing)"
-        accuracy = f"{first[0].val_accuracy:.2f}" if first else MISSING
-        rows.append((own, accuracy, *(_ratio(evidence, label, s) for s in evidence.settings())))
+        accuracy = f"{first[label].val_accuracy:.2f}" if label in first else MISSING
+        rank = str(ranks.index(label) + 1) if label in ranks else ""
+        rows.append((own, accuracy, rank, *(_ratio(evidence, label, s) for s in evidence.settings())))
     heading = (
         f"validation of seed {CHOOSING}, %",
+        "rank",
         *(f"time, {setting}" for setting in evidence.settings()),
     )
     return markdown(("network", *heading), rows)
@@ -94,12 +106,14 @@ def _at_equal_time(evidence: Evidence, question: str, settings: list[Setting]) -
     deciding = evidence.without(CHOOSING)
     rows = []
     verdicts: dict[str, list[str]] = {}
-    for label in _chosen(evidence):
+    for label in _begun(evidence):
         cells, own = [], []
         for setting in settings:
             found = deciding.at_equal_time(label, setting)
             said = f": {found.verdict}" if found and found.found.n >= FEWEST else ""
-            cells.append("" if found is None else f"{found.found} at {found.time:.3f}{said}")
+            cells.append(
+                "" if found is None else f"{found.found} at {found.time:.3f} against {found.line}{said}"
+            )
             own.append(MISSING if found is None else found.verdict)
         if VARIANTS[label].selects:
             verdicts[label] = own

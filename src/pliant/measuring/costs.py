@@ -158,7 +158,7 @@ def costs_markdown(
         f"{money} GB a GPU | images/s | cores |",
         f"|---|---:|---|---:|---:|---:|---:|{'---:|' * (price is not None)}---:|---:|---:|",
     ]
-    larger: dict[int, None] = {}
+    larger = False
     for entry in ENTRIES:
         recipe = get_recipe(entry.recipe)
         batch = _share(recipe, gpus)
@@ -168,10 +168,11 @@ def costs_markdown(
             if row is None:
                 cells += [NOT_MEASURED] + [""] * (5 + (price is not None))
             else:
-                larger |= {row.batch: None} if row.batch > batch else {}
+                larger |= row.batch > batch
                 found = cost(
                     recipe, row, _parameters(recipe.model), core.images_per_s if core else None, gpus=gpus
                 )
+                cells[-1] += f" of {row.batch}" if row.batch > batch else ""
                 cells += [f"{found.step_ms:.1f}", f"{found.hours:.1f}", f"{found.gpu_hours:.0f}"]
                 cells += [] if price is None else [f"{price * found.gpu_hours:.0f}"]
                 cells += [f"{found.memory_gb:.1f}", f"{found.images_per_s:.0f}"]
@@ -180,9 +181,9 @@ def costs_markdown(
     if larger:
         blocks += [
             "",
-            f"Some steps were measured with {' and '.join(map(str, larger))} images alone. Here a step of "
-            "fewer takes its share of their time, which is too little where launching kernels, and not "
-            "work, takes the time.",
+            'Images "of" more: steps of so many were measured. One of fewer takes its share of their time '
+            "here, which is too little where launching kernels, and not work, takes the time: compare it "
+            "with no step of fewer images that was measured.",
         ]
     return "\n".join(blocks)
 
