@@ -72,7 +72,9 @@ def get_recipe(name: str) -> Recipe:
 
 
 def _applies(form: str, network: str) -> bool:
-    """Whether a form is of this network; only ablations are of some alone."""
+    """Whether a form is of this network; only ablations and the gate are of some alone."""
+    if form == "gated":
+        return cifar10.is_gated(network)
     if not form.startswith(PREFIX):
         return True
     return is_adaptive(network) if form.removeprefix(PREFIX) in TABLE3 else has_ablations(network)
