@@ -222,9 +222,7 @@ def test_the_best_variant_is_a_recipe_of_mixture_of_depths_networks():
     assert recipe.model_args == VARIANTS["gate of the map"].options  # what the rows were trained with
     model = timm.create_model(recipe.model, **recipe.model_args)
     assert {m.gate for m in model.modules() if isinstance(m, MoDBlock)} == {"map"}
-    with pytest.raises(
-        ValueError, match=r"the gate is of Mixture-of-Depths networks .*, not of 'resnet20'"
-    ):
+    with pytest.raises(ValueError, match=r"gate is of Mixture-of-Depths networks .*, not of 'resnet20'"):
         get_recipe("cifar10.resnet20.gated")
     assert {name for name in list_recipes() if name.endswith(".gated")} == {
         f"cifar10.{network}_mod.gated"
