@@ -148,8 +148,9 @@ def for_cifar100(recipe: Recipe) -> Recipe:
 def gated(network: str = "resnet20_mod") -> Recipe:
     """`controls` with ``gate="map"``, the variant of Mixture-of-Depths that did best. Ours.
 
-    Of those that have the three seeds that decide its mean over these is the furthest above that of no block,
-    and it adds no parameter. It is not shown to beat no block (``docs/variants.md``), so nothing else takes it.
+    Of those that have the three seeds that decide its mean over these is the furthest above that of no
+    block, and it adds no parameter. It is not shown to beat no block (``docs/variants.md``), so nothing
+    else takes it.
 
     Args:
         network: a short name of a Mixture-of-Depths network, such as ``"resnet20_mod"``.
