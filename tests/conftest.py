@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import math
 import random
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from _checkpoint import make
+from _engines import FAKES
 from pliant import save
 from pliant.measuring import running
 from pliant.measuring.clock import Clock
@@ -135,3 +137,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(running, "clock", fake)
     monkeypatch.setattr("pliant.measuring.clock.WARM_ENOUGH", math.inf)  # these times are no clock's
     return log
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The engines of `_engines.FAKES`, which a child process finds as this one does."""
+    (tmp_path / "pliant_test_fakes.py").write_text(FAKES)
+    monkeypatch.syspath_prepend(tmp_path)
+    import pliant_test_fakes
+
+    yield pliant_test_fakes
+    del sys.modules["pliant_test_fakes"]

@@ -18,65 +18,6 @@ from pliant.measuring.entrants import EngineError
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.latency import measure
 
-# Engines for a child process; each does one thing that it must not.
-FAKES = '''
-import os, time
-import torch
-from pliant.deploy.engines import FileEngine
-
-
-class Fake(FileEngine):
-    name = "fake"
-
-    def shared(self, precision, optimized=False, native=False):
-        return "fake"
-
-    def write(self, model, example, folder, **how):
-        path = folder / "network"
-        path.write_text(str(sum(p.numel() for p in model.parameters())))
-        return path
-
-    def load(self, path, example, **how):
-        print("noise on standard output")
-        return lambda images: images.sum()
-
-
-class Fails(Fake):
-    """What goes wrong depends on the network, which its number of parameters tells."""
-
-    name = "fails"
-
-    def load(self, path, example, **how):
-        kind = path.read_text()
-        if kind == "20":
-            os._exit(139)
-        if kind == "30":
-            time.sleep(600)
-        if kind == "40":
-            raise RuntimeError("no luck in /home/someone/secret/file.py")
-        left = 6 if kind == "50" else 10**9
-
-        def run(images):  # of 50 parameters: dies in the first round, after warming up
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), 11)
-            return images.sum()
-
-        return run
-'''
-
-
-@pytest.fixture
-def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The engines above, which a child process finds as this one does."""
-    (tmp_path / "pliant_test_fakes.py").write_text(FAKES)
-    monkeypatch.syspath_prepend(tmp_path)
-    import pliant_test_fakes
-
-    yield pliant_test_fakes
-    del sys.modules["pliant_test_fakes"]
-
 
 def test_an_engine_that_fails_costs_its_row(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = use(fakes.Fails(), monkeypatch)
