@@ -12,7 +12,7 @@ from _evidence import CELLS, NAME, VARIANTS, scores_of, times_of
 from pliant import cli
 from pliant.compare import PLAIN, REMOVED, write_scores
 from pliant.experiments.cells import cells_of
-from pliant.experiments.claims import Paired, Rival, answer, any_of, at_equal_time, paired
+from pliant.experiments.claims import Paired, Rival, answer, any_of, at_equal_time, paired, sentence
 from pliant.experiments.evidence import Setting, gather
 from pliant.experiments.page import FIRST, FIXED, FRESH, INDEX_ORDER, SCORE_ORDER, page, write_evidence
 from pliant.experiments.timing import STEP
@@ -67,7 +67,9 @@ def test_what_is_undecided_is_never_called_better():
     assert "- Between MoD, score order and blocks removed nothing is decided: +0.03 points" in text
     assert "the interval holds zero." in text
     assert "MoD, score order is better than random channels, fresh" in text
-    assert "- MoD, score order against first k channels: not run yet." in lines_of(text)
+    assert "- MoD, score order against first k channels: no seed of both on one device yet." in lines_of(
+        text
+    )
     asked = next(line for line in lines_of(text) if "channels that are not learned?" in line)
     assert asked.endswith("In part: better in 1 of 6 comparisons, undecided in 3, not run yet in 2.")
 
@@ -257,6 +259,10 @@ def test_networks_are_compared_on_one_device_and_a_seed_counts_once(tmp_path):
     assert own.accuracy(REMOVED) == {0: 86.0, 1: 86.0, 2: 86.0}
     assert own.against(PLAIN, REMOVED).differences == (2.5, 2.0)
     assert own.against(SCORE_ORDER, REMOVED).n == 2
+    (apart,) = gather(CELLS, [on_cpu[1], *on_gpu[1:]], [])  # both were run, and nowhere together
+    assert sentence("a", "b", apart.against(SCORE_ORDER, REMOVED)) == (
+        "a against b: no seed of both on one device yet."
+    )
     assert own.at_equal_time(SCORE_ORDER, EAGER).found.n == 2
     cuda = Setting("eager", 1, "cuda")
     assert own.settings() == [EAGER, cuda]
@@ -345,7 +351,8 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     assert text.startswith("# Variants\n\nWritten by `pliant experiment cifar10-variants --page`")
     assert "`pliant experiment cifar10-variants --seeds 1` goes on running the first seeds" in text
     assert "beat no block at all at equal measured time?** Its times have not run yet." in text
-    assert "- gate of the map against gate of the map, first k: not run yet." in lines_of(text)
+    pair = "- gate of the map against gate of the map, first k"
+    assert f"{pair}: no seed of both on one device yet." in lines_of(text)
     assert "Variants by the seeds that have rows: 20 with 0 seeds. " in text
     assert "There are rows of **8 of 48 runs** of resnet20." in text  # 20 and 28 of the rivals
 

@@ -117,10 +117,10 @@ def sentence(one: str, other: str, found: Paired) -> str:
         >>> sentence("A", "B", Paired((0.3,)))
         'Whether A or B is better cannot be said from 1 seed: +0.30 points.'
         >>> sentence("A", "B", Paired(()))
-        'A against B: not run yet.'
+        'A against B: no seed of both on one device yet.'
     """
     if found.verdict == MISSING:
-        return f"{one} against {other}: {MISSING}."
+        return f"{one} against {other}: no seed of both on one device yet."
     if found.verdict == FEW:
         told = f"cannot be said from {_seeds(found.n)}: {found.mean:+.2f} points"
         return f"Whether {one} or {other} is better {told}."
