@@ -169,7 +169,7 @@ def gated(network: str = "resnet20_mod") -> Recipe:
     return replace(
         base,
         name=base.name.replace(".controls", ".gated"),
-        note="ours; the best variant of Mixture-of-Depths so far, not shown to beat no block",
+        note="ours; the best variant tried, not shown to beat no block",
         model_args={**base.model_args, "gate": "map"},
     )
 
