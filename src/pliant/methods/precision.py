@@ -29,7 +29,10 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
 def pooled(x: Tensor) -> Tensor:
     """Mean over all positions, at least float32: [B, C] from [B, C, H, W] or [B, C]."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return x.mean((2, 3), dtype=wide) if x.dim() == 4 else x.to(wide)
+    if x.dim() != 4:
+        return x.to(wide)
+    # Older ONNX exporters know no dtype of a mean: none is given where it changes nothing.
+    return x.mean((2, 3)) if x.dtype == wide else x.mean((2, 3), dtype=wide)
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
