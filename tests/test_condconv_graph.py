@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import textwrap
 import threading
 
@@ -15,6 +13,7 @@ from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 from torch import nn
 
+from _copies import copies_of
 from _processes import run_two
 from _small import VARIANTS, images
 from pliant import CondConv, convert
@@ -133,17 +132,9 @@ def test_copies_after_a_forward(variant):
     assert all(t.is_leaf for t in (*model.parameters(), *model.buffers()))
     model.eval()
     x = images(2, 16)
-    stored = io.BytesIO()
-    torch.save(model, stored)
-    stored.seek(0)
-    copies = {
-        "deepcopy": copy.deepcopy(model),
-        "pickle": pickle.loads(pickle.dumps(model)),
-        "torch.save": torch.load(stored, weights_only=False),
-    }
     with torch.no_grad():
         expected = model(x)
-        for how, again in copies.items():
+        for how, again in copies_of(model).items():
             assert torch.equal(again(x), expected), how
             assert not {id(p) for p in again.parameters()} & {id(p) for p in model.parameters()}, how
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 
 import pytest
 import timm
 import torch
 
+from _copies import copies_of
 from _surgery import SELECTIONS, ShareTheMean, converted, small
 from pliant import MixtureOfDepths, convert
 from pliant.surgery import conversions
@@ -47,15 +46,7 @@ def test_copies_and_pickles(selection):
         with torch.no_grad():
             return network(x)
 
-    stored = io.BytesIO()
-    torch.save(model, stored)
-    stored.seek(0)
-    again = {
-        "deepcopy": copy.deepcopy(model),
-        "pickle": pickle.loads(pickle.dumps(model)),
-        "torch.save": torch.load(stored, weights_only=False),
-    }
-    for how, network in again.items():
+    for how, network in copies_of(model).items():
         assert torch.equal(run(network), run(model)), how
         assert conversions(network) == conversions(model), how
 

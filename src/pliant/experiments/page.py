@@ -148,14 +148,14 @@ def page(
         figures: links, by the number of the part.
         epochs: of a rehearsal.
     """
-    find = findings_of_variants if name in BORROWED else _findings
+    of_variants = name in BORROWED
+    find = findings_of_variants if of_variants else _findings
     command = f"{name} --epochs {epochs}" if epochs else name
-    more = (
-        how_to_go_on(command)
-        if name in BORROWED
-        else "the same command without `--page` goes on running it."
-    )
-    lines = [_HEAD.format(command=command, title=_title(name), there=_there(parts, name), more=more), ""]
+    more = how_to_go_on(command) if of_variants else "the same command without `--page` goes on running it."
+    lines = [
+        _HEAD.format(command=command, title=_title(name), there=_there(parts, of_variants), more=more),
+        "",
+    ]
     titles = [f" ({e.network})" if len(parts) > 1 else "" for e in parts]
     for number, (evidence, title) in enumerate(zip(parts, titles, strict=True)):
         lines += [f"## What the rows show{title}", "", *find(evidence), ""]
@@ -178,16 +178,16 @@ def _link(figure: Path, docs: Path) -> str:
     return Path(os.path.relpath(figure, docs)).as_posix()
 
 
-def _there(parts: Sequence[Evidence], name: str) -> str:
+def _there(parts: Sequence[Evidence], of_variants: bool) -> str:
     """How much of the experiment the rows have."""
     told = []
     for evidence in parts:
         there = {key_of(s) for s in evidence.scores}
-        cells = planned(evidence) if name in BORROWED else evidence.cells
+        cells = planned(evidence) if of_variants else evidence.cells
         done, total = sum(there.issuperset(c.keys) for c in cells), len(cells)
         runs = f"all {total} runs" if done == total else f"**{done} of {total} runs**"
         told.append(f"{runs} of {evidence.network}")
-    further = " Further seeds count for variants that have begun them." if name in BORROWED else ""
+    further = " Further seeds count for variants that have begun them." if of_variants else ""
     return f"There are rows of {' and of '.join(told)}.{further}"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pliant.compare import REMOVED
-from pliant.experiments.cells import Cell
-from pliant.experiments.choosing import CHOOSING, ranked
+from pliant.experiments.cells import BORROWED, Cell
+from pliant.experiments.choosing import CHOOSING, EXPERIMENT, ranked, validated
 from pliant.experiments.claims import FEWEST, MISSING, any_of
 from pliant.experiments.evidence import Evidence, Setting
 from pliant.experiments.tables import markdown
@@ -54,9 +54,10 @@ def planned(evidence: Evidence) -> list[Cell]:
 
 def how_to_go_on(command: str) -> str:
     """Which commands run what is missing; `command` is that of the experiment."""
+    rivals, _ = BORROWED[EXPERIMENT]
     return (
         f"`pliant experiment {command} --seeds 1` goes on running the first seeds, `--chosen N` further "
-        "ones, and `cifar10-controls` in its place the plain networks and controls."
+        f"ones, and `{rivals}` in its place the plain networks and controls."
     )
 
 
@@ -80,12 +81,12 @@ def _seeds(evidence: Evidence) -> list[str]:
 def _choice(evidence: Evidence) -> list[str]:
     """What chooses: the first seed, on validation images; what selects nothing is marked."""
     labels = (*evidence.depths, *VARIANTS)
-    first = {label: row for label in labels for row in evidence.rows(label) if row.seed == CHOOSING}
-    ranks = ranked({label: row.val_accuracy for label, row in first.items()})
+    accuracies = validated(evidence)
+    ranks = ranked(accuracies)
     rows = []
     for label in labels:
         own = label if label not in VARIANTS or VARIANTS[label].selects else f"{label} (selects nothing)"
-        accuracy = f"{first[label].val_accuracy:.2f}" if label in first else MISSING
+        accuracy = f"{accuracies[label]:.2f}" if label in accuracies else MISSING
         rank = str(ranks.index(label) + 1) if label in ranks else ""
         rows.append((own, accuracy, rank, *(_ratio(evidence, label, s) for s in evidence.settings())))
     heading = (

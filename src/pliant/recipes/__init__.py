@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable
 
 from pliant.recipes import cifar10, cifar100, digits, imagenet
 from pliant.recipes._networks import cifar_networks, close, imagenet_networks
-from pliant.recipes.ablations import PREFIX, has_ablations
-from pliant.recipes.adaptive_depth import TABLE3, is_adaptive
 from pliant.train.recipe import Recipe
 
 __all__ = ["get_recipe", "list_recipes"]
@@ -37,8 +35,8 @@ def list_recipes() -> list[str]:
         f"{data}.{network}" + ("" if form == "short" else f".{form}")
         for data, forms in _FORMS.items()
         for network in _networks(data)
-        for form in forms
-        if _applies(form, network)
+        for form, recipe in forms.items()
+        if _is_of(recipe, network)
     ]
 
 
@@ -71,13 +69,13 @@ def get_recipe(name: str) -> Recipe:
         raise ValueError(f"no recipe {name!r}: {error}") from error
 
 
-def _applies(form: str, network: str) -> bool:
-    """Whether a form is of this network; only ablations and the gate are of some alone."""
-    if form == "gated":
-        return cifar10.is_gated(network)
-    if not form.startswith(PREFIX):
-        return True
-    return is_adaptive(network) if form.removeprefix(PREFIX) in TABLE3 else has_ablations(network)
+def _is_of(recipe: Callable[[str], Recipe], network: str) -> bool:
+    """Whether a form is of this network: it refuses others itself."""
+    try:
+        recipe(network)
+    except ValueError:
+        return False
+    return True
 
 
 def _networks(data: str) -> Iterable[str]:

@@ -163,20 +163,15 @@ def gated(network: str = "resnet20_mod") -> Recipe:
         >>> recipe.name, recipe.model_args
         ('cifar10.resnet20_mod.gated', {'gate': 'map'})
     """
-    if not is_gated(network):
+    if not network.endswith("_mod"):
         raise ValueError(f"the gate is of Mixture-of-Depths networks (resnet20_mod), not of {network!r}")
     base = controls(network)
     return replace(
         base,
-        name=base.name.replace(".controls", ".gated"),
+        name=f"{base.name.removesuffix('.controls')}.gated",
         note="ours; the best variant tried, not shown to beat no block",
         model_args={**base.model_args, "gate": "map"},
     )
-
-
-def is_gated(network: str) -> bool:
-    """Whether `gated` is of this network, named as in recipes."""
-    return network.endswith("_mod")
 
 
 FORMS: dict[str, Callable[[str], Recipe]] = {
