@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: setup ## train plain networks and those of all three methods on real images, five minutes
-	$(BIN)/python -m pliant quickstart
+	$(BIN)/python -m research quickstart
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
@@ -66,9 +66,9 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	@touch $@
 
 bench: setup ## latency and MoD tax in every engine, and training steps, on this machine's CPU: 20 minutes
-	$(BIN)/python -m pliant bench --readme README.md
-	$(BIN)/python -m pliant bench --suite mod-bfloat16
-	$(BIN)/python -m pliant bench --suite steps
+	$(BIN)/python -m research bench --readme README.md
+	$(BIN)/python -m research bench --suite mod-bfloat16
+	$(BIN)/python -m research bench --suite steps
 
 # For a machine with a GPU and a torch of its own: no .venv, nothing is installed. Every
 # step runs whatever became of the one before; the exit status tells if one failed.
@@ -76,12 +76,11 @@ gpu: export PYTHONPATH := src$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: ## GPU tests and timings by the Python at hand; DATA=folder of CIFAR-10 adds the experiments (PROCESSES=8 at a time)
 	@failed=; step() { echo "+ $$*"; "$$@" || failed="$$failed; $$*"; }; \
 	many=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-n $(PROCESSES) --dist worksteal"); \
-	step $(PYTHON) -m pytest -m gpu $$many $$(grep -l 'mark\.gpu' tests/test_*.py); \
-	for suite in $(GPU_SUITES); do step $(PYTHON) -m pliant bench --device cuda --suite $$suite; done; \
-	step $(PYTHON) -m pliant costs; \
-	train() { step $(PYTHON) -m pliant experiment "$$@" path="$(DATA)" threads=1 workers=0 --device cuda --processes $(PROCESSES); }; \
+	step $(PYTHON) -m pytest -m gpu $$many $$(grep -rl --include='test_*.py' 'mark\.gpu' tests); \
+	for suite in $(GPU_SUITES); do step $(PYTHON) -m research bench --device cuda --suite $$suite; done; \
+	train() { step $(PYTHON) -m research experiment "$$@" path="$(DATA)" threads=1 workers=0 --device cuda --processes $(PROCESSES); }; \
 	if [ -n "$(DATA)" ]; then train cifar10-controls --network resnet20; train cifar10-variants --seeds 1; train cifar10-variants --chosen 4; \
-	step $(PYTHON) -m pliant experiment cifar10-controls --device cuda --network resnet20 --measure --engine eager; \
+	step $(PYTHON) -m research experiment cifar10-controls --device cuda --network resnet20 --measure --engine eager; \
 	train cifar10-controls --network resnet18 --network resnet50; fi; \
 	if [ -n "$$failed" ]; then echo "failed:$${failed#;}" >&2; exit 1; fi
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pliant.methods.conditional import CondConv2d, Router
+from pliant.methods.condconv.layers import CondConv2d, Router
 
 FORMS = ("fused", "experts")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from pliant.compare import Score
-from pliant.experiments.cells import cells_of
 from pliant.measuring.rows import Measurement
+from research.experiments.cells import cells_of
 
 NAME = "cifar10-controls"
 CELLS = cells_of(NAME)

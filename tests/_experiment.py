@@ -7,8 +7,8 @@ from dataclasses import replace
 from typer.testing import CliRunner
 
 from pliant import cli
-from pliant.experiments import Cell, run_cells
 from pliant.train.recipe import Recipe
+from research.experiments import Cell, run_cells
 
 TINY = Recipe(
     name="tiny",

@@ -24,7 +24,7 @@ from _engines import FAKES
 from pliant import save
 from pliant.measuring import running
 from pliant.measuring.clock import Clock
-from pliant.published import CountReport, reproduce_counts
+from research.published import CountReport, reproduce_counts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

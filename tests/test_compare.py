@@ -10,6 +10,7 @@ import pytest
 import timm
 
 from pliant import AdaptiveDepth, convert, get_depth, subnet
+from pliant.adaptive.scores import evaluate_depths
 from pliant.compare import (
     BASE_ALONE,
     MOD_CONTROLS,
@@ -24,11 +25,10 @@ from pliant.compare import (
     terminal_summary,
     write_scores,
 )
-from pliant.measuring.macs import count_parameters
+from pliant.counting import count_parameters
+from pliant.methods.adaptive_depth.switch import Depth
 from pliant.recipes.ablations import ABLATIONS
 from pliant.recipes.adaptive_depth import base_arguments
-from pliant.switch import Depth
-from pliant.train.depth_scores import evaluate_depths
 from pliant.train.recipe import Recipe, override
 
 TINY = Recipe(

@@ -21,7 +21,7 @@ from pliant import (
     set_depth,
     subnet,
 )
-from pliant.measuring.macs import count_macs, count_parameters
+from pliant.counting import count_macs, count_parameters
 from pliant.methods.adaptive_depth import AdaptiveBlock, SwitchableNorm
 from pliant.methods.condconv import CondConvBlock
 from pliant.methods.mixture_of_depths import MoDBlock

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from pliant.anatomy import stages
-from pliant.depth import get_depth, set_depth
+from pliant.methods.adaptive_depth.depth import get_depth, set_depth
 from pliant.methods.condconv import CondConvBlock
-from pliant.methods.conditional import CondConv2d, CondLinear
+from pliant.methods.condconv.layers import CondConv2d, CondLinear
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.models import list_networks
 from pliant.models._build import register
@@ -113,7 +113,7 @@ def test_timm_knows_it(name):
 def test_a_taken_name_is_refused(taken):
     before = timm.model_entrypoint(taken)
     with pytest.raises(ValueError, match=f"timm already has a model named '{taken}'; choose another name"):
-        register("pliant.models.mod", taken, cifar_resnet)
+        register("pliant.methods.mixture_of_depths.networks", taken, cifar_resnet)
     assert timm.model_entrypoint(taken) is before
 
 

@@ -20,10 +20,10 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import pliant
-from pliant.measuring.macs import count_macs, count_parameters
+from pliant.counting import count_macs, count_parameters
 from pliant.methods.mixture_of_depths import without_mod_blocks
 from pliant.models import list_networks
-from pliant.published import PAPERS, markdown
+from research.published import PAPERS, markdown
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -51,9 +51,9 @@ def test_nothing_is_compiled_by_importing(tmp_path):
     def run(code):
         subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
 
-    run("import pliant, pliant.cli, pliant.ops.building, pliant.ops.fused, pliant.ops.mod_training")
+    run("import pliant, pliant.cli; from pliant.methods.mixture_of_depths.ops import building, fused")
     assert not called.exists()
-    run("from pliant.ops import building; building.ready()")
+    run("from pliant.methods.mixture_of_depths.ops import building; building.ready()")
     assert called.exists()
 
 

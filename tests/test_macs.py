@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant import convert
-from pliant.measuring.macs import count_macs, count_parameters, run_once
+from pliant.counting import count_macs, count_parameters, run_once
 from pliant.methods.condconv import CondConv
-from pliant.methods.conditional import CondConv2d, CondLinear, Router
+from pliant.methods.condconv.layers import CondConv2d, CondLinear, Router
 from pliant.methods.mixture_of_depths import MoDBlock
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from _surgery import ShareTheMean, assert_untouched, small, snapshot
 from pliant import MixtureOfDepths, convert, plan
 from pliant.anatomy import stages
-from pliant.measuring.macs import count_macs, count_parameters
+from pliant.counting import count_macs, count_parameters
 from pliant.surgery import PassedOver
 
 

@@ -11,12 +11,12 @@ import pytest
 import timm
 import torch
 
-from pliant.experiments.variants import VARIANTS
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.models import list_networks
 from pliant.recipes import get_recipe, list_recipes
 from pliant.recipes.ablations import ABLATIONS
 from pliant.train.recipe import Recipe, differences, override
+from research.experiments.variants import VARIANTS
 
 BASE = {"name": "x", "model": "resnet20_cifar"}
 

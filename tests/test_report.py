@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 
-from pliant.analysis.routing import selection_frequency
-from pliant.analysis.training_plots import plot_curves, plot_selection_frequency
 from pliant.report import FigureBlock, TableBlock, write_report
+from research.analysis.routing import selection_frequency
+from research.analysis.training_plots import plot_curves, plot_selection_frequency
 
 HISTORY = [
     {"epoch": e, "train_loss": 2.0 - e, "val_loss": 2.1 - e, "train_accuracy": 0.5, "val_accuracy": 0.4}

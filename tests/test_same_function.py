@@ -13,7 +13,7 @@ from pliant.deploy.engines import ENGINES, FileEngine
 from pliant.deploy.folding import fold_norms
 from pliant.deploy.optimize import optimize
 from pliant.measuring.entrants import fresh
-from pliant.ops import building
+from pliant.methods.mixture_of_depths.ops import building
 
 pytestmark = pytest.mark.slow
 NETWORKS = ("resnet50_mod", "resnet75_mod", "resnet86_mod")

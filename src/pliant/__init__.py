@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from pliant import models
 from pliant._version import __version__
+from pliant.adaptive.profiling import DepthProfile, profile_depths, skip_of
 from pliant.checkpoint import load, save
 from pliant.deploy.export import export
-from pliant.depth import compile_depths, depths, get_depth, set_depth, subnet
 from pliant.measuring.latency import measure
 from pliant.measuring.rows import Measurement
 from pliant.methods.adaptive_depth import AdaptiveDepth, Subnet
+from pliant.methods.adaptive_depth.depth import compile_depths, depths, get_depth, set_depth, subnet
 from pliant.methods.condconv import CondConv
 from pliant.methods.mixture_of_depths import MixtureOfDepths
-from pliant.profiling import DepthProfile, profile_depths, skip_of
 from pliant.surgery import Method, Plan, convert, plan
 
 __all__ = [

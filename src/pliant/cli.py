@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from pliant.commands import data, deploying, experimenting, networks, reading, timing, training
+from pliant.commands import data, deploying, networks, reading, timing, training
 
 app = typer.Typer(
     help="Conditional and adaptive computation for vision networks.",
@@ -30,23 +30,18 @@ for command in (
     training.train,
     training.evaluate,
     reading.inspect,
-    reading.experts,
     training.compare,
-    training.recover,
-    experimenting.experiment,
-    training.quickstart,
-    timing.bench,
-    timing.costs,
 ):
     app.command()(command)
 
-reproduce_app = typer.Typer(help="Hold published figures against ours.", no_args_is_help=True)
-reproduce_app.command()(reading.counts)
-app.add_typer(reproduce_app, name="reproduce")
-
 
 def main() -> None:
-    """Run the command line; errors that a user can mend are one sentence, exit code 1."""
+    """Run pliant's command line."""
+    run(app)
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command line; errors that a user can mend are one sentence, exit code 1."""
     # torch's own note that a machine has a CUDA compiler and no GPU, on every timing.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:

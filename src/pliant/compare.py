@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pliant._files import write_csv
-from pliant.depth import get_depth, subnet
-from pliant.measuring.records import Origin, cells, columns, read_records
+from pliant.methods.adaptive_depth.depth import get_depth, subnet
+from pliant.methods.adaptive_depth.switch import Depth, Skip, check_skip, depth_name, depth_role
 from pliant.recipes.ablations import ABLATIONS
 from pliant.recipes.adaptive_depth import base_arguments, is_adaptive
-from pliant.switch import Depth, Skip, check_skip, depth_name, depth_role
+from pliant.records import Origin, cells, columns, read_records
 from pliant.train.recipe import Recipe, differences, override
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def _label(skip: Skip) -> str:
 
 def _score(label: str, run: Run) -> Score:
     """What a run cost and reached."""
-    from pliant.measuring.macs import count_macs, count_parameters
+    from pliant.counting import count_macs, count_parameters
     from pliant.train.run import ENVIRONMENT
 
     recipe, best = run.recipe, run.history[run.best_epoch]

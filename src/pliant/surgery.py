@@ -193,7 +193,7 @@ def plan(
         >>> print(plan(timm.create_model("resnet18"), pliant.MixtureOfDepths()).parameters)
         (11689512, 5463902)
     """
-    from pliant.measuring.macs import count_macs, count_parameters
+    from pliant.counting import count_macs, count_parameters
 
     _check_methods(methods)
     skeleton = _skeleton(model)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from pliant.surgery import Method
@@ -59,11 +60,20 @@ def network_of(name: str) -> Any:
 
 
 @contextmanager
+def progress_bar(console: Console, title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar for functions that report ``(done, total, what)``, as `measure` does."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("")
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
+
+
+@contextmanager
 def progress_of(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar for functions that report ``(done, total, what)``."""
     from rich.console import Console
-
-    from pliant.quickstart import progress_bar
 
     with progress_bar(Console(stderr=True), title) as step:
         yield step

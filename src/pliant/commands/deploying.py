@@ -37,10 +37,10 @@ def export(
     tolerance: Annotated[float | None, typer.Option(help="largest relative error")] = None,
 ) -> None:
     """Write a network as .pt2, .onnx or OpenVINO file, checked against it in its own engine."""
+    from pliant.adaptive.manifest import export_depths
     from pliant.deploy.export import export as run
     from pliant.deploy.facts import read_report
-    from pliant.deploy.manifest import export_depths
-    from pliant.depth import subnet
+    from pliant.methods.adaptive_depth.depth import subnet
 
     network = _network(model)
     options: dict[str, Any] = {

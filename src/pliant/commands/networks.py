@@ -17,7 +17,7 @@ def models(pattern: Annotated[str, typer.Argument(help="part of the name")] = ""
     from rich.table import Table
 
     from pliant.anatomy import input_size
-    from pliant.measuring.macs import count_macs, count_parameters
+    from pliant.counting import count_macs, count_parameters
     from pliant.models import list_networks
 
     table = Table("network", "input", "parameters", "MACs")

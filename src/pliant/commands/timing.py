@@ -59,7 +59,7 @@ def measure(
     plot_y: Annotated[str, typer.Option(help="macs or parameters")] = "macs",
 ) -> None:
     """Parameters, MACs and latency, interleaved in one run; ratios and the MoD tax."""
-    from pliant.analysis.plots import Quantity, check_figure, plot_against_latency
+    from pliant.measuring.figure import Quantity, check_figure, plot_against_latency
     from pliant.measuring.latency import measure as run
     from pliant.measuring.page import write_page
     from pliant.measuring.rows import grouped, markdown_table, terminal_table, write_rows
@@ -117,81 +117,9 @@ def depths(
     plot: Annotated[Path | None, typer.Option(help="of --profile: figure of MACs against latency")] = None,
 ) -> None:
     """List the depths of an adaptive network: parameters, MACs and, with --profile, latency."""
-    from pliant.profiling import depth_report
+    from pliant.adaptive.profiling import depth_report
 
     if not profile and (rows or plot):
         raise ValueError("--rows and --plot are of times: add --profile")
     how = {"batch": batch, "device": device, "engine": engine, "threads": threads, "rounds": rounds}
     show(depth_report(network_of(model), how if profile else None, rows, plot))
-
-
-def bench(
-    device: Device = "cpu",
-    results: Annotated[Path, typer.Option(help="folder for rows, tables and figures")] = Path("results"),
-    quick: Annotated[bool, typer.Option(help="one network, batch 1, to see that it works")] = False,
-    resume: Annotated[bool, typer.Option(help="keep what this commit measured here before")] = False,
-    suite: Annotated[
-        str,
-        typer.Option(
-            help="mod (in all engines), mod-bfloat16, mod-int8 or condconv networks, forms of a mixed "
-            "convolution, training steps, or the loader of images"
-        ),
-    ] = "mod",
-    threads: Annotated[int | None, typer.Option(help="of PyTorch and of each engine")] = None,
-    patient: Annotated[bool, typer.Option(help="no limit of time: all networks, all rounds")] = False,
-    readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table of mod")] = None,
-    path: Annotated[
-        Path | None, typer.Option(help="of loader: folder of images, if not scikit-learn's photographs")
-    ] = None,
-) -> None:
-    """Measure the speed tables: plain and converted networks in each engine."""
-    from pliant.bench import SUITES, run_bench
-    from pliant.measuring.forms import run_forms
-    from pliant.measuring.loader import run_loader_bench
-    from pliant.measuring.steps import run_step_bench
-
-    if suite not in (suites := (*SUITES, "forms", "steps", "loader")):
-        raise ValueError(f"no benchmark {suite!r}; there are {', '.join(suites)}")
-    for option, given in {"resume": resume, "patient": patient, "readme": readme}.items():
-        if given and suite in ("forms", "steps", "loader"):
-            raise ValueError(f"--{option} is for networks, not for --suite {suite}")
-    if path is not None and suite != "loader":
-        raise ValueError("--path is of images, for --suite loader")
-    if suite == "loader":
-        if device != "cpu" or threads is not None:
-            raise ValueError(
-                "--suite loader loads on the CPU, with 0 to 2 workers: leave these options out"
-            )
-        run_loader_bench(path, results, quick)
-    elif suite == "steps":
-        run_step_bench(device, results, quick, threads=threads)
-    elif suite == "forms":
-        with progress_of("timing") as step:
-            typer.echo(f"{len(run_forms(device, results, quick, step))} rows written to {results}")
-    else:
-        run_bench(
-            device=device,
-            results=results,
-            quick=quick,
-            name=suite,
-            resume=resume,
-            patient=patient,
-            threads=threads,
-            readme=readme,
-        )
-
-
-def costs(
-    results: Annotated[Path, typer.Option(help="folder of the rows")] = Path("results"),
-    page: Annotated[Path, typer.Option(help="Markdown file whose marked part is replaced")] = Path(
-        "docs/imagenet.md"
-    ),
-    gpus: Annotated[int, typer.Option(help="that train together", min=1)] = 8,
-    price: Annotated[
-        float | None, typer.Option(help="of an hour of one GPU, for a column of money")
-    ] = None,
-) -> None:
-    """Compute what the papers' ImageNet recipes take, from measured steps and loader."""
-    from pliant.measuring.costs import write_costs
-
-    typer.echo(write_costs(page, results, gpus=gpus, price=price))

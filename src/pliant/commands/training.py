@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from pliant.commands._common import Changes, Threads, show
+from pliant.commands._common import Changes, show
 
 
 def recipes() -> None:
@@ -71,9 +71,9 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(help="of depths: figure of accuracy against MACs")] = None,
 ) -> None:
     """Score a saved model, or all its depths, on images of a data set."""
+    from pliant.adaptive.scores import depth_markdown, depth_table, report_depths
     from pliant.train import evaluate as score
     from pliant.train.data import Part
-    from pliant.train.depth_scores import depth_markdown, depth_table, report_depths
 
     if depths:
         options: Any = {"part": part, "batch": batch, "device": device}
@@ -119,57 +119,3 @@ def compare(
             if rows is not None:
                 write_scores(rows, [score], append=True)
     show(terminal_summary(scores))
-
-
-def recover(
-    recipe: Annotated[str, typer.Argument(help="of a converted network: cifar10.resnet20_mod.recover")],
-    changes: Changes = None,
-    folder: Annotated[Path, typer.Option(help="of runs; finished ones are kept")] = Path("runs/recover"),
-    rows: Annotated[Path | None, typer.Option(help="CSV file that gets the rows, appended")] = None,
-    page: Annotated[
-        Path | None, typer.Option(help="Markdown file that is written from all rows of --rows")
-    ] = None,
-    teacher: Annotated[bool, typer.Option(help="train with the teacher")] = True,
-    control: Annotated[bool, typer.Option(help="train without it too")] = True,
-    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
-) -> None:
-    """Convert a trained network (weights=PATH), train a little, and report each epoch's accuracy."""
-    from rich.table import Table
-
-    from pliant import recovery
-    from pliant.recipes import get_recipe
-    from pliant.train.recipe import override
-
-    if page is not None and rows is None:
-        raise ValueError("--page is written from the rows: add --rows")
-
-    def keep(found: list[recovery.Recovery]) -> None:
-        if rows is not None:
-            recovery.write_recoveries(rows, found, append=True)
-
-    chosen = override(get_recipe(recipe), changes or [])
-    options: Any = {"teacher": teacher, "control": control, "progress": progress}
-    found = recovery.recover(chosen, folder / recipe, finished=keep, **options)
-    if page is not None:
-        assert rows is not None
-        recovery.write_recovery_page(page, recovery.read_recoveries(rows))
-    headings, lines = recovery.recovery_table(found)
-    table = Table(*headings, caption="test accuracy, %")
-    for line in lines:
-        table.add_row(*line)
-    show(table)
-
-
-def quickstart(
-    changes: Changes = None,
-    folder: Annotated[Path, typer.Option(help="for runs, rows, figures and the page")] = Path(
-        "runs/quickstart"
-    ),
-    threads: Threads = None,
-    readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table")] = None,
-    results: Annotated[Path | None, typer.Option(help="folder that gets the rows too")] = None,
-) -> None:
-    """Train and measure plain and converted networks, all three methods, in five minutes."""
-    from pliant.quickstart import quickstart as run
-
-    run(folder, changes=changes or (), threads=threads, readme=readme, results=results)

@@ -27,10 +27,10 @@ from pliant.deploy.forms import Target, refuse_random, use_export_forms
 from pliant.deploy.inputs import Preparation, Prepared, Takes
 from pliant.deploy.parity import TOLERANCE, Parity, ParityError, check_parity
 from pliant.deploy.selections import Run, run_eager, selectors
+from pliant.methods.adaptive_depth.switch import Depth
 from pliant.methods.mixture_of_depths import MoDBlock
-from pliant.ops.fused import FusedMoDBlock
+from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock
 from pliant.surgery import conversions
-from pliant.switch import Depth
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -231,7 +231,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     if any(isinstance(m, Depth) for m in model.modules()):
         raise ValueError(
             "this network switches its depth, and a file has one: export pliant.subnet(model, skip), or "
-            "several depths by pliant.deploy.manifest.export_depths"
+            "several depths by pliant.adaptive.manifest.export_depths"
         )
     for name, module in model.named_modules():
         if isinstance(module, MoDBlock):

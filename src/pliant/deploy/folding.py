@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from pliant.methods.adaptive_depth import SwitchableNorm
-from pliant.methods.conditional import CondConv2d, CondLinear
+from pliant.methods.condconv.layers import CondConv2d, CondLinear
 from pliant.threaded import passes_along, take_over
 
 Network = TypeVar("Network", bound=nn.Module)

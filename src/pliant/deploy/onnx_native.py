@@ -2,8 +2,8 @@
 
 ONNX Runtime lays feature maps out in blocks of channels (NCHWc; 16 with AVX512, else 8). An
 operator that works in place on such a block costs a tenth of the graph that does the same. So
-each block whose form `pliant.ops.fused` knows is written as a pool of one position, which ONNX
-Runtime keeps in its layout, fuses with nothing and does not drop; ONNX Runtime optimises that graph and
+each block that has a fused form is written as a pool of one position, which ONNX Runtime
+keeps in its layout, fuses with nothing and does not drop; ONNX Runtime optimises that graph and
 writes it; and the pools become the operator ``pliant.MoDBlock``, whose library stands beside the
 file (``ops/mod_block_ort.cpp``). A block whose channels do not come in whole blocks of the
 layout gets the operator for planes.
@@ -26,10 +26,10 @@ from pliant.deploy import onnx_file
 from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts
 from pliant.deploy.selections import Run
-from pliant.measuring.provenance import cpu_model
 from pliant.methods.mixture_of_depths import MoDBlock
-from pliant.ops import building
-from pliant.ops.fused import FusedMoDBlock, fusable
+from pliant.methods.mixture_of_depths.ops import building
+from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable
+from pliant.provenance import cpu_model
 from pliant.threaded import take_over
 
 if TYPE_CHECKING:

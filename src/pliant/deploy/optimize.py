@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from pliant.deploy.folding import fold_norms
+from pliant.methods.adaptive_depth.switch import Depth
 from pliant.methods.mixture_of_depths import MoDBlock
-from pliant.methods.selectors import StaticSelector
-from pliant.ops import building
-from pliant.ops.fused import FusedMoDBlock, fusable
-from pliant.switch import Depth
+from pliant.methods.mixture_of_depths.ops import building
+from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable
+from pliant.methods.mixture_of_depths.selectors import StaticSelector
 from pliant.threaded import passes_along, take_over
 
 Network = TypeVar("Network", bound=nn.Module)

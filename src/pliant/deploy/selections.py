@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pliant.methods.selectors import ChannelSelector
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector
 
 
 class Selection(NamedTuple):

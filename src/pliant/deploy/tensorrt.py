@@ -39,7 +39,7 @@ def operators() -> dict[str, frozenset[str]]:
         >>> "TopK" in operators(), "NonZero" in operators(), "Unique" in operators()
         (True, True, False)
     """
-    text = files("pliant").joinpath("data/tensorrt_operators.csv").read_text(encoding="utf-8")
+    text = files("pliant.deploy").joinpath("tensorrt_operators.csv").read_text(encoding="utf-8")
     return {row["operator"]: frozenset(row["types"].split()) for row in csv.DictReader(text.splitlines())}
 
 

@@ -29,7 +29,6 @@ import torch
 
 from pliant.deploy.engines import named
 from pliant.measuring.entrants import Entrant, Model, Size, add_baseline, attempt, by_name, variants
-from pliant.measuring.provenance import Provenance, provenance
 from pliant.measuring.rows import (
     AS_BUILT,
     AS_IS,
@@ -42,6 +41,7 @@ from pliant.measuring.rows import (
 )
 from pliant.measuring.running import Limits, Setting, count, run, setting_of
 from pliant.measuring.writing import Files
+from pliant.provenance import Provenance, provenance
 
 Progress = Callable[[int, int, str], None]
 

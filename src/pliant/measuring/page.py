@@ -30,7 +30,7 @@ def write_page(path: str | Path, rows: Sequence[Measurement], command: str = "pl
         ...     "<td>resnet50</td>" in page.read_text()
         True
     """
-    from pliant.analysis.plots import plot_against_latency
+    from pliant.measuring.figure import plot_against_latency
 
     if not rows:
         raise ValueError("a page of no rows says nothing; measure something first")

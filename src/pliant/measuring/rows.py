@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pliant._files import atomic_path
-from pliant.measuring.records import Origin, columns
+from pliant.records import Origin, columns
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import PRECISIONS, Engine, FileEngine, named
 from pliant.deploy.folding import fold_norms
 from pliant.measuring.clock import clock, warm
 from pliant.measuring.entrants import Entrant, attempt
 from pliant.measuring.isolation import Isolated
-from pliant.measuring.macs import count_macs, count_parameters
 from pliant.measuring.rows import AS_BUILT, NATIVE, OPTIMIZED
 from pliant.measuring.writing import Files, Writing
 
@@ -143,11 +143,11 @@ def run(
     for entrant in entrants:
         entrant.error = entrant.error or setting.unfit
     if on_cpu and engine.by_pytorch and any(e.form == OPTIMIZED for e in entrants):
-        from pliant.ops import building
+        from pliant.methods.mixture_of_depths.ops import building
 
         building.ready()  # a minute or two the first time, which are no network's own
     if any(e.form == NATIVE for e in entrants):
-        from pliant.ops import building
+        from pliant.methods.mixture_of_depths.ops import building
 
         with suppress(building.BuildError):  # the networks that need it will say so
             building.library(building.ORT_SOURCE)
@@ -265,7 +265,7 @@ def _formed(network: nn.Module, entrant: Entrant, setting: Setting, images: Tens
     network = setting.place(network)
     if entrant.form == OPTIMIZED and setting.engine.by_pytorch:
         from pliant.deploy.optimize import optimize, unfused
-        from pliant.ops import building
+        from pliant.methods.mixture_of_depths.ops import building
 
         network = optimize(network, images[:1], channels_last=setting.channels_last)
         unbuilt = building.why_not() if setting.device.type == "cpu" else ""

@@ -118,6 +118,16 @@ def register(
     _PARTS[name] = parts
 
 
+def list_networks() -> list[str]:
+    """Names of all networks that pliant registers with timm, sorted.
+
+    Example:
+        >>> "resnet50_mod" in list_networks()
+        True
+    """
+    return sorted(_PARTS)
+
+
 def plain_form(name: str, **arguments: Any) -> tuple[nn.Module, tuple[Method, ...]]:
     """A named network before its methods converted it, and these methods.
 

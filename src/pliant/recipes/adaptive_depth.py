@@ -58,9 +58,9 @@ def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from pliant.anatomy import RemovedBlock, stages
-    from pliant.depth import get_depth, subnet
-    from pliant.measuring.macs import count_parameters
+    from pliant.counting import count_parameters
     from pliant.methods.adaptive_depth import AdaptiveDepth
+    from pliant.methods.adaptive_depth.depth import get_depth, subnet
     from pliant.surgery import convert
 
     with torch.device("meta"):

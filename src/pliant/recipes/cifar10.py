@@ -79,7 +79,7 @@ def recover(network: str = "resnet20_mod") -> Recipe:
     It starts from the plain network's weights, ``weights=``: by default what the `short` recipe of
     the plain network left. Each method keeps what it can of them
     (`pliant.train.weights.load_weights`), and the teacher is the network before the conversion. A
-    plain network's form, trained on alike, is the control. `pliant.recovery.recover` (``pliant
+    plain network's form, trained on alike, is the control. `research.recovery.recover` (``pliant
     recover``) reports the accuracy of each epoch, with and without the teacher.
 
     Args:

@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING, Any
 from pliant.train.recipe import Recipe, override
 
 if TYPE_CHECKING:
-    from pliant.train.depth_scores import DepthScore, evaluate_depths
     from pliant.train.evaluation import Evaluation, evaluate
     from pliant.train.fitting import fit
     from pliant.train.run import Run, read_run
     from pliant.train.saved import SavedState, read_state
 
 __all__ = [
-    "DepthScore",
     "Evaluation",
     "Recipe",
     "Run",
     "SavedState",
     "evaluate",
-    "evaluate_depths",
     "fit",
     "override",
     "read_run",
@@ -31,10 +28,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "DepthScore": "depth_scores",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
-    "evaluate_depths": "depth_scores",
     "fit": "fitting",
     "Run": "run",
     "read_run": "run",

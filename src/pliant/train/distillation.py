@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant import anatomy
+from pliant.methods.adaptive_depth.passes import BothPasses, Feature, channel_dim
 from pliant.train.objectives import Joint, divergence, stage_numbers
-from pliant.train.passes import BothPasses, Feature, channel_dim
 
 Match = Literal["maps", "attention"]
 Seen = dict[int, list[Feature]]  # by number of the stage: one for each forward

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pliant._files import NotWrittenError, writing
 from pliant.checkpoint import save
-from pliant.switch import Depth
+from pliant.methods.adaptive_depth.switch import Depth
 from pliant.train.batches import Batches, eval_size
 from pliant.train.data import Data, load_data
 from pliant.train.distillation import Teaching

@@ -20,8 +20,8 @@ from typing import Any, Literal, Protocol, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.depth import get_depth
-from pliant.train.passes import BothPasses, Feature, run_both
+from pliant.methods.adaptive_depth.depth import get_depth
+from pliant.methods.adaptive_depth.passes import BothPasses, Feature, run_both
 
 Positions = Literal["each", "pooled"]
 

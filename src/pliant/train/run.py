@@ -23,7 +23,7 @@ from torch import nn
 
 from pliant._files import atomic_path, writing
 from pliant._lock import held
-from pliant.measuring.provenance import provenance
+from pliant.provenance import provenance
 from pliant.train.processes import device_of
 from pliant.train.recipe import WHERE, Recipe, differences
 from pliant.train.saved import ADVICE, DAMAGED, LAST, newest

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pliant.measuring.provenance import provenance
+from pliant.provenance import provenance
 from pliant.train.processes import device_of
 from pliant.train.recipe import Recipe
 

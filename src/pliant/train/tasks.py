@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from pliant.methods.adaptive_depth.passes import BothPasses
 from pliant.train.distillation import Teaching
 from pliant.train.objectives import Joint, Objective, make_objective
 from pliant.train.optimizing import make_optimizer, rate
-from pliant.train.passes import BothPasses
 from pliant.train.processes import gathered, share_buffers
 from pliant.train.recipe import Recipe
 from pliant.train.saved import OURS, check_teacher, environment, warn_of_changes

@@ -16,13 +16,13 @@ from torch import nn
 from pliant._state import difference, shapes
 from pliant.anatomy import classifier
 from pliant.checkpoint import arguments_of, load, read_config
-from pliant.depth import get_depth, subnet
 from pliant.methods.adaptive_depth import SwitchableNorm
+from pliant.methods.adaptive_depth.depth import get_depth, subnet
+from pliant.methods.adaptive_depth.switch import Depth
 from pliant.methods.condconv import CondConv
 from pliant.models._build import plain_form
 from pliant.surgery import conversions
 from pliant.surgery import convert as converted
-from pliant.switch import Depth
 from pliant.train.run import BEST
 
 

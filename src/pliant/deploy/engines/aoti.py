@@ -66,7 +66,7 @@ class AOTInductor(FileEngine):
         import torch._inductor
 
         threads = self._check(example, precision, threads)
-        import pliant.ops.building as operators  # a package may hold calls of them
+        import pliant.methods.mixture_of_depths.ops.building as operators
 
         network = torch._inductor.aoti_load_package(str(path))
         if example.device.type == "cpu" and network.get_metadata().get(OPERATORS) == str(True):
@@ -82,6 +82,6 @@ class AOTInductor(FileEngine):
 
 
 def _fused(network: nn.Module) -> bool:
-    from pliant.ops.fused import FusedMoDBlock
+    from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock
 
     return any(isinstance(m, FusedMoDBlock) for m in network.modules())

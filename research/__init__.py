@@ -1,0 +1,1 @@
+"""How the papers are reproduced: experiments, published counts, benchmarks, analysis figures."""

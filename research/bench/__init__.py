@@ -1,0 +1,1 @@
+"""Benchmarks: the speed tables of ``results/``."""

@@ -1,0 +1,110 @@
+"""Rows of training steps: `StepCost`, to CSV and as a table to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pliant._files import write_csv
+from pliant.records import Origin, cells, columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost(Origin):
+    """What one kind of training step takes: forward, loss, backward, SGD with momentum.
+
+    Times are medians over rounds; a spread (``_iqr``) is the interquartile range. Ratios and the
+    tax are taken within each round, then their median. None: does not apply.
+
+    Attributes:
+        network: the network that is looked at: with Mixture-of-Depths blocks, conditional
+            convolutions, or adaptive depth.
+        step: what trains. ``plain``: the network without the method; ``network``: it, as it is;
+            ``blocks removed``: without its Mixture-of-Depths blocks; ``first k``: those blocks
+            without selection; ``network, as written`` and ``network, fewer passes``: it, in the
+            forms that blocks had before their native operators (``docs/mod-tax.md``);
+            ``fused`` and ``experts``: the two forms of a conditional convolution;
+            ``super alone`` and ``base alone``: a plain network of either depth;
+            ``specialize`` and ``joint``: the adaptive network at both depths, by that objective.
+        batch: images of a step.
+        input_size: channels, height, width, as ``3x32x32``.
+        device: ``cpu`` or ``cuda``.
+        dtype: ``float32``, or ``bfloat16`` by autocast, as recipes train.
+        channels_last: memory format of network and images.
+        threads: of PyTorch's pool.
+        rounds: rounds that were timed.
+        median_ms: time of a step.
+        iqr_ms: its spread.
+        ratio: time over that of ``plain``, or of ``super alone``.
+        ratio_iqr: its spread.
+        tax: of a Mixture-of-Depths network: time over that of ``blocks removed``, minus one.
+        tax_iqr: its spread.
+        both_ratio: of an adaptive network: time over that of ``super alone`` and ``base alone``
+            together.
+        both_ratio_iqr: its spread.
+        peak_mb: most memory of tensors that a step adds, in 1e6 bytes
+            (`research.bench.memory.peak_memory`).
+    """
+
+    network: str
+    step: str
+    batch: int
+    input_size: str
+    device: str
+    dtype: str = "float32"
+    channels_last: bool = False
+    threads: int = 1
+    rounds: int = 0
+    median_ms: float | None = None
+    iqr_ms: float | None = None
+    ratio: float | None = None
+    ratio_iqr: float | None = None
+    tax: float | None = None
+    tax_iqr: float | None = None
+    both_ratio: float | None = None
+    both_ratio_iqr: float | None = None
+    peak_mb: float | None = None
+
+
+def write_steps(path: str | Path, rows: Iterable[StepCost], append: bool = False) -> None:
+    """Write rows to a CSV file, whole or not at all; `append` keeps those it has.
+
+    Raises:
+        ValueError: `append` to a file with other columns.
+    """
+    write_csv(path, columns(StepCost), map(cells, rows), append, "training steps")
+
+
+_HEAD = """\
+| network | step | batch | dtype | time, ms | over plain | MoD tax | over both depths alone | peak, MB |
+|---|---|---:|---|---:|---:|---:|---:|---:|"""
+
+
+def steps_markdown(rows: Sequence[StepCost]) -> str:
+    """Rows as a Markdown table, under a line of where they were measured."""
+    where = dict.fromkeys(
+        f"{r.gpu or f'{r.cpu} ({r.cores} cores)'} · threads {r.threads} · torch {r.torch} · "
+        f"commit {r.short_commit} · measured {r.date[:10]}"
+        for r in rows
+    )
+    lines = [
+        f"| {r.network} | {r.step} | {r.batch} | {r.dtype} | {_spreading(r.median_ms, r.iqr_ms)} | "
+        f"{_spreading(r.ratio, r.ratio_iqr, 2)} | {_percent(r.tax, r.tax_iqr)} | "
+        f"{_spreading(r.both_ratio, r.both_ratio_iqr, 2)} | {_spreading(r.peak_mb, None)} |"
+        for r in rows
+    ]
+    return "\n".join([*where, "", _HEAD, *lines])
+
+
+def _spreading(value: float | None, spread: float | None, digits: int = 1) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" + ("" if spread is None else f" ({spread:.{digits}f})")
+
+
+def _percent(value: float | None, spread: float | None) -> str:
+    if value is None:
+        return ""
+    text = _spreading(100 * value, None if spread is None else 100 * spread)
+    return text.replace(" (", " % (") if " (" in text else f"{text} %"

@@ -1,0 +1,382 @@
+"""What a training step costs: each method beside the plain network, in turn in each round.
+
+A step is forward, loss, backward and SGD with momentum.
+
+*CNN Mixture-of-Depths* (arXiv 2409.17016) claims faster training, so its networks are held against
+the plain network and against themselves without their blocks: no block can be cheaper than none.
+*CondConv* (arXiv 1904.04971) has two forms of one function. *Adaptive Depth Networks* (arXiv
+2312.16392, section 3.3): "the total training time is no greater than training two sub-networks
+individually", so a step of Algorithm 1 is held against one of each depth by itself.
+
+Shapes: images [B, C, S, S]; classes int64 [B].
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant._files import atomic_path
+from pliant.measuring.entrants import Model, Size, by_name, variants
+from pliant.measuring.latency import median, spread
+from pliant.measuring.running import FEWEST_ROUNDS, Setting, setting_of
+from pliant.methods.adaptive_depth.depth import get_depth, subnet
+from pliant.methods.condconv.layers import CondConv2d, CondLinear
+from pliant.methods.condconv.mixing import Form
+from pliant.methods.mixture_of_depths import MoDBlock, without_mod_blocks
+from pliant.provenance import provenance
+from pliant.train.objectives import CrossEntropy, Joint, Specialization
+from research.bench.memory import peak_memory
+from research.bench.step_rows import StepCost, steps_markdown, write_steps
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PLAIN, NETWORK, REMOVED, FIRST = "plain", "network", "blocks removed", "first k"
+WRITTEN, FEWER = "network, as written", "network, fewer passes"
+SUPER, BASE = "super alone", "base alone"
+FORMS: tuple[Form, ...] = ("fused", "experts")
+DTYPES = ("float32", "bfloat16")
+
+Terms = Callable[[], dict[str, Tensor]]
+
+
+def measure_steps(
+    model: Model,
+    *,
+    against: Model | None = None,
+    batch: int = 32,
+    input_size: int | Size | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    channels_last: bool = False,
+    threads: int | None = None,
+    rounds: int = 9,
+    min_run_time: float = 0.2,
+    max_run_time: float | None = None,
+    seed: int = 0,
+) -> list[StepCost]:
+    """Time training steps of a network of one method, and of what it stands beside.
+
+    Args:
+        model: a name that timm knows, or a network (which is copied), with one method applied.
+        against: the plain network, likewise. Not for adaptive networks, which hold theirs.
+        batch: images of a step.
+        input_size: channels, height and width, or pixels alone; by default the network's own.
+        device: ``cpu`` or ``cuda``.
+        dtype: ``float32``, or ``bfloat16``: by autocast, weights in float32.
+        channels_last: memory format of networks and images.
+        threads: of PyTorch's pool. By default `torch.get_num_threads`.
+        rounds: how often each step is timed.
+        min_run_time: seconds that one kind of step runs in one round, at least.
+        max_run_time: seconds after which no further round begins, if there have been three.
+        seed: of random weights and images; the caller's generators are left alone.
+
+    Returns:
+        Of a Mixture-of-Depths network: rows of the plain network, of it, of it without its
+        blocks, with the first k channels in place of selected ones, and in the two forms before
+        the native operators: as written, and with gradients in fewer passes. Of a CondConv network:
+        plain, and both forms. Of an adaptive one: the plain steps of both ends,
+        specialization, and joint training.
+
+    Raises:
+        ValueError: the network has none of the methods, or `against` is missing or too much;
+            an unknown network, device or dtype; or a number that makes no sense.
+
+    Example:
+        >>> rows = measure_steps("resnet20_cifar_adn", batch=2, rounds=1, min_run_time=0)
+        >>> [row.step for row in rows]
+        ['super alone', 'base alone', 'specialize', 'joint']
+    """
+    setting = setting_of(batch, device, "float32", channels_last, "eager", threads)
+    if dtype not in DTYPES:
+        raise ValueError(f"no dtype {dtype!r} for training steps; the dtypes are {', '.join(DTYPES)}")
+    for name, number, least in (("rounds", rounds, 1), ("min_run_time", min_run_time, 0)):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, not {number}")
+    gpus = [setting.device] if setting.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.manual_seed(seed)
+        ((name, given),) = by_name(model).items()
+        network, size = _built(name, given, input_size)
+        x = setting.place(torch.randn(batch, *size))
+        networks = _networks(name, network, against, size)
+        networks = {key: setting.place(copy.deepcopy(n)).train() for key, n in networks.items()}
+        with torch.no_grad():
+            # A copy: norms keep statistics of what they see.
+            classes = copy.deepcopy(next(iter(networks.values())))(x[:1].repeat(2, 1, 1, 1)).shape[1]
+        y = torch.randint(classes, (batch,), device=setting.device)
+        steps = {key: _step_of(key, n, x, y, dtype) for key, n in networks.items()}
+        times, peaks = _timed(steps, networks, setting, rounds, min_run_time, max_run_time)
+    return _rows(
+        times,
+        peaks,
+        network=name,
+        batch=batch,
+        input_size="x".join(map(str, size)),
+        device=setting.device.type,
+        dtype=dtype,
+        channels_last=channels_last,
+        threads=setting.threads,
+        **provenance(setting.device),
+    )
+
+
+def _built(name: str, model: Model, input_size: int | Size | None) -> tuple[nn.Module, Size]:
+    entrant = variants(name, model, input_size, None, tax=False)[0]
+    if entrant.network is None or entrant.size is None:
+        raise ValueError(f"{name} cannot be built: {entrant.error}")
+    return entrant.network, entrant.size
+
+
+def _networks(name: str, network: nn.Module, against: Model | None, size: Size) -> dict[str, nn.Module]:
+    """The networks that train, by kind of step."""
+    mod, conditional = (
+        any(isinstance(m, kinds) for m in network.modules())
+        for kinds in ((MoDBlock,), (CondConv2d, CondLinear))
+    )
+    if mod or conditional:
+        if against is None:
+            raise ValueError(f"{name} is held against its plain network: name it by against=")
+        ((plain_name, plain),) = by_name(against).items()
+        networks = {PLAIN: _built(plain_name, plain, size)[0]}
+        if mod:
+            return networks | {
+                NETWORK: network,
+                REMOVED: without_mod_blocks(network),
+                FIRST: _first_channels(network),
+                WRITTEN: _blocks_of(network, _Written),
+                FEWER: _blocks_of(network, _FewerPasses),
+            }
+        return networks | {form: _in_form(network, form) for form in FORMS}
+    flags = len(get_depth(network))  # refuses a network without adaptive depth
+    if against is not None:
+        raise ValueError(f"{name} is adaptive and holds its plain networks: leave against= out")
+    ends = {SUPER: (False,) * flags, BASE: (True,) * flags}
+    networks = {key: subnet(network, skip) for key, skip in ends.items()}
+    return networks | {"specialize": network, "joint": network}
+
+
+def _first_channels(network: nn.Module) -> nn.Module:
+    """A copy whose Mixture-of-Depths blocks take the first k channels, without a selector."""
+    network = copy.deepcopy(network)
+    for block in network.modules():
+        if isinstance(block, MoDBlock):
+            block.selector, block.passes_on = None, False
+    return network
+
+
+class _Written(MoDBlock):
+    """Plain operators, and the gradients that autograd makes of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.written(x)
+
+
+class _FewerPasses(MoDBlock):
+    """PyTorch's operators, with gradients in fewer passes: no native operator."""
+
+    def _native(self, x: Tensor) -> Tensor | None:
+        return None
+
+
+def _blocks_of(network: nn.Module, kind: type[MoDBlock]) -> nn.Module:
+    """A copy whose Mixture-of-Depths blocks are of another class."""
+    network = copy.deepcopy(network)
+    for block in network.modules():
+        if isinstance(block, MoDBlock):
+            block.__class__ = kind
+    return network
+
+
+def _in_form(network: nn.Module, form: Form) -> nn.Module:
+    network = copy.deepcopy(network)
+    for layer in network.modules():
+        if isinstance(layer, (CondConv2d, CondLinear)):
+            layer.form = form
+    return network
+
+
+def _step_of(key: str, network: nn.Module, x: Tensor, y: Tensor, dtype: str) -> Callable[[], None]:
+    objective = {"specialize": Specialization, "joint": Joint}.get(key)
+
+    def plain() -> dict[str, Tensor]:
+        return CrossEntropy()(network(x), y)
+
+    def of_both(both: Joint) -> dict[str, Tensor]:
+        return both(both.run(network, x), y)
+
+    terms: Terms = plain if objective is None else partial(of_both, objective())
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)  # that nothing overflows
+    cast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    return partial(_step, optimizer, terms, cast)
+
+
+def _step(optimizer: torch.optim.Optimizer, terms: Terms, cast: Callable[[], Any]) -> None:
+    optimizer.zero_grad()
+    with cast():
+        loss: Any = torch.stack(list(terms().values())).sum()
+    loss.backward()
+    optimizer.step()
+
+
+def _timed(
+    steps: dict[str, Callable[[], None]],
+    networks: dict[str, nn.Module],
+    setting: Setting,
+    rounds: int,
+    min_run_time: float,
+    max_run_time: float | None,
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Milliseconds of each kind of step in each round, in turn; and the bytes that it takes."""
+    from torch.utils.benchmark import Timer  # on use: it looks for compilers as it loads
+
+    timers: dict[str, tuple[Timer, int]] = {}
+    peaks: dict[str, int] = {}
+    for key, step in steps.items():
+        timer = Timer("step()", globals={"step": step}, num_threads=setting.threads)
+        seconds = timer.timeit(1).mean  # after two steps that warm up
+        timers[key] = timer, max(1, math.ceil(min_run_time / seconds))
+        networks[key].zero_grad()  # gradients are part of what a step adds
+        peaks[key] = peak_memory(step, setting.device)
+    times: dict[str, list[float]] = {key: [] for key in steps}
+    start = time.monotonic()
+    for done in range(rounds):
+        spent = time.monotonic() - start
+        if max_run_time is not None and spent >= max_run_time and done >= FEWEST_ROUNDS:
+            break
+        for key, (timer, calls) in timers.items():
+            times[key].append(1000 * timer.timeit(calls).mean)
+    return times, peaks
+
+
+def _rows(times: dict[str, list[float]], peaks: dict[str, int], **shared: Any) -> list[StepCost]:
+    """A row for each kind of step, with its ratios within rounds."""
+    plain = times.get(PLAIN) or times[SUPER]
+    removed = times.get(REMOVED, [])
+    both = [a + b for a, b in zip(times[SUPER], times[BASE], strict=True)] if SUPER in times else []
+    rows = []
+    for key, ms in times.items():
+        ratios, taxes, of_both = (
+            [a / b for a, b in zip(ms, other, strict=bool(other))]  # none of none
+            for other in (plain, [] if key in (PLAIN, REMOVED) else removed, both)
+        )
+        over_removed = median(taxes)
+        rows.append(
+            StepCost(
+                step=key,
+                rounds=len(ms),
+                median_ms=median(ms),
+                iqr_ms=spread(ms),
+                ratio=median(ratios),
+                ratio_iqr=spread(ratios),
+                tax=None if over_removed is None else over_removed - 1,
+                tax_iqr=spread(taxes),
+                both_ratio=median(of_both),
+                both_ratio_iqr=spread(of_both),
+                peak_mb=round(peaks[key] / 1e6, 3),
+                **shared,
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One interleaved run of a suite: network, plain network, images of a step, dtypes."""
+
+    network: str
+    against: str | None
+    batch: int
+    dtypes: tuple[str, ...] = ("float32",)
+
+
+# Fewest first: a rehearsal takes the first, in one dtype. channels_last all, as recipes train.
+SUITES: dict[str, tuple[Case, ...]] = {
+    "cpu": (
+        Case("resnet20_cifar_mod", "resnet20_cifar", 64, DTYPES),
+        Case("resnet56_cifar_mod", "resnet56_cifar", 64, DTYPES),
+        Case("resnet50_mod", "resnet50", 4, DTYPES),
+        Case("cc_mobilenetv1_025_cifar", "mobilenetv1_w025_cifar", 64),
+        Case("cc_resnet20_cifar", "resnet20_cifar", 64),
+        Case("resnet20_cifar_adn", None, 64),
+        Case("resnet56_cifar_adn", None, 64),
+        Case("resnet50_adn", None, 4),
+    ),
+    "cuda": (
+        Case("resnet56_cifar_mod", "resnet56_cifar", 256, DTYPES),
+        Case("resnet50_cifar_mod", "resnet50_cifar", 256, DTYPES),
+        # 32 images: what each of 8 GPUs has of the papers' batches of 256.
+        Case("resnet50_mod", "resnet50", 32, DTYPES),
+        Case("cc_mobilenetv1_050", "mobilenetv1_w050", 32, DTYPES),
+        Case("resnet56_cifar_adn", None, 256, DTYPES),
+        Case("resnet50_cifar_adn", None, 256, DTYPES),
+        Case("resnet50_adn", None, 32, DTYPES),
+    ),
+}
+# Seconds of the rounds of one case in one dtype: the suite takes three minutes on a CPU, one on a GPU.
+MOST_SECONDS = {"cpu": 7.0, "cuda": 3.0}
+
+
+def run_step_bench(
+    device: str = "cpu",
+    results: str | Path = "results",
+    quick: bool = False,
+    *,
+    threads: int | None = None,
+    console: Console | None = None,
+) -> list[StepCost]:
+    """Measure the steps of a device's suite; write rows and a table.
+
+    Files: ``steps-DEVICE.csv`` and ``.md`` in `results`, replaced when the first network is
+    done and completed after each further one; those of a rehearsal ``steps-DEVICE-quick.*``.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        results: folder of the files; made if missing.
+        quick: a rehearsal: the first network, three rounds.
+        threads: of PyTorch's pool.
+        console: where rich prints the table.
+
+    Raises:
+        ValueError: no suite for `device`, or the device is missing.
+    """
+    from rich.console import Console
+
+    kind = device.partition(":")[0]
+    if kind not in SUITES:
+        raise ValueError(f"no benchmark for device {device!r}; there is one for {', '.join(SUITES)}")
+    stem = Path(results) / f"steps-{kind}{'-quick' if quick else ''}"
+    options: dict[str, Any] = {"device": device, "threads": threads, "channels_last": True}
+    options |= {"rounds": 3, "min_run_time": 0.0} if quick else {"max_run_time": MOST_SECONDS[kind]}
+    rows: list[StepCost] = []
+    runs = [(case, dtype) for case in SUITES[kind] for dtype in case.dtypes]
+    for case, dtype in runs[:1] if quick else runs:
+        rows += measure_steps(case.network, against=case.against, batch=case.batch, dtype=dtype, **options)
+        write_steps(f"{stem}.csv", rows)
+        with atomic_path(f"{stem}.md") as temporary:
+            temporary.write_text(
+                f"# Training steps\n\n{_PREFACE}\n\n{steps_markdown(rows)}\n", encoding="utf-8"
+            )
+    console = console or Console()
+    console.print(steps_markdown(rows), markup=False)
+    console.print(f"written: {stem}.csv, .md")
+    return rows
+
+
+_PREFACE = """\
+Written by `python -m pliant bench --suite steps`, from the CSV file beside it. A step is forward, loss,
+backward and SGD with momentum, channels_last; bfloat16 is by autocast. All kinds of step of a network are
+timed in turn in each round, and ratios are taken within a round. The MoD tax is time over that of the same
+network without its MoD blocks, minus one; an adaptive network (both depths) is held against a plain step
+of the whole network and one of the base network together. Peak is the most memory of tensors that a step
+adds at a time. In brackets: interquartile range over rounds."""

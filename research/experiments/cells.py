@@ -1,0 +1,318 @@
+"""What an experiment is: cells, each one training run, in the order of their importance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pliant.compare import BASE_ALONE, PLAIN, REMOVED, Score, controls_by_name
+from pliant.recipes.adaptive_depth import is_adaptive
+from pliant.train.recipe import WHERE, Accelerator, Recipe, override
+from research.experiments.variants import FIRST, SCORE_ORDER, VARIANTS
+
+# What a row is known by: label, recipe, network, its arguments, seed, epochs.
+Key = tuple[str, str, str, str, int, int]
+
+# Families of cells, and what the page calls them, in its order.
+FAMILIES = {
+    "controls": "Selection and its controls",
+    "variants": "Variants",
+    "sweep": "Width of the block and where its output goes (Table 9)",
+    "depth": "Plain networks of other depths",
+    "adn": "Adaptive depth against networks trained alone",
+    "condconv": "CondConv",
+    "combinations": "Two methods at once",
+}
+SUPER, BASE = "super-net", "base-net"
+SEEDS = 3  # of what is to be decided; the rest has one, and the page says so
+# Plain networks of other depths, in blocks of each stage: what time buys without a method. Two lie between
+# no Mixture-of-Depths block and all of them; one has none of those that ``blocks="all"`` replaces.
+DEPTHS = {
+    f"plain, {'-'.join(map(str, blocks))} blocks": blocks for blocks in ((3, 2, 2), (3, 3, 2), (1, 1, 1))
+}
+# What variants are held against. Their rows are those of the controls, with a further seed: a
+# variant's first seed chooses it, and the next three decide. Their times are taken anew beside it.
+RIVALS = (PLAIN, REMOVED, SCORE_ORDER, FIRST, *DEPTHS)
+_OF_VARIANTS = "resnet20"
+# Devices that experiments run on, and what Lightning calls them.
+DEVICES: dict[str, Accelerator] = {"cpu": "cpu", "cuda": "gpu"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training run of an experiment.
+
+    Attributes:
+        network: short name of the plain network; labels are unique within one.
+        family: one of `FAMILIES`.
+        label: the network's role.
+        recipe: what is run, seed and epochs included.
+    """
+
+    network: str
+    family: str
+    label: str
+    recipe: Recipe
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of its rows: an adaptive network has one for each depth that is trained."""
+        if is_adaptive(self.recipe.model):
+            return f"{self.label}, {SUPER}", f"{self.label}, {BASE}"
+        return (self.label,)
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """What its rows are known by."""
+        r = self.recipe
+        arguments = json.dumps(dict(r.model_args), sort_keys=True)
+        return tuple((label, r.name, r.model, arguments, r.seed, r.epochs) for label in self.labels)
+
+    def changed(self, *, epochs: int | None = None, where: Iterable[str] = ()) -> Cell:
+        """The same cell for another number of epochs, or run elsewhere.
+
+        Args:
+            epochs: None leaves them. The warm-up takes at most a quarter of them.
+            where: ``key=value`` changes of what says where a run takes place (`WHERE`).
+
+        Raises:
+            ValueError: a change of what is run. Rows would not tell it from the experiment's.
+        """
+        where = list(where)
+        for change in where:
+            if (name := change.partition("=")[0].strip()) not in WHERE:
+                raise ValueError(
+                    f"{name} belongs to the experiment, whose rows do not say it; what can be changed "
+                    f"is where it runs: {', '.join(WHERE)}. `pliant compare` takes every change"
+                )
+        recipe = override(self.recipe, where)
+        if epochs is not None:
+            if epochs < 1:
+                raise ValueError(f"epochs must be at least 1, not {epochs}")
+            recipe = replace(recipe, epochs=epochs, warmup=min(recipe.warmup, epochs / 4))
+        return replace(self, recipe=recipe)
+
+
+def key_of(score: Score) -> Key:
+    """What a row is known by, as `Cell.keys` has it."""
+    arguments = json.dumps(json.loads(score.model_args), sort_keys=True)
+    return score.label, score.recipe, score.model, arguments, score.seed, score.epochs
+
+
+def cifar10_controls(device: str = "cpu") -> list[Cell]:
+    """CIFAR-10 at one recipe: what each method does, beside what it has to be better than.
+
+    ResNet-20 (c = 16, the width of its first block); on a GPU also ResNet-18 and ResNet-50 in CIFAR
+    form (c = 64). First one seed of all controls of Mixture-of-Depths, then two further seeds, and
+    those of plain networks of other depths, so that the question is answered as early as it can be;
+    then one seed of everything else, and what the variants need.
+
+    Raises:
+        ValueError: another device.
+
+    Example:
+        >>> cells = cifar10_controls()
+        >>> cells[0].label, cells[0].recipe.name, cells[0].recipe.epochs
+        ('plain', 'cifar10.resnet20.controls', 12)
+        >>> sum(cell.family == "controls" and cell.recipe.seed < 3 for cell in cells)
+        21
+    """
+    accelerator = _accelerator(device)
+    networks: dict[str, tuple[int, ...]] = {"resnet20": (2, 4, 8, 16)}
+    if device == "cuda":
+        networks |= {"resnet18": (8, 16, 32, 64), "resnet50": ()}
+    parts = {name: _families(name, widths) for name, widths in networks.items()}
+    order = [(family, seed) for family in ("controls", "depth") for seed in range(SEEDS)]
+    order += [(family, 0) for family in ("sweep", "adn", "condconv", "combinations")]
+    order += [("adn", seed) for seed in range(1, SEEDS)]
+    order += [(family, SEEDS) for family in ("controls", "depth")]
+    return [
+        Cell(
+            network=network,
+            family=family,
+            label=label,
+            recipe=replace(recipe, seed=seed, accelerator=accelerator),
+        )
+        for family, seed in order
+        for network, families in parts.items()
+        for label, recipe in families.get(family, {}).items()
+        if seed < SEEDS or (label in RIVALS and network == _OF_VARIANTS)
+    ]
+
+
+def _accelerator(device: str) -> Accelerator:
+    """Lightning's name of a device.
+
+    Raises:
+        ValueError: no experiment runs there.
+    """
+    if device not in DEVICES:
+        raise ValueError(
+            f"no list of cells for device {device!r}; there is one for {' and '.join(DEVICES)}"
+        )
+    return DEVICES[device]
+
+
+def _families(network: str, widths: tuple[int, ...]) -> dict[str, dict[str, Recipe]]:
+    """Recipes of a network by family and label; `widths` are the c of the sweep."""
+    name = f"cifar10.{network}.controls"
+    found = {"controls": controls_by_name(name)}
+    plain, mod = found["controls"][PLAIN], found["controls"]["MoD, score order"]
+    condconv = controls_by_name(name, (), "condconv")
+    adaptive = controls_by_name(name, (), "adn")
+    found["condconv"] = {k: r for k, r in condconv.items() if k != PLAIN}
+    found["adn"] = {k: adaptive[k] for k in (BASE_ALONE, "ADN")}
+
+    def args(recipe: Recipe, **options: Any) -> Recipe:
+        return replace(recipe, model_args={**recipe.model_args, **options})
+
+    # At the widest, output to the first channels is the control "MoD, score order".
+    first = {f"MoD, c = {c}": args(mod, c=c) for c in widths[:-1]}
+    original = {f"MoD, c = {c}, original": args(mod, c=c, fusion="original") for c in widths}
+    found["sweep"] = first | original
+    if network == _OF_VARIANTS:
+        found["combinations"] = _combinations(plain)
+        found["depth"] = {label: args(plain, layers=list(blocks)) for label, blocks in DEPTHS.items()}
+    return found
+
+
+def _combinations(plain: Recipe) -> dict[str, Recipe]:
+    """Pairs of methods, in the one order in which each is possible."""
+    from pliant.recipes import get_recipe
+
+    data, network, form = plain.name.split(".")
+    four = {"experts": 4}
+    pairs: Mapping[str, tuple[str, dict[str, Any]]] = {
+        "MoD + ADN": ("mod_adn", {}),
+        "MoD + CondConv, 4 experts": ("mod_cc", four),
+        "CondConv, 4 experts + ADN": ("cc_adn", four),
+    }
+    return {
+        label: replace(get_recipe(f"{data}.{network}_{ending}.{form}"), model_args=options)
+        for label, (ending, options) in pairs.items()
+    }
+
+
+def cifar10_variants(device: str = "cpu") -> list[Cell]:
+    """The recipe and first network of `cifar10_controls`, with variants of Mixture-of-Depths.
+
+    First one seed of each variant, which chooses those that are worth more; then three further
+    seeds of each, which decide: `research.experiments.choosing` has those that are worth them.
+
+    Raises:
+        ValueError: another device.
+
+    Example:
+        >>> cells = cifar10_variants()
+        >>> cells[0].label, cells[0].recipe.model_args
+        ('gate of the map', {'gate': 'map'})
+    """
+    accelerator = _accelerator(device)
+    mod = controls_by_name(f"cifar10.{_OF_VARIANTS}.controls")[SCORE_ORDER]
+    return [
+        Cell(
+            network=_OF_VARIANTS,
+            family="variants",
+            label=label,
+            recipe=replace(
+                mod,
+                model_args={**mod.model_args, **variant.options},
+                seed=seed,
+                accelerator=accelerator,
+            ),
+        )
+        for seed in range(SEEDS + 1)
+        for label, variant in VARIANTS.items()
+    ]
+
+
+# Experiments by name: their cells on a device.
+EXPERIMENTS: dict[str, Callable[[str], list[Cell]]] = {
+    "cifar10-controls": cifar10_controls,
+    "cifar10-variants": cifar10_variants,
+}
+# Experiments that are held against cells of another one, and which: these are not run again.
+BORROWED: dict[str, tuple[str, tuple[str, ...]]] = {"cifar10-variants": ("cifar10-controls", RIVALS)}
+
+
+def rivals_of(name: str, device: str = "cpu", *, epochs: int | None = None) -> list[Cell]:
+    """Cells of another experiment that this one's are held against, of its networks; none for most.
+
+    Example:
+        >>> list(dict.fromkeys(cell.label for cell in rivals_of("cifar10-variants")))[:4]
+        ['plain', 'MoD, score order', 'first k channels', 'blocks removed']
+    """
+    if name not in BORROWED:
+        return []
+    other, labels = BORROWED[name]
+    networks = {cell.network for cell in EXPERIMENTS[name](device)}
+    return cells_of(other, device, only=labels, networks=networks, epochs=epochs)
+
+
+def cells_of(
+    name: str,
+    device: str = "cpu",
+    *,
+    only: Iterable[str] = (),
+    networks: Iterable[str] = (),
+    seeds: int | None = None,
+    epochs: int | None = None,
+    where: Iterable[str] = (),
+) -> list[Cell]:
+    """Cells of an experiment, all or some.
+
+    Args:
+        name: of `EXPERIMENTS`.
+        device: ``cpu`` or ``cuda``.
+        only: labels of cells; none: all.
+        networks: short names of plain networks; none: all.
+        seeds: the first so many of each cell's.
+        epochs: of each, in place of the experiment's.
+        where: changes of where they run, as for `Cell.changed`.
+
+    Raises:
+        ValueError: no such experiment, device, label or network, no label of that network, or a
+            change that is refused.
+
+    Example:
+        >>> [cell.recipe.seed for cell in cells_of("cifar10-controls", only=["plain"], seeds=2)]
+        [0, 1]
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"seeds must be at least 1, not {seeds}")
+    where, cells = list(where), EXPERIMENTS[name](device)
+    wanted = _known("label", only, [cell.label for cell in cells])
+    of = _known("network", networks, [cell.network for cell in cells])
+    first: dict[tuple[str, str], int] = {}
+    chosen = []
+    for cell in cells:
+        start = first.setdefault((cell.network, cell.label), cell.recipe.seed)
+        if (
+            cell.label in wanted
+            and cell.network in of
+            and (seeds is None or cell.recipe.seed < start + seeds)
+        ):
+            chosen.append(cell.changed(epochs=epochs, where=where))
+    if not chosen:
+        labels = dict.fromkeys(cell.label for cell in cells if cell.network in of)
+        raise ValueError(
+            f"no run of {', '.join(sorted(of))} has the label {', '.join(sorted(wanted))}; its labels are "
+            f"{'; '.join(labels)}"
+        )
+    return chosen
+
+
+def _known(what: str, wanted: Iterable[str], there: Iterable[str]) -> set[str]:
+    """What is wanted; all that is there where nothing is named.
+
+    Raises:
+        ValueError: something else is named.
+    """
+    named, names = set(wanted), list(dict.fromkeys(there))
+    if unknown := sorted(named - set(names)):
+        raise ValueError(f"no {what} {unknown[0]!r}; the {what}s are {'; '.join(names)}")
+    return named or set(names)

@@ -1,0 +1,273 @@
+"""Time the networks of an experiment: forwards as deployed, and training steps.
+
+Latency is `pliant.measure`'s: all networks in turn, in each of several engines, as one would deploy
+them. A training step is the recipe's own (batch, precision, objective, optimiser), likewise in turn.
+Both go to one file of `Measurement` rows, replaced engine by engine.
+
+Shapes: images [B, C, S, S]; classes int64 [B].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant.compare import PLAIN
+from pliant.counting import count_macs, count_parameters
+from pliant.deploy.engines import ENGINES, named
+from pliant.measuring.entrants import fresh
+from pliant.measuring.latency import measure, median, spread
+from pliant.measuring.rows import OPTIMIZED, Measurement, read_rows, write_rows
+from pliant.measuring.rows import PLAIN as PLAIN_FORM
+from pliant.methods.adaptive_depth.depth import get_depth, subnet
+from pliant.provenance import provenance
+from pliant.recipes.adaptive_depth import is_adaptive
+from pliant.train.objectives import Joint, make_objective
+from pliant.train.recipe import Recipe
+from research.experiments.cells import Cell
+
+STEP = "training step"  # in the place of an engine
+BATCHES = {"cpu": (1, 16), "cuda": (1, 128)}
+ENGINES_OF = {"cpu": ("eager", "onnxruntime"), "cuda": ("eager", "compile")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long networks are timed: rounds, and seconds of one network in one, at least."""
+
+    rounds: int = 15
+    min_run_time: float = 0.05
+
+
+def name_of(network: str, label: str) -> str:
+    """What a network is called in rows of times."""
+    return f"{network}: {label}"
+
+
+def time_cells(
+    cells: Sequence[Cell],
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    engines: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    effort: Effort | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Measurement]:
+    """Time each network of an experiment once, whatever its seeds; the rows replace their like.
+
+    Args:
+        cells: whose networks; ratios are to the plain one of the same kind, so it is among them.
+        path: CSV file, written after each engine; rows of other networks and engines stay.
+        device: ``cpu`` or ``cuda``.
+        threads: of PyTorch and of each engine.
+        engines: names in `pliant.deploy.engines.ENGINES`; by default two of each device, of which one
+            that is missing is passed over. Training steps are timed beside them.
+        batches: images a forward.
+        effort: how long.
+        progress: called with steps done, steps in all, and what comes next.
+
+    Returns:
+        The rows of this call.
+
+    Raises:
+        ValueError: no plain network among the cells, no such engine, or one that was named, or the
+            device, is missing.
+    """
+    effort = effort or Effort()
+    kind = device.partition(":")[0]
+    if kind not in BATCHES:
+        raise ValueError(f"device must be cpu or cuda, not {device!r}")
+    for wanted in named(engines) if engines else ():
+        if wanted.missing:
+            raise ValueError(f"engine {wanted.name} is not here: {wanted.missing}")
+    found: list[Measurement] = []
+    for network in dict.fromkeys(cell.network for cell in cells):
+        own: dict[str, Cell] = {}
+        for cell in cells:
+            if cell.network == network:
+                own.setdefault(cell.label, cell)
+        if PLAIN not in own:
+            raise ValueError(f"ratios are to the plain {network}: --only needs {PLAIN!r} too")
+        recipe = own[PLAIN].recipe
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            models = {
+                name_of(network, label): model
+                for cell in own.values()
+                for label, model in _networks(cell).items()
+            }
+        for engine in engines or ENGINES_OF[kind]:
+            if ENGINES[engine].missing:
+                continue
+            rows = measure(
+                models,
+                against=name_of(network, PLAIN),
+                input_size=_size(recipe),
+                batch=list(batches or BATCHES[kind]),
+                device=device,
+                engines=[engine],
+                forms=(PLAIN_FORM, OPTIMIZED),
+                threads=threads,
+                tax=False,
+                rounds=effort.rounds,
+                min_run_time=effort.min_run_time,
+                progress=progress,
+            )
+            found += rows
+            _replace(path, rows)
+        rows = time_steps(
+            {name_of(network, cell.label): cell.recipe for cell in own.values()},
+            against=name_of(network, PLAIN),
+            device=device,
+            threads=threads,
+            effort=effort,
+            progress=progress,
+        )
+        found += rows
+        _replace(path, rows)
+    return found
+
+
+def _networks(cell: Cell) -> dict[str, nn.Module]:
+    """The networks of a cell by label, with random weights; of an adaptive one its two ends."""
+    r = cell.recipe
+    whole = fresh(r.model, **{"in_chans": r.in_chans, **r.model_args})
+    if not is_adaptive(r.model):
+        return {cell.label: whole}
+    flags = len(get_depth(whole))
+    return {
+        label: subnet(whole, (base,) * flags)
+        for label, base in zip(cell.labels, (False, True), strict=True)
+    }
+
+
+def _size(recipe: Recipe) -> tuple[int, int, int]:
+    return recipe.in_chans, recipe.pixels, recipe.pixels
+
+
+def _replace(path: str | Path, rows: Iterable[Measurement]) -> None:
+    """Write rows in the place of those of the same networks in the same engines and batches."""
+    rows = list(rows)
+    new = {(r.model, r.engine, r.batch, r.form) for r in rows}
+    old = read_rows(path) if Path(path).exists() else []
+    write_rows(path, [r for r in old if (r.model, r.engine, r.batch, r.form) not in new] + rows)
+
+
+def time_steps(
+    recipes: dict[str, Recipe],
+    *,
+    against: str,
+    device: str = "cpu",
+    threads: int | None = None,
+    effort: Effort | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Measurement]:
+    """Time a training step of each recipe, in turn in each round.
+
+    Forward, loss, backward and optimiser, at the recipe's batch and precision; images are
+    at hand. What an epoch has besides (augmentation, the moving average of the weights, validation)
+    is not in it, and is the same for all but for the forwards of validation.
+
+    Args:
+        recipes: by name.
+        against: which one ratios are to.
+        device: ``cpu`` or ``cuda``.
+        threads: of PyTorch's pool.
+        effort: how long.
+        progress: called with steps done, steps in all, and what comes next.
+
+    Returns:
+        A row for each, whose engine is `STEP`.
+
+    Example:
+        >>> tiny = Recipe(name="tiny", model="resnet20_cifar", pixels=8, batch=2)
+        >>> row, = time_steps({"a": tiny}, against="a", effort=Effort(rounds=1, min_run_time=0))
+        >>> row.engine, row.batch, row.time_ratio
+        ('training step', 2, 1.0)
+    """
+    from torch.utils.benchmark import Timer  # on use: it looks for compilers as it loads
+
+    effort = effort or Effort()
+    threads = threads or torch.get_num_threads()
+    place = torch.device(device)
+    report = progress or (lambda _done, _total, _what: None)
+    timers: dict[str, tuple[Timer, int, nn.Module]] = {}
+    with torch.random.fork_rng([place] if place.type == "cuda" else []):
+        torch.manual_seed(0)
+        for done, (name, recipe) in enumerate(recipes.items()):
+            report(done, 2 * len(recipes), f"{STEP}: {name}")
+            model = (
+                fresh(recipe.model, **{"in_chans": recipe.in_chans, **recipe.model_args}).to(place).train()
+            )
+            step = _step(model, recipe, place)
+            timer = Timer("step()", globals={"step": step}, num_threads=threads)
+            timer.timeit(1)  # two steps that warm up, then two more
+            once = timer.timeit(1).mean
+            timers[name] = timer, max(1, round(effort.min_run_time / once)), model
+        seconds: dict[str, list[float]] = {name: [] for name in timers}
+        for number in range(effort.rounds):
+            at = len(recipes) + len(recipes) * number // effort.rounds
+            report(at, 2 * len(recipes), f"{STEP}s, round {number + 1}")
+            for name, (timer, calls, _) in timers.items():
+                seconds[name].append(timer.timeit(calls).mean)
+    origin = provenance(place)
+    found = []
+    for name, (_, _, model) in timers.items():
+        recipe, ms = recipes[name], [1000 * s for s in seconds[name]]
+        ratios = [a / b for a, b in zip(seconds[name], seconds[against], strict=True)]
+        found.append(
+            Measurement(
+                model=name,
+                parameters=count_parameters(model),
+                macs=count_macs(model.eval(), _size(recipe)),
+                input_size=_size(recipe),
+                batch=recipe.batch,
+                device=place.type,
+                engine=STEP,
+                dtype="bfloat16" if recipe.precision == "bf16" else "float32",
+                channels_last=recipe.channels_last,
+                threads=threads,
+                rounds=effort.rounds,
+                median_ms=median(ms),
+                iqr_ms=spread(ms),
+                min_ms=median([min(ms)]),
+                max_ms=median([max(ms)]),
+                against=against,
+                time_ratio=median(ratios),
+                time_ratio_iqr=spread(ratios),
+                **origin,
+            )
+        )
+    macs = next(r.macs for r in found if r.model == against)
+    return [replace(r, mac_ratio=median([r.macs / macs]) if r.macs and macs else None) for r in found]
+
+
+def _step(model: nn.Module, recipe: Recipe, device: torch.device) -> Callable[[], None]:
+    """One step of training by a recipe, on random images."""
+    from pliant.train.optimizing import make_optimizer
+
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    x = torch.randn(recipe.batch, *_size(recipe), device=device).to(memory_format=layout)
+    model.to(memory_format=layout)
+    y = torch.randint(10, (recipe.batch,), device=device)
+    objective: Any = make_objective(recipe.objective, recipe.objective_args, recipe.smoothing)
+    # So small that the loss stays a number on images that mean nothing.
+    optimizer = make_optimizer(model, replace(recipe, lr=1e-4))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            both = isinstance(objective, Joint)
+            outputs = objective.run(model, x) if both else model(x)
+            loss: Any = torch.stack(list(objective(outputs, y).values())).sum()
+        loss.backward()
+        optimizer.step()
+
+    return step

@@ -1,0 +1,249 @@
+"""Walk through the cells of an experiment: what is in the rows is not run again.
+
+A row is written as soon as its cell has finished, and says all by which a cell is known. So an
+experiment goes on from its rows alone, on another machine and without the folders of its runs;
+a run that was cut off goes on from its checkpoint, where its folder is still there. Several
+processes that share these folders share the cells: none takes what another has in hand.
+"""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pliant._lock import FolderInUseError, held, in_use, locks_in
+from pliant.compare import Score, compare, read_scores, run_folder, write_scores
+from research.experiments.cells import Cell, key_of
+
+DONE, TRAINED, INTERRUPTED, WAITING = "done", "trained, not scored", "interrupted", "not begun"
+RUNNING = "in hand of a process"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a cell stands: `DONE`, `TRAINED`, `RUNNING`, `INTERRUPTED` or `WAITING`.
+
+    Attributes:
+        kind: one of these.
+        epochs: that it has behind it.
+    """
+
+    kind: str
+    epochs: int = 0
+
+    def __str__(self) -> str:
+        half = self.kind in (RUNNING, INTERRUPTED)
+        return f"{self.kind} after {self.epochs} epochs" if half else self.kind
+
+
+def scores_in(path: str | Path) -> list[Score]:
+    """The rows of an experiment; none where there is no file yet."""
+    return read_scores(path) if Path(path).exists() else []
+
+
+def states(cells: Iterable[Cell], rows: Iterable[Score], folder: str | Path) -> list[State]:
+    """Where each cell stands.
+
+    Args:
+        cells: of the experiment.
+        rows: that are there, whoever wrote them.
+        folder: of the experiment's runs.
+    """
+    from pliant.train.run import LOCK, METRICS, RECIPE, RESULT
+
+    there = {key_of(row) for row in rows}
+    found = []
+    for cell in cells:
+        place = run_folder(_parent(cell, folder), cell.label, cell.recipe)
+        if there.issuperset(cell.keys):
+            found.append(State(DONE))
+        elif (place / RESULT).is_file():
+            found.append(State(TRAINED, cell.recipe.epochs))
+        elif (place / RECIPE).is_file():
+            kind = RUNNING if in_use(place / LOCK) else INTERRUPTED
+            found.append(State(kind, _epochs(place / METRICS)))
+        else:
+            found.append(State(WAITING))
+    return found
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    rows: str | Path,
+    folder: str | Path,
+    *,
+    limit: float | None = None,
+    progress: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> list[Score]:
+    """Run the cells that the rows do not have, one after another.
+
+    Args:
+        cells: what to run, the most important first.
+        rows: CSV file of `pliant.compare.Score`, which gets each cell's row when it has finished.
+        folder: of the runs. A cell that another process runs there is passed over.
+        limit: seconds after which no further cell is begun; the one that runs ends.
+        progress: show `fit`'s progress bar.
+        tell: gets a line for each cell.
+
+    Returns:
+        The rows that were added.
+
+    Raises:
+        ValueError: `rows` holds something else.
+        FileNotFoundError: the images are not there.
+        KeyboardInterrupt: Ctrl-C; run the same cells again to go on.
+        RuntimeError: the loss of some cells became NaN or infinite; the others were run.
+    """
+    from pliant.train.tasks import NonFiniteLossError
+
+    tell = tell or (lambda _: None)
+    begin = time.monotonic()
+    added: list[Score] = []
+    lost: list[str] = []
+    elsewhere = 0
+
+    def done(cell: Cell) -> bool:  # read anew each time: another process may have written its rows
+        return {key_of(row) for row in scores_in(rows)}.issuperset(cell.keys)
+
+    for number, cell in enumerate(cells, 1):
+        name = f"{number} of {len(cells)}: {cell.network}, {cell.label}, seed {cell.recipe.seed}"
+        if done(cell):
+            continue
+        if limit is not None and time.monotonic() - begin >= limit:
+            tell(f"{name}: not begun, the time is up; the same command goes on from here")
+            break
+        place = run_folder(_parent(cell, folder), cell.label, cell.recipe)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with held(place.with_name(f"{place.name}.lock")):
+                if done(cell):  # between the first look and the lock
+                    continue
+                tell(name)
+                found = compare({cell.label: cell.recipe}, place.parent, progress=progress)
+                scores = [score for score, _ in found.values()]
+                with held(Path(folder, "rows.lock"), wait=True):  # two would each lose the other's
+                    write_scores(rows, scores, append=True)
+        except FolderInUseError:
+            elsewhere += 1
+            continue
+        except NonFiniteLossError as error:
+            lost.append(f"{cell.label}, seed {cell.recipe.seed}")
+            tell(f"{name}: failed: {error}")
+            continue
+        added += scores
+        tell(f"{name}: {_told(scores)}")
+    if elsewhere:
+        tell(f"passed over, because other processes had them in hand: {elsewhere}")
+    if lost:
+        raise RuntimeError(f"the loss of {'; '.join(lost)} became NaN or infinite; see their folders")
+    return added
+
+
+def run_cells_together(
+    cells: Sequence[Cell],
+    rows: str | Path,
+    folder: str | Path,
+    processes: int,
+    *,
+    limit: float | None = None,
+) -> list[Score]:
+    """`run_cells` in several processes at once, which share the cells; they print what they do.
+
+    Small networks leave a GPU, or many cores, idle between their kernels. With ``threads=1`` each
+    process takes one core. They are spawned, so a script calls this below
+    ``if __name__ == "__main__":``. None of them outlives this process, or an interrupt: runs that were in
+    hand go on from their last checkpoint with the next call.
+
+    Args:
+        cells: as `run_cells` takes them.
+        rows: likewise.
+        folder: likewise.
+        processes: how many.
+        limit: seconds, of each.
+
+    Returns:
+        The rows that were added meanwhile, by whomever.
+
+    Raises:
+        ValueError: fewer than one process, or the folder's file system has no locks to share by.
+        RuntimeError: some processes failed; what the others ran is in the rows.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, not {processes}")
+    if processes > 1 and not locks_in(folder):
+        raise ValueError(
+            f"files in {folder} cannot be locked, so several processes would train the same networks: "
+            f"take one process, or a folder on another file system"
+        )
+    before = scores_in(rows)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    walkers = [
+        context.Process(target=_walk, args=(cells, rows, folder, limit), name=f"walker {n}")
+        for n in range(processes)
+    ]
+    try:
+        for walker in walkers:
+            walker.start()
+        for walker in walkers:
+            walker.join()
+    finally:
+        left = [walker for walker in walkers if walker.is_alive()]
+        for walker in left:  # this process was interrupted: a run that is ended so keeps its last step
+            walker.terminate()
+        for walker in left:
+            walker.join()
+    added = [row for row in scores_in(rows) if row not in before]
+    if failed := sum(walker.exitcode != 0 for walker in walkers):
+        raise RuntimeError(
+            f"{failed} of {processes} processes failed, for the reasons above; {len(added)} rows were added"
+        )
+    return added
+
+
+def _walk(cells: Sequence[Cell], rows: str | Path, folder: str | Path, limit: float | None) -> None:
+    """What each of several processes does, as long as the one that began them lives."""
+    threading.Thread(target=_follow, daemon=True).start()
+    try:
+        run_cells(cells, rows, folder, limit=limit, tell=partial(print, flush=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"pliant: {error}")
+
+
+def _follow() -> None:
+    """Wait for the end of the process that began this one, and end this one too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _told(scores: Sequence[Score]) -> str:
+    first = scores[0]
+    tests = ", ".join("-" if s.test_accuracy is None else f"{s.test_accuracy:.2f} %" for s in scores)
+    return f"test {tests}; {first.seconds / first.epochs:.1f} s an epoch, {first.seconds:.0f} s in all"
+
+
+def _parent(cell: Cell, folder: str | Path) -> Path:
+    """Runs of one recipe's name and length stand together: others have the same labels."""
+    return Path(folder, f"{cell.recipe.name}-{cell.recipe.epochs}")
+
+
+def _epochs(metrics: Path) -> int:
+    """How many whole epochs a run that was cut off has behind it."""
+    if not metrics.is_file():
+        return 0
+    with metrics.open(newline="", encoding="utf-8") as file:
+        return sum(1 for _ in csv.DictReader(file))

@@ -1,0 +1,86 @@
+"""Multiply-accumulates and parameters of a network: one honest figure each.
+
+The project's MAC figure is that of convolutions and matrix products (kernel mixing
+included), for one image: `torch.utils.flop_counter` divided by two. Norms,
+activations, pools and additions count nothing. What a rule about speed chooses does not
+enter: a CondConv layer with ``form="auto"`` counts as fused. Papers count differently; their
+conventions live where their tables are reproduced and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pliant.methods.condconv.layers import CondConv2d, CondLinear
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of learnable values, shared ones once.
+
+    Example:
+        >>> count_parameters(nn.Linear(3, 2))
+        8
+    """
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image, on whatever device the model is.
+
+    `CondConv2d` and `CondLinear` with ``form="auto"`` are counted in their fused form, the
+    method's own cost: the mixing of a kernel, and one convolution (section 3 of arXiv
+    1904.04971). With a form that somebody chose they are counted as they run.
+
+    Args:
+        model: any network, also on the meta device (no arithmetic is done there).
+        input_size: channels, height, width.
+
+    Returns:
+        Multiply-accumulates of convolutions and matrix products.
+
+    Example:
+        >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), (3, 10, 10))
+        21600
+    """
+    with _auto_as_fused(model), FlopCounterMode(display=False) as counter:
+        run_once(model, input_size)
+    return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _auto_as_fused(model: nn.Module) -> Iterator[None]:
+    layers = [m for m in model.modules() if isinstance(m, (CondConv2d, CondLinear)) and m.form == "auto"]
+    for layer in layers:
+        layer.form = "fused"
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.form = "auto"
+
+
+def run_once(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Run one image of zeros through, in evaluation; the modules' modes come back.
+
+    Args:
+        model: any network, on whatever device it is.
+        input_size: channels, height, width.
+
+    Example:
+        >>> run_once(nn.Conv2d(3, 8, 3), (3, 10, 10))
+    """
+    like = next(model.parameters(), torch.empty(0))
+    x = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for module in training:
+            module.training = True

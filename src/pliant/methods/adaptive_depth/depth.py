@@ -1,0 +1,243 @@
+"""Switch, list and cut out the depths of an adaptive network.
+
+A depth is a tuple of flags, one for each stage that can skip its last blocks: all False is
+the whole network, all True the base network.
+
+Shapes: images as the network takes them; nothing here changes a shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from pliant import anatomy
+from pliant.compiling import room_to_compile
+from pliant.counting import count_macs, count_parameters
+from pliant.methods.adaptive_depth.method import Subnet
+from pliant.methods.adaptive_depth.switch import Skip, Switch, check_skip, check_skips, find_depth
+from pliant.surgery import record_conversion
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def set_depth(model: nn.Module, skip: Sequence[bool]) -> Switch:
+    """Choose the depth at which a network runs.
+
+    ``set_depth(model, skip)`` sets the default, for all threads. ``with set_depth(model,
+    skip):`` holds in its block only: other threads and tasks do not see it, and the
+    default stays; tasks that are started in the block keep it. The statement within such a
+    block holds for the rest of it too. One forward has one depth for each stage, whatever
+    is switched meanwhile.
+
+    A thread that is started in a ``with`` begins without it, as with all of Python's
+    context variables (`asyncio.to_thread` takes it along, and so does `nn.DataParallel`).
+
+    What `torch.compile` made of the network switches too, and compiles anew for each depth:
+    `compile_depths` does that ahead. (PyTorch that cannot compile the reading of a context
+    variable, 2.11 say, breaks the graph there, so it refuses ``fullgraph=True``.) What was
+    traced, exported or cut out has the one depth that held then, and refuses to be switched.
+
+    Args:
+        model: a network converted by `AdaptiveDepth`.
+        skip: a flag for each stage that can skip, True skips; all depths: `depths`.
+
+    Raises:
+        ValueError: the network has no adaptive depth, or another number of flags.
+
+    Example:
+        >>> import timm, pliant
+        >>> model = pliant.convert(timm.create_model("resnet18"), pliant.AdaptiveDepth())
+        >>> with set_depth(model, (True, True, True, True)):
+        ...     get_depth(model)
+        (True, True, True, True)
+        >>> get_depth(model)
+        (False, False, False, False)
+        >>> set_depth(model, (False, False, False, True))
+        depth (False, False, False, True)
+        >>> get_depth(model)
+        (False, False, False, True)
+    """
+    depth = find_depth(model)
+    return Switch(depth, check_skip(list(skip), len(depth.skip)))
+
+
+def get_depth(model: nn.Module) -> Skip:
+    """The flags that hold here and now.
+
+    Raises:
+        ValueError: the network has no adaptive depth.
+    """
+    return find_depth(model).current()
+
+
+@dataclass(frozen=True)
+class DepthInfo:
+    """One depth of a network.
+
+    Attributes:
+        skip: its flags.
+        parameters: that it uses, those of a `subnet`.
+        macs: multiply-accumulates of one image; None where no input size is known.
+    """
+
+    skip: Skip
+    parameters: int
+    macs: int | None
+
+
+def depths(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> list[DepthInfo]:
+    """All depths of a network, the whole network first.
+
+    Args:
+        model: a network converted by `AdaptiveDepth`.
+        input_size: channels, height, width to count for; by default what the network says.
+
+    Raises:
+        ValueError: the network has no adaptive depth.
+
+    Example:
+        >>> import timm, pliant
+        >>> model = pliant.convert(timm.create_model("resnet50"), pliant.AdaptiveDepth())
+        >>> found = depths(model)
+        >>> len(found), found[0].macs, found[-1].macs
+        (16, 4089184256, 2560622592)
+    """
+    size = input_size or anatomy.input_size(model)
+    result = []
+    for skip in product((False, True), repeat=len(find_depth(model).skip)):
+        cut = subnet(model, skip, share=True)
+        macs = count_macs(cut, size) if size else None
+        result.append(DepthInfo(skip, count_parameters(cut), macs))
+    return result
+
+
+def subnet(model: Network, skip: Sequence[bool], *, share: bool = False) -> Network:
+    """Cut one depth out: a plain network, without what it does not use.
+
+    Its outputs are those of `model` at that depth, bit by bit. It can be saved and loaded,
+    exported without the weights of other depths, and converted by further methods.
+
+    Args:
+        model: a network converted by `AdaptiveDepth`; it stays as it is.
+        skip: the depth.
+        share: build it on the tensors of `model` instead of copies, so that all depths
+            served at once take the memory of one. Training one then trains the other. Move or
+            cast `model` before, not one of them afterwards: that would part their buffers.
+
+    Raises:
+        ValueError: the network has no adaptive depth, or another number of flags.
+
+    Example:
+        >>> import timm, pliant
+        >>> model = pliant.convert(timm.create_model("resnet50"), pliant.AdaptiveDepth())
+        >>> sum(p.numel() for p in subnet(model, (True,) * 4).parameters())
+        17112360
+    """
+    flags = check_skip(list(skip), len(find_depth(model).skip))
+    memo: dict[int, Any] = {}
+    if share:
+        memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    cut = copy.deepcopy(model, memo)
+    # Not by `convert`, which may copy weights, and lays them out in one memory format.
+    for site in (method := Subnet(skip=flags)).survey(cut).sites:
+        parent, _, name = site.path.rpartition(".")
+        setattr(cut.get_submodule(parent), name, method.replace(cut.get_submodule(site.path), site))
+    record_conversion(cut, method, ())
+    return cut
+
+
+class CompiledDepths(nn.Module):
+    """All depths of a network, each compiled for itself; `set_depth` switches between them.
+
+    Args:
+        model: a network converted by `AdaptiveDepth`; the depths share its weights.
+        skips: which depths; None: all.
+        compile_options: of `torch.compile`.
+
+    Raises:
+        ValueError: the network has no adaptive depth.
+    """
+
+    def __init__(
+        self, model: nn.Module, skips: Sequence[Sequence[bool]] | None = None, **compile_options: Any
+    ) -> None:
+        super().__init__()
+        self.model = model
+        # In a dict they are no submodules: their weights are the model's.
+        self._runners: dict[Skip, nn.Module] = {}
+        for skip in check_skips(skips, len(find_depth(model).skip)):
+            cut = subnet(model, skip, share=True)
+            self._runners[skip] = cast("nn.Module", torch.compile(cut, **compile_options))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if any(fn(t) is not t for t in (*self.parameters(), *self.buffers())):
+            raise ValueError(
+                "what is compiled stays on its device and in its dtype: move the network, and then "
+                "compile_depths anew"
+            )
+        return self
+
+    def forward(self, x: Tensor) -> Any:
+        """The network's output for `x`, at the depth that holds here and now.
+
+        In evaluation mode without gradients, whatever the caller's mode: compiled code is
+        for one, and would be compiled anew for `torch.inference_mode`, say.
+
+        Raises:
+            ValueError: that depth is not among the compiled ones.
+        """
+        skip = get_depth(self.model)
+        if skip not in self._runners:
+            raise ValueError(f"depth {skip} is not compiled; compiled are {list(self._runners)}")
+        runner, training = self._runners[skip], self.model.training
+        if runner.training != training:  # it is no submodule
+            runner.train(training)
+        gradients = training and torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            return runner(x.clone() if x.is_inference() else x)
+
+
+def compile_depths(
+    model: nn.Module,
+    example: Tensor,
+    skips: Sequence[Sequence[bool]] | None = None,
+    **compile_options: Any,
+) -> CompiledDepths:
+    """Compile every depth ahead, so that switching recompiles nothing.
+
+    Compiled code is for inputs of the example's shape and dtype, in the mode that the network
+    has now: evaluation, where it computes no gradients, or training.
+
+    Args:
+        model: a network converted by `AdaptiveDepth`.
+        example: images to compile with.
+        skips: which depths; None: all.
+        compile_options: of `torch.compile` (``backend``, ``mode``, ...).
+
+    Raises:
+        ValueError: the network has no adaptive depth.
+
+    Example:
+        >>> import timm, torch, pliant
+        >>> model = pliant.convert(timm.create_model("resnet20_cifar"), pliant.AdaptiveDepth()).eval()
+        >>> fast = compile_depths(model, torch.randn(1, 3, 32, 32), [(True,) * 3], backend="eager")
+        >>> with set_depth(model, (True,) * 3):
+        ...     fast(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
+    """
+    compiled = CompiledDepths(model, skips, **compile_options)
+    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
+    with room_to_compile():  # depths share their classes' code
+        for skip in compiled._runners:
+            with set_depth(model, skip):
+                compiled(example)
+    for buffer, before in statistics:
+        buffer.copy_(before)
+    return compiled

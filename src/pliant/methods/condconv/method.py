@@ -1,0 +1,436 @@
+"""CondConv: each example gets its own kernels, mixed from experts.
+
+Yang, Bender, Le, Ngiam, *Soft Conditional Computation* (*CondConv*), arXiv 1904.04971.
+A router looks at the input of a block and says how much of each expert's kernels this
+example gets; the block then runs as ever. Capacity grows with the experts, the cost by
+about one multiply-add for each further parameter.
+
+Shapes in this file::
+
+    B  batch        x        [B, C, H, W]  feature map
+    E  experts      routing  [B, E], or [B, E, O] for all output channels of a block
+    O  channels out
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import timm.layers
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+
+from pliant import anatomy
+from pliant.anatomy import Block, BlockInfo, Convolution, convolutions
+from pliant.methods.condconv.layers import (
+    ROUTING,
+    Activation,
+    CondConv2d,
+    CondLinear,
+    Router,
+    SharedRouting,
+    check_experts,
+    check_form,
+)
+from pliant.methods.condconv.mixing import Form
+from pliant.surgery import Method, PassedOver, Site, Survey
+from pliant.threaded import Bound, between, pass_along, passes_along, thread
+
+Routing = Literal["block", "layer", "single", "shared", "hierarchical"]
+Layers = Literal["all", "pointwise", "depthwise"]
+THREADED = ("single", "shared", "hierarchical")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondConv(Method):
+    """Replace convolutions, and the classifier, by mixtures of experts.
+
+    The network's *units* are numbered as in the paper: the stem is 1, then come the
+    blocks, a convolution behind them if there is one, and last the classifier.
+
+    Args:
+        experts: E, from 1 to 64 (Tables 1 to 3).
+        begin: number of the first unit that is replaced; all after it are too (Table 7).
+            None: the first block of the two lowest resolutions, where the paper begins in
+            both MobileNets (7 of 15 in MobileNetV1).
+        features: replace convolutions. Off: the classifier alone (Table 8).
+        classifier: replace the classifier too (Table 8); dropout on its input goes with it.
+            timm's ``reset_classifier`` then gives a plain layer, to be saved with
+            ``arguments={"classifier": False}``.
+        layers: ``"all"`` convolutions of a block, or its ``"pointwise"`` or ``"depthwise"``
+            ones alone (Table 5). Those of squeeze-and-excitation are never replaced.
+        routing: who computes routings (Table 6). ``"block"``: each block, for all of its
+            convolutions, and each other unit; ``"layer"``: each convolution; ``"single"``:
+            the first unit, for all; ``"shared"``: every second unit, for the next one
+            too; ``"hierarchical"``: each unit, from its input and the routing before.
+        activation: ``"sigmoid"``, or ``"softmax"``, where experts compete (Table 6).
+        hidden: a hidden layer of the router with ``hidden * C`` units and ReLU: 1/8, 1 and 8
+            are the paper's small, medium and large (Table 6). None: no hidden layer.
+        per_channel: a weight for each output channel of each expert (section 4.3.1), with
+            ``hidden=0.5`` unless told. Not with a routing that several units share.
+        active: hard routing to so many experts of each example (section 3). None: all.
+        form: how a mixture is computed, as for `CondConv2d`; changes speed alone.
+        upcycle: the converted network computes what the given one does. With softmax the
+            experts start as copies of its layers under a random router; with sigmoid as
+            scaled copies under a constant one, told apart by `noise`. Off: experts and
+            router start at random, for training from the beginning; biases are the network's.
+        noise: standard deviation of that noise, as a share of the copies'. It sums to
+            zero over the experts.
+
+    Raises:
+        ValueError: an option is out of its range or contradicts another. When applied:
+            the network has no unit `begin`.
+
+    Example:
+        >>> import timm, torch
+        >>> from pliant import convert
+        >>> plain = timm.create_model("resnet18").eval()
+        >>> network = convert(plain, CondConv(experts=2, begin=8))
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> bool((network(x) - plain(x)).abs().max() < 1e-4)
+        True
+    """
+
+    experts: int = 8
+    begin: int | None = None
+    features: bool = True
+    classifier: bool = True
+    layers: Layers = "all"
+    routing: Routing = "block"
+    activation: Activation = "sigmoid"
+    hidden: float | None = None
+    per_channel: bool = False
+    active: int | None = None
+    form: Form = "auto"
+    upcycle: bool = True
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_experts(self.experts, self.active)
+        check_form(self.form)
+        for name, kind in (("layers", Layers), ("routing", Routing), ("activation", Activation)):
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
+        for name in ("features", "classifier", "per_channel", "upcycle"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        begin = 1 if self.begin is None else self.begin
+        if not isinstance(begin, int) or isinstance(begin, bool) or begin < 1:
+            raise ValueError(f"begin must be a whole number of at least 1, not {self.begin!r}")
+        for name, value in (("hidden", 1.0 if self.hidden is None else self.hidden), ("noise", self.noise)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < float("inf") or (name == "hidden" and value == 0):
+                right = "a positive number" if name == "hidden" else "a number of at least 0"
+                raise ValueError(f"{name} must be {right}, not {value!r}")
+        self._agree()
+
+    def _agree(self) -> None:
+        """Refuse options that contradict one another."""
+        if not (self.features or self.classifier):
+            raise ValueError("features=False with classifier=False leaves nothing to replace")
+        if self.per_channel and self.routing in THREADED:
+            raise ValueError(
+                f"per_channel gives each unit weights of its own width; routing={self.routing!r} shares "
+                f"them between units: take routing='block' or 'layer'"
+            )
+        if self.upcycle and self.activation == "sigmoid" and self.experts > 1:
+            if self.active not in (None, self.experts):
+                raise ValueError(
+                    f"with active={self.active}, upcycling needs activation='softmax': under a constant "
+                    f"sigmoid the same experts would be chosen for ever (or set upcycle=False)"
+                )
+            if self.noise == 0:
+                raise ValueError("noise=0 leaves equal experts, which could never part; take noise=0.1")
+
+    def survey(self, model: nn.Module) -> Survey:
+        """Find the units to replace; see `Method.survey`."""
+        found = anatomy.stages(model)
+        stem, head = anatomy.stem_and_head(model) if found else ([], [])
+        blocks = [block for stage in found for block in stage.blocks]
+        last = 1 + len(blocks) + len(head) + 1
+        between = [(n, conv) for n, conv in anatomy.outside_blocks(model) if 0 < n < len(blocks)]
+        begin = _lowest_resolutions(blocks, between) if self.begin is None else self.begin
+        if begin > last:
+            raise ValueError(
+                f"begin={begin}, but the classifier of {type(model).__name__} is unit {last}, the last"
+            )
+        sites: list[Site] = []
+        passed_over: list[PassedOver] = []
+
+        def unit(number: int, path: str, kind: str, layers: list[Convolution], odd: str = "") -> None:
+            why = self._why_not(number, begin, layers, odd)
+            if why:
+                passed_over.append(PassedOver(path, why))
+                return
+            if kind == "block":
+                left = [PassedOver(f"{path}.{c.path}", reason) for c, reason in self._unwanted(layers)]
+                passed_over.extend(left)
+            if kind == "block" and self.routing == "layer":
+                inner = [f"{path}.{layer.path}" for layer in self._wanted(layers)]
+                sites.extend(Site(p, self._detail(number, "convolution")) for p in inner)
+            else:
+                detail = self._detail(number, kind) | _count(kind, self._wanted(layers))
+                sites.append(Site(path, detail))
+
+        for conv in stem:
+            odd = "" if len(stem) == 1 else f"one of {len(stem)} convolutions of the stem"
+            unit(1, conv.path, "convolution", [conv], odd)
+        for number, block in enumerate(blocks, 2):
+            made = isinstance(block.module, Block)
+            odd = f"already another method's {type(block.module).__name__}" if made else ""
+            unit(number, block.path, "block", convolutions(block.module), odd)
+        passed_over += [PassedOver(conv.path, "between the blocks, in no unit") for _, conv in between]
+        for number, conv in enumerate(head, 2 + len(blocks)):
+            unit(number, conv.path, "convolution", [conv])
+        if self.features and begin < last and not sites:
+            return Survey((), tuple(passed_over))
+        path = anatomy.classifier(model)
+        odd = "" if path is None else _unmixable(model.get_submodule(path))
+        if self.classifier and path is not None and odd:
+            passed_over.append(PassedOver(path, odd))
+        elif self.classifier and path is not None:
+            sites.append(Site(path, self._detail(last, "classifier")))
+        elif path is not None:
+            passed_over.append(PassedOver(path, "classifier=False"))
+        elif self.classifier and (found or not self.features):
+            passed_over.append(PassedOver("(classifier)", "no linear classifier found"))
+        return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (self._note(),))
+
+    def _why_not(self, number: int, begin: int, layers: list[Convolution], odd: str) -> str:
+        """Why a unit stays as it is; empty if it does not."""
+        if not self.features:
+            return "features=False"
+        if number < begin:
+            return f"unit {number}; begin={begin}"
+        if odd:
+            return odd
+        if not self._wanted(layers):
+            for layer, reason in self._unwanted(layers):
+                return f"{layer.path} {reason}"
+            return "no convolution" if self.layers == "all" else f"no {self.layers} convolution"
+        return ""
+
+    def _kind(self, layer: Convolution) -> bool:
+        return self.layers in ("all", layer.kind)
+
+    def _wanted(self, layers: list[Convolution]) -> list[Convolution]:
+        return [c for c in layers if self._kind(c) and not _unmixable(c.module)]
+
+    def _unwanted(self, layers: list[Convolution]) -> list[tuple[Convolution, str]]:
+        """Layers of the kind asked for that cannot be mixed, with the reason."""
+        reasons = [(c, _unmixable(c.module)) for c in layers if self._kind(c)]
+        return [(c, reason) for c, reason in reasons if reason]
+
+    def _detail(self, number: int, kind: str) -> dict[str, Any]:
+        return {"unit": number, "kind": kind, "experts": self.experts}
+
+    def _with_sources(self, sites: list[Site]) -> list[Site]:
+        """Say of each site where its routing comes from, and whether the next one gets it."""
+        sources = ["own"] * len(sites)
+        for n in range(1, len(sites)):
+            if self.routing == "hierarchical":
+                sources[n] = "own, with the one before"
+            elif self.routing == "single" or (self.routing == "shared" and n % 2):
+                sources[n] = "the one before"
+        result = []
+        for n, site in enumerate(sites):
+            passes_on = {} if sources[n + 1 : n + 2] in ([], ["own"]) else {"passes_on": True}
+            result.append(Site(site.path, {**site.detail, "routing": sources[n], **passes_on}))
+        return result
+
+    def _note(self) -> str:
+        if self.upcycle:
+            return "starts as the given network: experts are copies of its layers (upcycle=False: afresh)"
+        return "experts and routers start at random; biases and norms are the network's"
+
+    def replace(self, module: nn.Module, site: Site) -> nn.Module:
+        """Build what stands at one site; see `Method.replace`."""
+        like = next(module.parameters())
+        with torch.device(like.device):
+            if site.detail["kind"] == "block":
+                return self._block(module, site)
+            assert isinstance(module, (nn.Conv2d, nn.Linear))
+            router = self._router(*_channels(module), site)
+            # Keeps logits as large as one layer's: m weights of a half, or of 1/m under softmax.
+            m = self.active or self.experts
+            scale = m**0.5 if self.activation == "softmax" else 2 / m**0.5
+            new = self._layer(module, router, scale if site.detail["kind"] == "classifier" else 1.0)
+            new.passes_on = "passes_on" in site.detail
+            return new.to(like.dtype)
+
+    def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
+        """See to what lies between the units; see `Method.finish`."""
+        paths = [site.path for site in sites]
+        if self.routing in THREADED:
+            pass_along(_outside(model, paths), ROUTING)
+        for site in sites:
+            if site.detail["kind"] == "classifier":
+                new = model.get_submodule(site.path)
+                assert isinstance(new, CondLinear)
+                new.drop = anatomy.take_dropout(model, site.path)
+
+    def _block(self, block: nn.Module, site: Site) -> CondConvBlock:
+        layers = self._wanted(convolutions(block))
+        channels, out_channels, stride = anatomy.shape_of(block)
+        widths = [_channels(layer.module)[1] for layer in layers]
+        router = self._router(channels, sum(widths), site).to(layers[0].module.weight.dtype)
+        for layer in layers:
+            parent, _, name = layer.path.rpartition(".")
+            new = self._layer(layer.module, None).train(block.training)
+            setattr(block.get_submodule(parent), name, new)
+        return CondConvBlock(
+            block,
+            router,
+            {layer.path: width for layer, width in zip(layers, widths, strict=True)},
+            (channels, out_channels, stride),
+            passes_on="passes_on" in site.detail,
+        )
+
+    def _router(self, channels: int, out: int, site: Site) -> nn.Module:
+        if site.detail["routing"] == "the one before":
+            return SharedRouting()
+        hidden = 0.5 if self.hidden is None and self.per_channel else self.hidden
+        router = Router(
+            channels,
+            self.experts,
+            hidden=None if hidden is None else max(1, int(channels * hidden)),
+            activation=self.activation,
+            outputs=out if self.per_channel else None,
+            active=self.active,
+            previous=site.detail["routing"] == "own, with the one before",
+        )
+        if self.upcycle and self.activation == "sigmoid":
+            router.start_constant()
+        return router
+
+    def _layer(
+        self, layer: nn.Conv2d | nn.Linear, router: nn.Module | None, scale: float = 1.0
+    ) -> CondConv2d | CondLinear:
+        """The conditional form of a layer; `scale` is for experts that start at random."""
+        channels, out = _channels(layer)
+        options: dict[str, Any] = {"experts": self.experts, "router": router, "form": self.form}
+        options["bias"] = None if layer.bias is None else "shared"
+        new: CondConv2d | CondLinear
+        if isinstance(layer, nn.Linear):
+            new = CondLinear(channels, out, **options)
+        else:
+            for name in ("kernel_size", "stride", "dilation", "groups"):
+                options[name] = getattr(layer, name)
+            options["padding"] = "same" if isinstance(layer, Conv2dSame) else layer.padding
+            new = CondConv2d(channels, out, **options)
+        new.to(layer.weight.dtype)
+        with torch.no_grad():
+            new.weight.copy_(self._start(layer.weight.flatten(1), scale))
+            if new.bias is not None and layer.bias is not None:
+                new.bias.copy_(layer.bias)
+        return new
+
+    def _start(self, weight: Tensor, scale: float) -> Tensor:
+        """Experts [E, ...] from a layer's weight, as `upcycle` says."""
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        copies = weight.expand(self.experts, *weight.shape)
+        size = weight.std(correction=0)
+        # Of a layer that starts at zero or at one value, PyTorch's start: its copies could never part.
+        size = torch.where(weight.amax() > weight.amin(), size, (3 * weight.shape[1]) ** -0.5)
+        if not self.upcycle:
+            return torch.randn_like(copies) * (scale * size)
+        if self.activation == "softmax":
+            return copies
+        copies = copies / (0.5 * self.experts)
+        noise = torch.randn_like(copies) * (self.noise * size / (0.5 * self.experts))
+        return copies + noise - noise.mean(0)
+
+
+class CondConvBlock(Block):
+    """A block whose convolutions are mixed for each example, by one router.
+
+    The block's own forward runs; its conditional layers get the routing in addition.
+
+    Args:
+        block: with conditional layers in place of its convolutions.
+        router: gives the routing of the block's input.
+        widths: path and output channels of each conditional layer in `block`.
+        shape: channels in and out, stride.
+        passes_on: thread the routing to the blocks that follow.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        router: nn.Module,
+        widths: dict[str, int],
+        shape: tuple[int, int, int],
+        passes_on: bool = False,
+    ) -> None:
+        super().__init__(*shape)
+        self.block, self.router, self.passes_on = block, router, passes_on
+        self._leaves = frozenset(widths)
+        self._between = between(widths)
+        ends = [0]
+        for width in widths.values():
+            ends.append(ends[-1] + width)
+        self._parts = dict(zip(widths, pairwise(ends), strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block on `x` [B, C, H, W], with kernels for each of the B examples."""
+        routing = self.router(x)
+        y: Tensor = Bound(self.block, self._leaves, self._between, partial(self._call, routing))(x)
+        return thread(y, ROUTING, routing) if self.passes_on else y
+
+    def _call(self, routing: Tensor, path: str, layer: nn.Module, x: Tensor) -> Any:
+        if routing.dim() == 3:  # weights of all layers' channels, side by side
+            start, end = self._parts[path]
+            routing = routing[:, :, start:end]
+        return layer(x, routing)
+
+
+def _lowest_resolutions(blocks: list[BlockInfo], between: list[tuple[int, Convolution]]) -> int:
+    """Number of the first unit of the two lowest resolutions."""
+    before = {n for n, conv in between if _stride(conv.module) > 1}
+    strided = [n for n, block in enumerate(blocks) if block.stride > 1 or n in before]
+    return 2 if len(strided) < 2 else 2 + strided[-2]
+
+
+def _stride(layer: nn.Module) -> int:
+    return max(layer.stride) if isinstance(layer, nn.Conv2d) else 1
+
+
+def _unmixable(layer: nn.Module) -> str:
+    """Why a layer is more than its weight and a convolution, with zeros around it; or empty."""
+    plain = type(layer) in (nn.Linear, timm.layers.Linear)  # MobileNetV3's classifier is timm's
+    if type(layer) in (nn.Conv2d, Conv2dSame):
+        plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if not plain:
+        return f"is a {type(layer).__name__} that cannot be mixed"
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    if not all(passes_along(hook) for hook in hooks):
+        return "has forward hooks (spectral_norm has), which a mixture would lose"
+    return ""
+
+
+def _channels(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
+
+
+def _count(kind: str, layers: list[Convolution]) -> dict[str, int]:
+    return {"convolutions": len(layers)} if kind == "block" else {}
+
+
+def _outside(model: nn.Module, sites: list[str]) -> list[nn.Module]:
+    """All modules after the first site that lie in no block and no site."""
+    blocks = [b.path for stage in anatomy.stages(model) for b in stage.blocks]
+    own = set(sites)
+    found, begun = [], False
+    for path, module in model.named_modules():
+        begun = begun or path in own
+        inside = any(path.startswith(f"{p}.") for p in (*own, *blocks))
+        if begun and path not in own and not inside:
+            found.append(module)
+    return found

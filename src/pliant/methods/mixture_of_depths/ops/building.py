@@ -1,0 +1,188 @@
+"""Native forms of the operators, built by this machine's compiler on first use: `ready`.
+
+The built library is kept in the user's cache (``$XDG_CACHE_HOME/pliant`` or
+``~/.cache/pliant``) under a name that holds all it depends on: pliant's version, the
+source, the processor and, for PyTorch's operator, its version. So it is built once a machine,
+and a library that it finds there needs no compiler. What fails is told once, with its reason,
+and PyTorch's operators then run in their PyTorch form, whose results are the same.
+
+No tensors here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pliant._files import atomic_path
+from pliant._version import __version__
+from pliant.methods.mixture_of_depths.ops import (
+    mod_block as mod_block,  # defines the operator that the library fills
+)
+
+SOURCE = Path(__file__).with_name("mod_block.cpp")  # for PyTorch
+ORT_SOURCE = Path(__file__).with_name("mod_block_ort.cpp")  # for any ONNX Runtime from 1.18 on
+LIMIT = 600  # seconds; on a busy machine compiling takes one or two minutes
+
+_lock = threading.Lock()
+_outcome: str | None = None  # of this process: empty where the library is loaded, else why not
+
+
+class BuildError(RuntimeError):
+    """The native form cannot be built or loaded here; the message says why."""
+
+
+def ready() -> bool:
+    """Whether operators run in their native form; builds and loads it if need be.
+
+    The first call in a process decides for all later ones. A failure is a warning, once.
+
+    Example:
+        >>> ready() == ready()
+        True
+    """
+    global _outcome
+    with _lock:
+        if _outcome is None:
+            try:
+                _load(library())
+                _outcome = ""
+            except BuildError as error:
+                _outcome = str(error)
+                warnings.warn(
+                    f"Mixture-of-Depths blocks run in their PyTorch form, which is slower: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+    return not _outcome
+
+
+def why_not() -> str:
+    """Why `ready` said no; empty where it said yes, or was not asked yet."""
+    return _outcome or ""
+
+
+def library(source: Path | None = None) -> Path:
+    """The built library in the user's cache; built now if it is not there.
+
+    Safe in several processes at once: each builds under a name of its own, and a whole file
+    takes the final name.
+
+    Args:
+        source: what it is built from, by default `SOURCE`.
+
+    Raises:
+        BuildError: no compiler, one that fails (with the end of what it said), or a cache
+            that cannot be written.
+    """
+    if sys.platform != "linux":
+        raise BuildError(f"it is built on Linux only, and this is {sys.platform}")
+    source = source or SOURCE
+    path = cache() / f"{source.stem}-{_key(source)}.so"
+    try:
+        if not path.exists():
+            with atomic_path(path) as temporary:
+                _compile(temporary, source)
+                temporary.chmod(0o700)
+    except OSError as error:
+        raise BuildError(f"{path.parent} cannot be written ({error})") from error
+    return path
+
+
+def cache() -> Path:
+    """The folder of built libraries."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pliant"
+
+
+def _load(path: Path) -> None:
+    operators: Any = torch.ops
+    try:
+        operators.load_library(path)
+    except (OSError, RuntimeError) as error:
+        raise BuildError(f"{path.name} was built and cannot be loaded ({error})") from error
+
+
+def _key(source: Path | None = None) -> str:
+    """What a built library depends on, in 20 letters."""
+    source = source or SOURCE
+    parts = [
+        __version__,
+        *((torch.__version__, str(torch.version.git_version)) if source != ORT_SOURCE else ()),
+        *(part.read_text() for part in (source, *sorted(source.parent.glob("*.h")))),
+        _processor(),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _processor() -> str:
+    """The kind of processor and its instruction sets: the library uses all that it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = ("flags", "Features", "model name", "CPU part", "cpu family", "model\t")
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(names)})])
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command: that of ``$CXX``, or the first of c++, g++, clang++.
+
+    Raises:
+        BuildError: there is none.
+    """
+    own = shlex.split(os.environ.get("CXX", ""))
+    for command in [own] if own else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    wanted = (
+        f"$CXX names {own[0]!r}, which is not there" if own else "neither c++, g++ nor clang++ is there"
+    )
+    raise BuildError(f"no C++ compiler ({wanted}); install one, for example g++")
+
+
+def _compile(target: Path, source: Path) -> None:
+    native = ["-march=native"] if platform.machine() in ("x86_64", "aarch64") else []
+    of_torch, linked = _torch_flags() if source != ORT_SOURCE else ([], [])
+    command = [
+        *compiler(),
+        *("-O3", *native, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+        *("-std=c++20", "-fPIC", "-shared", *of_torch),
+        *(str(source), "-o", str(target), *linked),
+    ]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} did not end within {LIMIT} s") from error
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())[-400:]
+        raise BuildError(f"{command[0]} failed with status {done.returncode}: {said or 'it said nothing'}")
+    if not target.stat().st_size:
+        raise BuildError(f"{command[0]} ended well and wrote nothing")
+
+
+def _torch_flags() -> tuple[list[str], list[str]]:
+    """How to find PyTorch's headers, and its libraries."""
+    # Not by torch.utils.cpp_extension: its import looks for CUDA and says so, and it wants ninja.
+    installed = Path(torch.__file__).parent
+    libraries, headers = installed / "lib", installed / "include"
+    # PyTorch's own OpenMP: with a second one, two pools of threads would fight for the cores.
+    own = sorted(p.name for p in libraries.glob("lib[gi]omp*.so*"))
+    found = [
+        *("-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"),
+        *("-isystem", str(headers), "-isystem", str(headers / "torch" / "csrc" / "api" / "include")),
+    ]
+    return found, [f"-L{libraries}", *(f"-l:{name}" for name in own[:1]), "-lc10", "-ltorch_cpu"]

@@ -1,0 +1,153 @@
+"""The Mixture-of-Depths block as one operator: `FusedMoDBlock`, and what it takes to be one.
+
+Shapes in this file: those of `pliant.methods.mixture_of_depths.ops.mod_block`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pliant.anatomy import Block
+from pliant.methods.mixture_of_depths.block import MoDBlock
+from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch, mod_block_
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector, SharedSelection
+
+_NATIVE = (torch.float32, torch.bfloat16)
+_SILENT = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+class FusedMoDBlock(Block):
+    """A Mixture-of-Depths block for inference, whose weights are those of one operator.
+
+    The same function as the block it is made from, for any memory format; what comes back is
+    channels_last. Where a gradient is wanted, or the operator does not know the dtype or the
+    device, it computes the block in PyTorch's operators. What `fusable` says must be empty.
+
+    Args:
+        block: the block, its batch norms folded (`pliant.deploy.folding.fold_norms`).
+        inplace: change the input instead of a copy. Right where nobody else reads it.
+
+    Attributes:
+        k: channels that are processed.
+        order: ``"score"`` or ``"index"``.
+        fusion: ``"first"``, ``"last"``, ``"original"`` or ``"replace"``.
+        gate: ``"output"``, ``"map"`` or ``"none"``; on a GPU only the first is a fused kernel.
+        dilation: of the 3x3 convolutions.
+        down: and all other parameters: as the operator's arguments (`mod_block`).
+
+    Raises:
+        ValueError: `block` has an option that the operator does not know.
+
+    Example:
+        >>> import timm
+        >>> from pliant.deploy.folding import fold_norms
+        >>> model = timm.create_model("resnet50_mod").eval()
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> block = FusedMoDBlock(fold_norms(model, x).layer1[1])
+        >>> y = torch.randn(1, 256, 16, 16)
+        >>> bool(torch.allclose(block(y), model.layer1[1](y), atol=1e-5))
+        True
+    """
+
+    weight3: nn.Parameter | None
+    bias3: nn.Parameter | None
+
+    def __init__(self, block: MoDBlock, *, inplace: bool = False) -> None:
+        super().__init__(block.channels)
+        if reason := fusable(block):
+            raise ValueError(f"this block cannot be fused: {reason}")
+        selector = cast("ChannelSelector", block.selector)
+        convs = _convolutions(block.core)
+        self.k, self.fusion, self.order, self.gate = block.k, block.fusion, selector.order, block.gate
+        self.dilation = int(convs[1].dilation[0])
+        self.inplace = inplace
+        # The operator reads both matrices along their outputs.
+        values = [selector.fc1.weight.t(), selector.upper()[0].t()]
+        for conv in convs:
+            bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+            values += [conv.weight, bias]
+        names = ("down", "up", "weight1", "bias1", "weight2", "bias2", "weight3", "bias3")
+        for name, value in zip(names, values + [None] * (len(names) - len(values)), strict=True):
+            fixed = None if value is None else nn.Parameter(value.detach().contiguous().clone(), False)
+            self.register_parameter(name, fixed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
+        weights = self._parameters
+        arguments: Any = (*weights.values(), self.dilation, self.order, self.fusion, self.gate)
+        kept = torch.channels_last
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or self.down.requires_grad)
+        if differentiable or x.dtype not in _NATIVE or x.dtype != self.down.dtype:
+            x = x.clone(memory_format=kept)
+            in_pytorch(x, *arguments)
+            return x
+        # Triton is imported only where there is a GPU; its kernels know no other gate.
+        if x.is_cuda and self.gate == "output":
+            from pliant.methods.mixture_of_depths.ops.triton_mod import mod_block
+
+            return mod_block(x, *arguments[:-1], inplace=self.inplace)
+        x = x.contiguous(memory_format=kept) if self.inplace else x.clone(memory_format=kept)
+        mod_block_(x, *arguments)
+        return x
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return (
+            f"{super().extra_repr()}, k={self.k}, order={self.order!r}, fusion={self.fusion!r}, "
+            f"gate={self.gate!r}, dilation={self.dilation}, inplace={self.inplace}"
+        )
+
+
+def fusable(block: MoDBlock) -> str:
+    """Why this block has no fused form; empty where it has one.
+
+    Example:
+        >>> import timm
+        >>> fusable(timm.create_model("resnet18_mod", selection="random").layer1[1])
+        'its channels are not chosen by a learned selector'
+    """
+    if isinstance(block.selector, SharedSelection):
+        return "it takes another block's selection (share_selection)"
+    if not isinstance(block.selector, ChannelSelector):
+        return "its channels are not chosen by a learned selector"
+    if block.passes_on:
+        return "other blocks take its selection (share_selection)"
+    if block.selector.upper()[1] is not None:
+        return "its selector has a bias"
+    if block.inner_shortcut:
+        return "inner_shortcut adds the core's input to its output"
+    if not isinstance(block.last_act, nn.Identity):
+        return f"it ends with an activation ({type(block.last_act).__name__})"
+    if not _does_nothing(block.drop_path):
+        return f"{type(block.drop_path).__name__} follows its core"
+    layers = [m for m in block.core.modules() if not next(m.children(), None) and not _does_nothing(m)]
+    kinds = [type(m) for m in layers]
+    if any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds):
+        return "its core has batch norms, which have to be folded first"
+    convs = _convolutions(block.core)
+    sizes = [conv.kernel_size for conv in convs]
+    if sizes not in ([(1, 1), (3, 3), (1, 1)], [(3, 3), (3, 3)]):
+        return f"its core has kernels of {sizes}, neither 1x1, 3x3, 1x1 nor 3x3 twice"
+    if kinds != [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d][: 2 * len(convs) - 1]:
+        names = ", ".join(kind.__name__ for kind in kinds)
+        return f"its core is {names}, not convolutions with ReLU between"
+    for conv in convs:
+        three = conv.kernel_size == (3, 3)
+        dilation = convs[1].dilation if three else (1, 1)
+        padding = dilation if three else (0, 0)
+        plain = conv.groups == 1 and conv.stride == (1, 1) and conv.padding_mode == "zeros"
+        if not plain or (conv.dilation, conv.padding) != (dilation, padding) or dilation[0] != dilation[1]:
+            return f"its core has a convolution of another padding, dilation or stride: {conv}"
+    return ""
+
+
+def _convolutions(core: nn.Module) -> list[nn.Conv2d]:
+    return [m for m in core.modules() if isinstance(m, nn.Conv2d)]
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    """Whether a layer of a core is nothing in evaluation: dropout in all its kinds."""
+    return isinstance(module, _SILENT) or type(module).__name__ in ("DropBlock2d", "DropPath")

@@ -1,0 +1,244 @@
+"""What a Mixture-of-Depths block does to its feature map in training: pool, gather, fuse.
+
+The same functions in PyTorch's own operators cost a backward pass four to six passes over the
+feature map: zeros to scatter into, the mean's gradient spread over all positions, slices and their
+concatenation, and three gradients to add. Here each step hands the feature map on to the next, so
+that its gradient is one tensor that each step adds to, in the memory format that it has.
+
+Incoming gradients are never changed: a residual connection gives the same tensor to two branches.
+
+Shapes in this file::
+
+    B  batch             x       [B, C, H, W]  feature map
+    C  channels          scores  [B, k]
+    k  processed         at      [B, k] channels, or the first of k neighbours
+                         y       [B, k, H, W]  the core's output
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pliant.precision import pooled
+
+At = Tensor | int
+
+
+def usual() -> bool:
+    """Whether gradients are taken in the usual way: backward, eagerly, by autograd alone.
+
+    A compiler fuses the plain operators' passes by itself, programs and traces have to be made of
+    those, and `torch.func` and forward-mode gradients know them.
+
+    Example:
+        >>> usual(), torch.func.vmap(lambda x: x * usual())(torch.ones(1))
+        (True, tensor([0.]))
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+    )
+
+
+def pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over positions, [B, C] in at least float32; and `x`, to go on with in its place.
+
+    Example:
+        >>> means, x = pool(torch.ones(1, 2, 4, 4, requires_grad=True))
+        >>> (means.sum() + x.sum()).backward()
+        >>> means
+        tensor([[1., 1.]], grad_fn=<PoolBackward>)
+    """
+    means, same = Pool.apply(x)
+    return means, same
+
+
+def gather(x: Tensor, at: At, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` channels of `x` at `at`, [B, k, H, W]; and `x`, to go on with in its place.
+
+    Example:
+        >>> gather(torch.arange(3.0).view(1, 3, 1, 1), torch.tensor([[2, 0]]), 2)[0].flatten()
+        tensor([2., 0.])
+    """
+    picked, same = Gather.apply(x, at, k)
+    return picked, same
+
+
+def fuse(x: Tensor, y: Tensor, scores: Tensor | None, at: At, replace: bool = False) -> Tensor:
+    """`x`, to whose channels at `at` are added, or which are replaced by, `y` times its scores.
+
+    Args:
+        x: feature map; the result has its dtype.
+        y: what the core gave, of any floating dtype.
+        scores: [B, k]; None: all are one.
+        at: of a tensor, each channel at most once in a sample.
+        replace: overwrite instead of adding.
+
+    Example:
+        >>> fuse(torch.ones(1, 2, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([[0.5]]), 1).flatten()
+        tensor([1.0000, 1.5000])
+    """
+    fused: Tensor = Fuse.apply(x, y, scores, at, replace)
+    return fused
+
+
+class Pool(torch.autograd.Function):
+    """See `pool`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Means, and the same tensor; no tensor is kept."""
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return pooled(x), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        """One pass: the map's gradient, and each channel's share of its mean's."""
+        of_means, of_map = grads
+        shape: torch.Size = ctx.shape
+        if of_means is None:
+            return of_map
+        share: Tensor = (of_means / (shape[2] * shape[3])).to(ctx.dtype)
+        if of_map is None:
+            return share[:, :, None, None].expand(shape)
+        if not _by_position(of_map):
+            return of_map + share[:, :, None, None]
+        # Whole rows of pixels: PyTorch is slow to repeat along few channels.
+        batch, channels, height, width = of_map.shape
+        rows = of_map.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
+        rows = rows + share.repeat(1, width)[:, None, :]
+        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+class Gather(torch.autograd.Function):
+    """See `gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: At, k: int) -> tuple[Tensor, Tensor]:
+        """Those channels, and the same tensor; which channels is kept."""
+        ctx.set_materialize_grads(False)
+        _keep(ctx, at)
+        ctx.shape = x.shape
+        return taken(x, at, k), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        """The map's gradient, copied, and theirs added to it."""
+        of_picked, of_map = grads
+        if of_picked is None:
+            return of_map, None, None
+        if of_map is None:
+            of_map = of_picked.new_zeros(ctx.shape)
+        (at,) = _kept(ctx)
+        return added(of_map, of_picked, at), None, None
+
+
+class Fuse(torch.autograd.Function):
+    """See `fuse`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scores: Tensor | None, at: At, replace: bool) -> Tensor:
+        """A copy of the map with those channels changed; `y` is kept where scores learn from it."""
+        ctx.dtype, ctx.k, ctx.replace = y.dtype, y.shape[1], replace
+        ctx.scored = scores is not None
+        _keep(ctx, at, *((y, scores) if scores is not None else ()))
+        if scores is not None:
+            y = y * scores.to(y.dtype)[:, :, None, None]
+        y = y.to(x.dtype)
+        return replaced(x, y, at) if replace else added(x, y, at)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The map's gradient goes on as it is, unless channels were overwritten."""
+        (of_map,) = grads
+        at, *factors = _kept(ctx)
+        of_y = taken(of_map, at, ctx.k).to(ctx.dtype)
+        of_scores = None
+        if ctx.scored:
+            y, scores = factors
+            of_scores = (of_y.to(scores.dtype) * y).sum((2, 3))
+            of_y = of_y * scores.to(of_y.dtype)[:, :, None, None]
+        if ctx.replace:
+            of_map = replaced(of_map, torch.zeros_like(of_y, dtype=of_map.dtype), at)
+        return of_map, of_y, of_scores, None, None
+
+
+def taken(x: Tensor, at: At, k: int) -> Tensor:
+    """The `k` channels of `x` at `at`: a copy, in the memory format of `x`."""
+    if isinstance(at, int):
+        return x.narrow(1, at, k).clone(memory_format=_format(x))
+    if not _by_position(x):
+        return x.gather(1, _everywhere(at, x))
+    positions, index = _positions(x), _per_position(at, x)
+    return _as_map(positions.gather(2, index), x)
+
+
+def added(x: Tensor, y: Tensor, at: At) -> Tensor:
+    """A copy of `x` with `y` added to its channels at `at`."""
+    out = x.clone()
+    if isinstance(at, int):
+        out.narrow(1, at, y.shape[1]).add_(y)
+    elif not _by_position(out):
+        out.scatter_add_(1, _everywhere(at, out), y)
+    else:
+        _positions(out).scatter_add_(2, _per_position(at, out), _positions(y))
+    return out
+
+
+def replaced(x: Tensor, y: Tensor, at: At) -> Tensor:
+    """A copy of `x` with `y` in place of its channels at `at`."""
+    out = x.clone()
+    if isinstance(at, int):
+        out.narrow(1, at, y.shape[1]).copy_(y)
+    elif not _by_position(out):
+        out.scatter_(1, _everywhere(at, out), y)
+    else:
+        _positions(out).scatter_(2, _per_position(at, out), _positions(y))
+    return out
+
+
+def _keep(ctx: Any, at: At, *tensors: Tensor) -> None:
+    """Remember `at`, of either kind, and tensors."""
+    ctx.start = at if isinstance(at, int) else None
+    ctx.save_for_backward(*(() if isinstance(at, int) else (at,)), *tensors)
+
+
+def _kept(ctx: Any) -> tuple[Any, ...]:
+    saved: tuple[Any, ...] = ctx.saved_tensors
+    return saved if ctx.start is None else (ctx.start, *saved)
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if _by_position(x) else torch.contiguous_format
+
+
+def _by_position(x: Tensor) -> bool:
+    """Whether the channels of a position are neighbours in memory (channels_last)."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _positions(x: Tensor) -> Tensor:
+    """[B, H * W, C]; a view where the memory format is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _as_map(positions: Tensor, like: Tensor) -> Tensor:
+    """Back to [B, k, H, W]."""
+    return positions.view(len(positions), *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _per_position(at: Tensor, x: Tensor) -> Tensor:
+    return at[:, None, :].expand(-1, x.shape[2] * x.shape[3], -1)
+
+
+def _everywhere(at: Tensor, x: Tensor) -> Tensor:
+    """`at` [B, k] as [B, k, H, W], to gather and scatter whole channels of `x`."""
+    return at[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])

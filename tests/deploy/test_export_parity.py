@@ -1,0 +1,323 @@
+"""The check of exported files: what it lets through, and what it does not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import _export
+import pliant
+from pliant.deploy.exchanges import score_noise
+from pliant.deploy.parity import ParityError, check_parity
+from pliant.deploy.selections import Result, Selection, run_eager
+from pliant.methods.mixture_of_depths.exported import ProgramMoD
+
+FIRST = "layer1.1"  # of two blocks, the other is layer2.1
+
+
+class InFloat64(torch.nn.Module):
+    """The network in float64, of the same images."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = copy.deepcopy(network).double()
+
+    def forward(self, x):
+        return self.network(x.double()).float()
+
+
+def check(change, *, network=None, tolerance=1e-4, batches=(1, 3), choose=None):
+    """Of a file that is the network, its result changed, or its blocks processing other channels."""
+    network = network or _export.mod()
+    images = [torch.randn(n, 3, 16, 16) for n in batches]
+
+    def run(x):
+        return change(run_eager(network, x, choose))
+
+    return check_parity(network, run, images, tolerance, lambda: InFloat64(network))
+
+
+def untold(result):
+    return Result(result.outputs, None)
+
+
+def told(result, choose):
+    """The result of a forward whose blocks chose otherwise, telling what they did."""
+    chosen = {path: Selection(s.logits, choose(path, s.logits)) for path, s in result.selections.items()}
+    return Result(result.outputs, chosen)
+
+
+def ranked(network, path, logits):
+    return logits.topk(network.get_submodule(path).k, dim=1).indices
+
+
+def tied(apart=0.0, paths=(FIRST,), **options):
+    """A network in which the best two channels of the first image have the same scores, or nearly."""
+    network = _export.mod(**options)
+    images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    for path in paths:
+        logits = run_eager(network, images).selections[path].logits
+        best, weight = int(logits.argmax()), network.get_submodule(path).selector.fc2.weight
+        with torch.no_grad():
+            weight[(best + 1) % len(weight)] = weight[best] * (1 - apart)
+    return network, images
+
+
+def exchanged(network, paths=(FIRST,), ranks=(0, 1)):
+    """Lets blocks process the best two channels in each other's place."""
+
+    def choose(path, logits):
+        channels = ranked(network, path, logits)
+        if path in paths:
+            channels[:, list(ranks)] = channels[:, list(ranks)[::-1]]
+        return channels
+
+    return choose
+
+
+def with_first_block(result, change):
+    """The result with another selection in its first block."""
+    path = next(iter(result.selections))
+    return Result(result.outputs, {**result.selections, path: change(result.selections[path])})
+
+
+def test_the_network_is_itself():
+    parity = check(lambda r: r)
+    assert parity.holds
+    assert (parity.images, parity.selections, parity.batches) == (4, 8, (1, 3))
+    assert (parity.max_abs_error, parity.score_error, parity.flips) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("off", "holds"), [(1e-6, True), (1e-2, False), (float("nan"), False)])
+def test_outputs(off, holds):
+    parity = check(lambda r: Result((r.outputs[0] + off,), r.selections))
+    assert parity.holds == holds
+    if off == off:
+        assert parity.max_abs_error == pytest.approx(off, rel=0.2)
+    else:
+        assert parity.max_rel_error == float("inf")
+
+
+def test_top1():
+    def other_class(r):
+        return Result((r.outputs[0].flip(1),), r.selections)
+
+    parity = check(other_class, tolerance=1e9)
+    assert parity.top1_differs > parity.top1_ties - 1
+    assert not check(other_class).holds
+
+
+def test_a_top1_that_ties_is_excused_and_counted():
+    class Ties(torch.nn.Module):
+        def forward(self, x):
+            return torch.tensor([[1.0, 1.0, 0.0]]).repeat(len(x), 1)
+
+    def other(r):
+        return Result((r.outputs[0] + torch.tensor([0.0, 1e-7, 0.0]),), r.selections)
+
+    parity = check(other, network=Ties())
+    assert (parity.top1_differs, parity.top1_ties, parity.holds) == (4, 4, True)
+
+
+def test_other_channels_are_wrong_where_their_scores_are_apart():
+    for order, wrong in (
+        ("score", 4),
+        ("index", 0),
+    ):  # a core that gets them in their own order sees nothing
+        network = _export.mod(order=order)
+        choose = exchanged(network, ranks=(0, 3))
+        parity = check(lambda r, c=choose: told(r, c), network=network, choose=choose)
+        assert (parity.images, parity.selections, parity.flips) == (4, 8, 0)
+        assert parity.wrong_selections == wrong
+        assert parity.max_abs_error == 0  # behind the same channels
+        assert parity.holds == (not wrong)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda c: c.clamp(min=99), lambda c: -1 - c, lambda c: c[:, :1].expand(-1, 4)],
+    ids=["beyond", "below", "twice"],
+)
+@pytest.mark.parametrize("order", ["score", "index"])
+def test_channels_that_there_are_not_are_wrong(damage, order):
+    def change(r):
+        return with_first_block(r, lambda s: Selection(s.logits, damage(s.channels)))
+
+    assert check(change, network=_export.mod(order=order)).wrong_selections >= 4
+
+
+@pytest.mark.parametrize(
+    ("off", "where", "excused"),
+    [(2e-6, "exchanged", True), (1e-7, "exchanged", False), (2e-6, "another", False)],
+)
+def test_a_flip_is_excused_within_the_error_of_the_two_scores(off, where, excused):
+    """Other scores, off by more, excuse nothing; and what follows a flip is compared as well."""
+    network, image = tied(apart=1e-6)
+    choose = exchanged(network)
+    clean = run_eager(network, image).selections[FIRST]
+
+    def file(wrong=0.0):
+        def run(x):
+            found = told(run_eager(network, x, choose), choose)
+            logits = clean.logits.clone()
+            rank = 0 if where == "exchanged" else 3
+            logits[0, found.selections[FIRST].channels[0, rank]] += off * logits.abs().max()
+            chosen = {**found.selections, FIRST: Selection(logits, found.selections[FIRST].channels)}
+            return Result((found.outputs[0] + wrong,), chosen)
+
+        return check_parity(network, run, [image], 1e-4, lambda: InFloat64(network))
+
+    parity = file()
+    assert (parity.flips, parity.wrong_selections) == ((1, 0) if excused else (0, 1))
+    assert (parity.images, parity.selections, parity.max_abs_error) == (1, 2, 0)
+    assert parity.score_error == pytest.approx(off, rel=0.6)
+    assert parity.holds == excused
+    wrong = file(wrong=1.0)
+    assert not wrong.holds
+    assert (wrong.flips, wrong.max_abs_error) == (parity.flips, pytest.approx(1, rel=1e-3))
+
+
+def test_scores_that_are_off_do_not_excuse_a_flip():
+    def scramble(selection):
+        logits = selection.logits + torch.randn_like(selection.logits)
+        return Selection(logits, logits.topk(selection.channels.shape[1], dim=1).indices)
+
+    parity = check(lambda r: with_first_block(r, scramble))
+    assert parity.wrong_selections >= 4
+    assert parity.score_error > 0.01
+    assert not parity.holds
+
+
+def test_of_a_silent_selector_any_channels_are_right_and_are_compared():
+    """All its scores are zero; the file may process others, and then what it makes of those counts."""
+    network = _export.mod()
+    torch.nn.init.zeros_(network.layer1[1].selector.fc2.weight)
+
+    def choose(path, logits):
+        channels = ranked(network, path, logits)
+        return logits.shape[1] - 1 - channels if path == FIRST else channels
+
+    parity = check(lambda r: told(r, choose), network=network, choose=choose)
+    assert (parity.images, parity.flips, parity.wrong_selections) == (4, 4, 0)
+    assert parity.max_rel_error == 0
+    assert parity.holds
+    # The same selection told of a file that processed the first ones.
+    parity = check(lambda r: told(r, choose), network=network)
+    assert parity.flips == 4
+    assert parity.max_rel_error > 1e-3
+    assert not parity.holds
+
+
+# --- files that do not tell their selections -----------------------------------------------------------
+
+
+def test_a_file_that_does_not_tell_is_held_by_its_outputs():
+    parity = check(untold)
+    assert parity.holds
+    assert (parity.images, parity.selections, parity.told, parity.unexplained) == (4, 0, False, 0)
+    assert str(parity).endswith("the file does not tell its selections")
+    for off in (1e-3, 1, float("nan")):
+        parity = check(lambda r, off=off: Result((r.outputs[0] + off,), None))
+        assert (parity.images, parity.flips, parity.unexplained) == (4, 0, 4)
+        assert not parity.holds
+
+
+@pytest.mark.parametrize(
+    ("paths", "options"),
+    [
+        ((FIRST,), {}),
+        ((FIRST, "layer2.1"), {}),
+        ((FIRST,), {"c": 16}),  # of one channel: it changes places with one that is not selected
+        ((FIRST,), {"c": 16, "order": "index"}),
+    ],
+)
+@pytest.mark.parametrize("wrong", [0.0, 1e-2])
+def test_outputs_are_explained_by_exchanges_of_channels_that_tie(paths, options, wrong):
+    """Where scores tie, outputs that are wrong are not excused, though all other images are right."""
+    network, image = tied(paths=paths, **options)
+
+    def choose(path, logits):
+        k = network.get_submodule(path).k
+        channels = logits.topk(k + 1, dim=1).indices
+        if path in paths:
+            channels[:, :2] = channels[:, :2].flip(1)
+        return channels[:, :k]
+
+    def run(x):
+        outputs = run_eager(network, x).outputs[0].clone()
+        other = run_eager(network, x[-1:], choose).outputs[0]
+        assert (other - outputs[-1:]).abs().max() > 5e-4
+        outputs[-1:] = other + wrong
+        return Result((outputs,), None)
+
+    images = [torch.cat((torch.randn(2, 3, 16, 16), image)), image]
+    parity = check_parity(network, run, images, 1e-4, lambda: InFloat64(network))
+    assert (parity.images, parity.selections) == (4, 0)
+    assert 0 < parity.score_error < 1e-5
+    if wrong:
+        assert (parity.flips, parity.unexplained) == (0, 2)
+        assert not parity.holds
+        assert "no such exchange explains those for 2 images" in str(parity)
+    else:
+        assert (parity.flips, parity.unexplained) == (2 * len(paths), 0)
+        assert parity.max_rel_error < 1e-6
+        assert parity.holds
+        assert f"{2 * len(paths)} exchanges of channels with nearly the same score" in str(parity)
+
+
+def test_exchanges_of_channels_that_do_not_tie_explain_nothing():
+    network, image = tied(apart=1e-3)
+    choose = exchanged(network)
+    parity = check_parity(
+        network, lambda x: untold(run_eager(network, x, choose)), [image], 1e-4, lambda: InFloat64(network)
+    )
+    assert (parity.flips, parity.unexplained) == (0, 1)
+    assert not parity.holds
+
+
+def test_the_error_of_scores_is_measured_behind_the_same_selections():
+    network, image = tied()
+    noise = score_noise(network, InFloat64(network), image)
+    assert set(noise) == {FIRST, "layer2.1"}
+    assert all(1e-9 < n < 1e-5 for n in noise.values())
+    # In a network whose scores are another's, it is as large as they are.
+    assert score_noise(network, InFloat64(_export.mod(reduction=4)), image)[FIRST] > 0.1
+
+
+def test_a_network_of_no_numbers_is_refused():
+    with pytest.raises(ValueError, match="own outputs are not finite"):
+        check(lambda r: r, network=torch.nn.Threshold(1e9, float("inf")))
+
+
+def test_another_shape_is_an_error():
+    with pytest.raises(ValueError, match=r"the file gives \(1, 4\), the network \(1, 5\)"):
+        check(lambda r: Result((r.outputs[0][:, 1:],), r.selections))
+    with pytest.raises(ValueError, match="the file gives 2 outputs, the network 1"):
+        check(lambda r: Result((*r.outputs, r.outputs[0]), r.selections))
+
+
+@pytest.mark.parametrize("where", ["core", "selector"])
+def test_a_wrong_file_is_an_error_with_the_numbers_and_leaves_nothing(tmp_path, monkeypatch, where):
+    path = tmp_path / "net.pt2"
+    path.write_text("an older file")
+    init = ProgramMoD.__init__
+
+    def tampered(self, block):
+        init(self, block)
+        layer = self.core[-2] if where == "core" else self.selector.fc2
+        if self.channels == 24:  # the last one: nothing is selected behind it
+            layer.weight.data.mul_(-1.01)
+
+    monkeypatch.setattr(ProgramMoD, "__init__", tampered)
+    with pytest.raises(ParityError, match=r"net.pt2 is not written.*largest error \d") as caught:
+        pliant.export(_export.mod(), path, batches=(2,))
+    parity = caught.value.parity
+    assert not parity.holds
+    if where == "core":
+        assert parity.max_rel_error > 1e-3
+    else:
+        assert parity.wrong_selections > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["net.pt2"]
+    assert path.read_text() == "an older file"
