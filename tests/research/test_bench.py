@@ -193,7 +193,7 @@ def test_the_command_names_all_suites_and_refuses_what_one_does_not_do(
 
     assert (
         said("--suite", "form")
-        == "no benchmark 'form'; there are mod, mod-bfloat16, mod-int8, condconv, forms, steps, loader"
+        == "no benchmark 'form'; there are mod, mod-bfloat16, mod-int8, condconv, forms, steps, loader, depths"
     )
     assert said("--suite", "steps", "--patient") == "--patient is for networks, not for --suite steps"
     assert said("--suite", "forms", "--resume").startswith("--resume is for networks")
