@@ -8,7 +8,7 @@ import pytest
 
 from _repository import ROOT, run
 
-TARGETS = ("help", "setup", "quickstart", "lint", "check", "test", "test-all", "test-lowest", "bench")
+TARGETS = ("help", "setup", "quickstart", "lint", "check", "test", "test-all", "test-lowest", "docs", "bench")
 TARGETS += ("gpu", "clean")
 
 
