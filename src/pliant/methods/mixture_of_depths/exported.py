@@ -53,9 +53,9 @@ class _ExportedMoD(Block):
         self.k, self.fusion, self.inner_shortcut = block.k, block.fusion, block.inner_shortcut
         self.core, self.last_act = block.core, block.last_act
         self.before = block.channels - block.k if block.fusion == "last" else 0
-        index = torch.arange(block.k)
-        if block.selector is not None:
-            index = block.selector.index if isinstance(block.selector, RandomSelector) else None
+        index = None if block.selector is not None else torch.arange(block.k)
+        if isinstance(block.selector, RandomSelector):
+            index = block.selector.index
         # Constant channels; None where a selector picks them.
         self.register_buffer("index", index)
 
