@@ -22,9 +22,9 @@ _LUCK = (
 )
 _PLAIN_FORM = (
     'Variants with `selector_bias`, `share_selection`, `selection="static"`, `core="separable"` or '
-    "`inner_shortcut` had no native operators and ran in those of PyTorch, in a training step also those with "
-    "`gate` or `straight_through`: their time in eager mode and in a training step is longer for that. Files "
-    "of ONNX Runtime had all variants."
+    "`inner_shortcut` had no native operators and ran in those of PyTorch, in a training step also those "
+    "with `gate` or `straight_through`: their time in eager mode and in a training step is longer for that. "
+    "Files of ONNX Runtime had all variants."
 )
 _GONE = (
     "The code of these variants was removed, because they were not shown to be better than no block. It is "
