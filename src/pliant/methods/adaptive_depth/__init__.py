@@ -3,6 +3,7 @@
 from pliant.methods.adaptive_depth import networks as networks
 from pliant.methods.adaptive_depth.block import AdaptiveBlock, SwitchableNorm
 from pliant.methods.adaptive_depth.depth import (
+    at_depth,
     compile_depths,
     depths,
     get_depth,
@@ -18,6 +19,7 @@ __all__ = [
     "Specialization",
     "Subnet",
     "SwitchableNorm",
+    "at_depth",
     "compile_depths",
     "depths",
     "get_depth",

@@ -23,7 +23,7 @@ from pliant import anatomy
 from pliant.anatomy import BlockInfo, RemovedBlock
 from pliant.methods.adaptive_depth.block import AdaptiveBlock, SwitchableNorm
 from pliant.methods.adaptive_depth.objectives import Joint, Specialization
-from pliant.methods.adaptive_depth.switch import Depth, Skip, check_skip, find_depth
+from pliant.methods.adaptive_depth.switch import Depth, Skip, SkipLike, check_skip, find_depth
 from pliant.objectives import Objective
 from pliant.surgery import Method, PassedOver, Site, Survey, record_conversion
 from pliant.threaded import borrowed
@@ -245,7 +245,7 @@ class Subnet(Method):
         return plain
 
 
-def subnet(model: Network, skip: Sequence[bool], *, share: bool = False) -> Network:
+def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
     """Cut one depth out: a plain network, without what it does not use.
 
     Its outputs are those of `model` at that depth, bit by bit. It can be saved and loaded,
@@ -253,7 +253,7 @@ def subnet(model: Network, skip: Sequence[bool], *, share: bool = False) -> Netw
 
     Args:
         model: a network converted by `AdaptiveDepth`; it stays as it is.
-        skip: the depth.
+        skip: the depth, as of `pliant.set_depth`.
         share: build it on the tensors of `model` instead of copies, so that all depths
             served at once take the memory of one. Training one then trains the other. Move or
             cast `model` before, not one of them afterwards: that would part their buffers.
@@ -264,18 +264,17 @@ def subnet(model: Network, skip: Sequence[bool], *, share: bool = False) -> Netw
     Example:
         >>> import timm, pliant
         >>> model = pliant.convert(timm.create_model("resnet50"), pliant.AdaptiveDepth())
-        >>> sum(p.numel() for p in subnet(model, (True,) * 4).parameters())
+        >>> sum(p.numel() for p in subnet(model, "TTTT").parameters())
         17112360
     """
-    flags = check_skip(list(skip), len(find_depth(model).skip))
+    flags = check_skip(skip, len(find_depth(model).skip))
     memo: dict[int, Any] = {}
     if share:
         memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
     cut = copy.deepcopy(model, memo)
     # Not by `convert`, which may copy weights, and lays them out in one memory format.
     for site in (method := Subnet(skip=flags)).survey(cut).sites:
-        parent, _, name = site.path.rpartition(".")
-        setattr(cut.get_submodule(parent), name, method.replace(cut.get_submodule(site.path), site))
+        cut.set_submodule(site.path, method.replace(cut.get_submodule(site.path), site))
     record_conversion(cut, method, ())
     return cut
 

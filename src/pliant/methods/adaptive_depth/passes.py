@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pliant.methods.adaptive_depth.block import AdaptiveBlock
-from pliant.methods.adaptive_depth.switch import Switch, find_depth
+from pliant.methods.adaptive_depth.switch import find_depth
 from pliant.objectives import Feature, channel_dim
 
 
@@ -62,7 +62,7 @@ def run_both(network: nn.Module, x: Tensor, stages: Iterable[int] | None = None)
     wanted = tuple(range(flags)) if stages is None else tuple(stages)
     results = []
     for skip in (False, True):
-        with Switch(depth, (skip,) * flags), stage_outputs(network, wanted) as features:
+        with depth.hold((skip,) * flags), stage_outputs(network, wanted) as features:
             logits: Tensor = network(x)
         lost = [n for n in wanted if n not in features]
         if lost:
