@@ -23,7 +23,7 @@ _LUCK = (
 _PLAIN_FORM = (
     'Variants with `selector_bias`, `share_selection`, `selection="static"`, `core="separable"` or '
     "`inner_shortcut` had no native operators and ran in those of PyTorch, in a training step also those "
-    "with `gate` or `straight_through`: their time in eager mode and in a training step is longer for that. "
+    "with `gate` or `straight_through`: their time in eager mode and in a training step is longer for it. "
     "Files of ONNX Runtime had all variants."
 )
 _GONE = (

@@ -14,9 +14,9 @@ Shapes in this file: a feature map has C channels, of which k = C // c are proce
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -82,6 +82,11 @@ class MixtureOfDepths(Method):
         4
     """
 
+    suffix: ClassVar[str] = "mod"
+    # At r = 16, blocks of 16 and 32 channels would have one and two hidden units.
+    narrow: ClassVar[Mapping[str, Any]] = {"reduction": 4}
+    # Blocks start as no blocks, so that nothing untrained is added.
+    start: ClassVar[Mapping[str, Any]] = {"zero_init_last": True}
     gone: ClassVar[tuple[Gone, ...]] = (
         Gone("gate", "output", _TAG),
         Gone("temperature", 1.0, _TAG),
