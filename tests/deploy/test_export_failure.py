@@ -20,11 +20,11 @@ from torch import nn
 
 import _export
 import pliant
+from _cli import fails, run
 from pliant.deploy import onnx_native, placing
 from pliant.deploy.extras import MissingExtraError, require
 from pliant.deploy.facts import read_report
 from pliant.deploy.loading import open_export, read_facts
-from test_cli import fails, run
 
 
 @pytest.mark.parametrize(

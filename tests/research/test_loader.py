@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from _images import make_folder
 from pliant.cli import app
 from pliant.records import read_records
 from research.bench import loader
@@ -20,7 +21,6 @@ from research.bench.loader import (
     run_loader_bench,
     write_rates,
 )
-from test_data import make_folder
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from _cli import fails
+from _cli import run as command
+from _runs import TINY
 from pliant.recipes import get_recipe
 from pliant.train import evaluate, fit, override, read_run
 from research import recovery
 from research.recovery import Recovery, read_recoveries, recover, write_recoveries
-from test_cli import fails
-from test_cli import run as command
-from test_survival import TINY
 
 
 @pytest.fixture(scope="module")

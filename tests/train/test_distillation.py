@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from _objectives import images, kl
+from _runs import TINY
 from pliant.methods.adaptive_depth.passes import BothPasses, Feature, run_both
 from pliant.train import fit, override
 from pliant.train.distillation import (
@@ -24,7 +25,6 @@ from pliant.train.distillation import (
     soft_divergence,
 )
 from pliant.train.objectives import CrossEntropy, Joint, Specialization
-from test_survival import TINY
 
 
 def soft(logits, t):

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from _processes import run_script
-from _stopping import StopAfter
+from _runs import StopAfter
 from pliant.checkpoint import load, read_config
 from pliant.recipes import get_recipe
 from pliant.train import Recipe, Run, evaluate, fit, override, read_run

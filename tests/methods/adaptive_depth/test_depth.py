@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptive import BASE, FAMILIES, FULL, MIXED, adaptive, all_skips, images, in_thread, outputs, plain
+from _adaptive import BASE, FAMILIES, FULL, MIXED, adaptive, all_skips, images, in_thread, outputs, plain
 from pliant import AdaptiveDepth, convert, depths, get_depth, measure, set_depth, subnet
 from pliant.anatomy import RemovedBlock
 from pliant.counting import count_macs, count_parameters
