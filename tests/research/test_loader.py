@@ -10,7 +10,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from _images import make_folder
-from pliant.cli import app
 from pliant.records import read_records
 from research.bench import loader
 from research.bench.loader import (
@@ -21,6 +20,7 @@ from research.bench.loader import (
     run_loader_bench,
     write_rates,
 )
+from research.commands import app
 
 
 @pytest.fixture(scope="module")
