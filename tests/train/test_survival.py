@@ -253,7 +253,9 @@ def test_how_often_checkpoints_are_written_changes_nothing_else(unbroken, tmp_pa
         if minutes == "0":
             kept = first
     assert equal(kept, first)
-    with pytest.raises(ValueError, match="checkpoint_minutes must be at least 0, or none, not -1"):
+    with pytest.raises(
+        ValueError, match="checkpoint_minutes must be greater than or equal to 0, or none, not '-1'"
+    ):
         override(TINY, ["checkpoint_minutes=-1"])
 
 
