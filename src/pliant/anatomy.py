@@ -19,8 +19,10 @@ from timm.models import _efficientnet_blocks as efficientnet
 from timm.models import convnext, regnet, resnet, vision_transformer
 from torch import Tensor, nn
 
+from pliant.parts import Part
 
-class Block(nn.Module):
+
+class Block(Part):
     """A module that stands where a block of a stage stood, and says its shape.
 
     Methods derive what they put in place of a block from it, so that a network that

@@ -98,6 +98,23 @@ class Method(ABC):
     def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:  # noqa: B027
         """What is left to do to the network as a whole, once all `sites` are replaced."""
 
+    def without(self, model: nn.Module) -> nn.Module | None:
+        """A copy of `model` without what this method put into it: the control of a measurement.
+
+        Args:
+            model: a network that was converted by this method; it stays as it is.
+
+        Returns:
+            The control; None where the method has none, which is the default, or where it left
+            nothing in this network.
+        """
+        return None
+
+    @property
+    def without_label(self) -> str:
+        """What rows and figures call the control, for example ``without MoD blocks``."""
+        return f"without {self.name}"
+
 
 @dataclass(frozen=True)
 class Conversion:

@@ -25,7 +25,7 @@ def done(tmp_path_factory):
         patch.setattr(module, "LOWER_PIXELS", 16)
         page = quickstart(
             folder / "out",
-            changes=["model_args.channels=(4, 4, 4, 8)", "epochs=1", "pixels=8", "batch=256"],
+            changes=["model_args.channels=(8, 8, 8, 8)", "epochs=1", "pixels=8", "batch=256"],
             large=("resnet20_cifar", "resnet20_cifar_mod"),
             threads=1,
             readme=readme,

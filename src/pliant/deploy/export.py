@@ -23,12 +23,13 @@ from pliant.deploy import onnx_file, onnx_native, openvino_file, placing, progra
 from pliant.deploy.extras import require
 from pliant.deploy.facts import ExportReport, Facts, digest_of, report_path
 from pliant.deploy.folding import fold_norms
-from pliant.deploy.forms import Target, refuse_random, use_export_forms
+from pliant.deploy.forms import Target, use_export_forms
 from pliant.deploy.inputs import Preparation, Prepared, Takes
 from pliant.deploy.parity import TOLERANCE, Parity, ParityError, check_parity
 from pliant.deploy.selections import Run, run_eager, selectors
 from pliant.methods.adaptive_depth.switch import Depth
 from pliant.methods.mixture_of_depths import MoDBlock
+from pliant.methods.mixture_of_depths.exported import refuse_random
 from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock
 from pliant.surgery import conversions
 

@@ -190,7 +190,8 @@ def shifted(x: Tensor, rows: Tensor, columns: Tensor, flip: Tensor) -> Tensor:
     taken = x.permute(0, 2, 3, 1)[
         batch, down.clamp(0, height - 1)[:, :, None], across.clamp(0, width - 1)[:, None, :]
     ]
-    return (taken * inside[..., None]).permute(0, 3, 1, 2).contiguous()
+    # Not `contiguous`, which keeps what one channel leaves open: the strides of channels_last.
+    return (taken * inside[..., None]).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
 class FileBatches(Batches):

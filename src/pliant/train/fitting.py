@@ -33,6 +33,7 @@ from pliant.train.launching import check_launch, environment_plugins
 from pliant.train.networks import begun, build, teaching_of
 from pliant.train.objectives import Joint, Objective, make_objective
 from pliant.train.processes import gathered, place
+from pliant.train.processors import warn_of_narrow_convolutions
 from pliant.train.recipe import Recipe
 from pliant.train.run import (
     BEST,
@@ -209,6 +210,8 @@ def _train(
     device = trainer.strategy.root_device
     if recipe.channels_last:
         network.to(memory_format=torch.channels_last)
+        if device.type == "cpu":
+            warn_of_narrow_convolutions(network)
     train, val, check = data.train_batches(device), data.val_batches(device), data.check_batches(device)
     steps = train.steps(recipe.devices * recipe.nodes)  # the processes are not there yet
     task = Classification(

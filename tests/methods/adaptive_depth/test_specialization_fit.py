@@ -18,7 +18,7 @@ from pliant.adaptive.scores import evaluate_depths
 from pliant.checkpoint import save
 from pliant.cli import app
 from pliant.methods.adaptive_depth import SwitchableNorm
-from pliant.methods.adaptive_depth.depth import set_depth, subnet
+from pliant.methods.adaptive_depth.depth import at_depth, set_depth, subnet
 from pliant.recipes import get_recipe, list_recipes
 from pliant.train import Recipe, evaluate, fit, override, read_run
 from pliant.train.objectives import CrossEntropy, Joint, Specialization, make_objective
@@ -150,7 +150,7 @@ def test_the_history_has_every_term_and_both_accuracies(tiny):
         assert row["train_loss"] == pytest.approx(sum(terms))
     assert tiny.history[1]["train_cross_entropy"] < tiny.history[0]["train_cross_entropy"]
     for skip, name in (((False,) * 3, "val_accuracy"), ((True,) * 3, "val_accuracy_base")):
-        with set_depth(tiny.model, skip):
+        with at_depth(tiny.model, skip):
             saved = subnet(tiny.model, skip)
         score = evaluate(save_plain(saved), "digits", part="val", device="cpu", pixels=8)
         assert score.top1 == pytest.approx(tiny.history[tiny.best_epoch][name])

@@ -2,6 +2,7 @@
 
 from pliant.methods.adaptive_depth import networks as networks
 from pliant.methods.adaptive_depth.depth import (
+    at_depth,
     compile_depths,
     depths,
     get_depth,
@@ -15,6 +16,7 @@ __all__ = [
     "AdaptiveDepth",
     "Subnet",
     "SwitchableNorm",
+    "at_depth",
     "compile_depths",
     "depths",
     "get_depth",

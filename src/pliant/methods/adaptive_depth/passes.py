@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pliant.methods.adaptive_depth.depth import get_depth, set_depth
+from pliant.methods.adaptive_depth.depth import at_depth, get_depth
 from pliant.methods.adaptive_depth.method import AdaptiveBlock
 
 
@@ -73,7 +73,7 @@ def run_both(network: nn.Module, x: Tensor, stages: Iterable[int] | None = None)
     wanted = tuple(range(flags)) if stages is None else tuple(stages)
     results = []
     for skip in (False, True):
-        with set_depth(network, (skip,) * flags), stage_outputs(network, wanted) as features:
+        with at_depth(network, (skip,) * flags), stage_outputs(network, wanted) as features:
             logits: Tensor = network(x)
         lost = [n for n in wanted if n not in features]
         if lost:

@@ -288,6 +288,17 @@ class MixtureOfDepths(Method):
             between = paths[at[0] : at[-1]] if at else []
             pass_along([model.get_submodule(path) for path in between if path not in sharing], SELECTION)
 
+    def without(self, model: nn.Module) -> nn.Module | None:
+        """The network without its blocks, the base line of the MoD tax; see `Method.without`."""
+        if not any(isinstance(m, MoDBlock) for m in model.modules()):
+            return None
+        return without_mod_blocks(model)
+
+    @property
+    def without_label(self) -> str:
+        """See `Method.without_label`."""
+        return "without MoD blocks"
+
     def _wanted(self, every: dict[str, BlockInfo]) -> set[str] | None:
         if isinstance(self.blocks, str):
             return None

@@ -52,6 +52,7 @@ class FusedMoDBlock(Block):
         True
     """
 
+    inplace: bool
     weight3: nn.Parameter | None
     bias3: nn.Parameter | None
 
