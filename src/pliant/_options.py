@@ -14,7 +14,6 @@ from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
-from pydantic_core import ErrorDetails
 
 
 def _plain(value: Any) -> Any:
@@ -128,7 +127,7 @@ def _valid(kind: type, validate: Callable[[Any], BaseModel], given: Mapping[str,
         raise ValueError("; ".join(_told(kind, e) for e in error.errors(include_url=False))) from None
 
 
-def _told(kind: type, error: ErrorDetails) -> str:
+def _told(kind: type, error: Any) -> str:
     """One error as a sentence; pydantic says ``Input should be a valid integer, unable to parse ...``."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "value_error":

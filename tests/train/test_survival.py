@@ -39,7 +39,7 @@ AVERAGED = override(
     ["ema=0.9", "mixup=0.2", "cutmix=1.0", "optimizer=adamw", "lr=0.01", "warmup=1", "decay_all=false"],
 )
 RECIPES = {"random": RANDOM, "averaged": AVERAGED}
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def read(path):
 
 def killed(folder, recipe, *point):
     """Train in another process until it is killed at `point`; see `_killed`."""
-    start = [sys.executable, str(HERE / "_killed.py"), str(folder), json.dumps(recipe.as_dict())]
+    start = [sys.executable, str(HELPERS / "_killed.py"), str(folder), json.dumps(recipe.as_dict())]
     done = subprocess.run(
         [*start, json.dumps(point)], capture_output=True, text=True, timeout=120, check=False
     )
