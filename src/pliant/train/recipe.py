@@ -25,7 +25,6 @@ Accelerator = Literal["auto", "cpu", "gpu"]
 OnUnreadable = Literal["skip", "stop"]
 MeanStd = Literal["data", "imagenet", "inception", "clip"]
 Strategy = Literal["auto", "ddp", "fsdp"]
-ObjectiveName = Literal["cross_entropy", "joint", "specialize"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -97,11 +96,10 @@ class Recipe:
         gamma: see `schedule`.
         warmup: epochs in which the rate rises linearly, before the schedule applies.
         clip: largest norm of the gradient; None: no clipping.
-        objective: what is minimised: ``"cross_entropy"``; of an adaptive network
-            ``"specialize"`` (Algorithm 1: the base network learns to give what the whole one
-            gives) or ``"joint"`` (cross entropy of both).
-        objective_args: its options, ``{"alpha": 0.7}``: see
-            `pliant.train.objectives.Specialization`.
+        objective: what is minimised: ``"cross_entropy"``, or the objective that a method brings
+            (`pliant.train.objectives.objectives` lists all); for an adaptive network
+            ``"specialize"`` or ``"joint"``.
+        objective_args: options of the objective, such as ``{"alpha": 0.7}``.
         smoothing: of labels, in [0, 1).
         mixup: alpha of mixup; 0 is off.
         cutmix: alpha of CutMix; 0 is off. With both, each takes half of the batches.
@@ -169,7 +167,7 @@ class Recipe:
     gamma: Positive = 0.1
     warmup: NotNegative = 0.0
     clip: Positive | None = None
-    objective: ObjectiveName = "cross_entropy"
+    objective: str = "cross_entropy"
     objective_args: Arguments = field(default_factory=dict)
     smoothing: Share = 0.0
     mixup: NotNegative = 0.0
