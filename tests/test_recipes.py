@@ -11,12 +11,10 @@ import pytest
 import timm
 import torch
 
-from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.models import list_networks
 from pliant.recipes import get_recipe, list_recipes
 from pliant.recipes.ablations import ABLATIONS
 from pliant.train.recipe import Recipe, differences, override
-from research.experiments.variants import VARIANTS
 
 BASE = {"name": "x", "model": "resnet20_cifar"}
 
@@ -214,21 +212,6 @@ def test_ablations_are_recipes_of_the_papers_networks(name):
         digits = len(ABLATED[name].partition(".")[2])
         assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.{digits}f}" == ABLATED[name]
     assert get_recipe(f"cifar10.cc_mobilenetv1_025.ablation-{name}").model == "cc_mobilenetv1_025_cifar"
-
-
-def test_the_best_variant_is_a_recipe_of_mixture_of_depths_networks():
-    recipe, base = get_recipe("cifar10.resnet20_mod.gated"), get_recipe("cifar10.resnet20_mod.controls")
-    assert differences(base, recipe, leaving_out=["name", "note", "model_args"]) == []
-    assert recipe.name == "cifar10.resnet20_mod.gated"
-    assert recipe.model_args == VARIANTS["gate of the map"].options  # what the rows were trained with
-    model = timm.create_model(recipe.model, **recipe.model_args)
-    assert {m.gate for m in model.modules() if isinstance(m, MoDBlock)} == {"map"}
-    with pytest.raises(ValueError, match=r"gate is of Mixture-of-Depths networks .*, not of 'resnet20'"):
-        get_recipe("cifar10.resnet20.gated")
-    assert {name for name in list_recipes() if name.endswith(".gated")} == {
-        f"cifar10.{network}_mod.gated"
-        for network in ("resnet18", "resnet20", "resnet34", "resnet50", "resnet56")
-    }
 
 
 def test_ablations_are_of_one_family():

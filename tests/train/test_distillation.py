@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from _objectives import images, kl
+from _runs import TINY
 from pliant.methods.adaptive_depth import Joint, Specialization
 from pliant.methods.adaptive_depth.passes import BothPasses, run_both
 from pliant.objectives import CrossEntropy, Feature
@@ -25,7 +26,6 @@ from pliant.train.distillation import (
     make_distillation,
     soft_divergence,
 )
-from test_survival import TINY
 
 
 def soft(logits, t):
