@@ -19,15 +19,15 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant.methods.adaptive_depth.passes import BothPasses, Feature, channel_dim
-from pliant.train.objectives import Joint, divergence, stage_numbers
+from pliant._options import NotNegative, Positive, Probability, check
+from pliant.objectives import Feature, ManyPasses, channel_dim, divergence, stage_numbers
 
 Match = Literal["maps", "attention"]
 Seen = dict[int, list[Feature]]  # by number of the stage: one for each forward
@@ -57,31 +57,20 @@ class Distillation:
         2.0
     """
 
-    alpha: float = 0.9
-    temperature: float = 4.0
-    features: float = 0.0
+    alpha: Probability = 0.9
+    temperature: Positive = 4.0
+    features: NotNegative = 0.0
     match: Match = "maps"
     stages: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "temperature", "features"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} must be a number, not {value!r}")
-            object.__setattr__(self, name, float(value))
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], not {self.alpha}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a positive number, not {self.temperature}")
-        if not 0 <= self.features < float("inf"):
-            raise ValueError(f"features must be a number of at least 0, not {self.features}")
-        if self.match not in get_args(Match):
-            raise ValueError(f"match must be maps or attention, not {self.match!r}")
+        if self.stages is not None:
+            object.__setattr__(self, "stages", stage_numbers(self.stages))
+        check(self)
         if not (self.alpha or self.features):
             raise ValueError("alpha=0 with features=0 leaves nothing to learn from the teacher")
         if self.stages is None:
             return
-        object.__setattr__(self, "stages", stage_numbers(self.stages))
         if not self.stages:
             raise ValueError("stages=() compares no features: name some (numbers from 0), or none for all")
         if not self.features:
@@ -169,27 +158,26 @@ class Teaching:
     ) -> dict[str, Tensor]:
         """The objective's terms, those by labels weighted down, and the teacher's.
 
-        Of two depths the whole network (the super-net) learns from the teacher and, by Algorithm
-        1, the base network from the whole one, as without a teacher: only ``cross_entropy`` gives
-        way. Where nothing binds the two (`Joint`), both learn from the teacher.
+        Of an objective of several passes, each pass that learns from its labels
+        (`ManyPasses.taught`) learns from the teacher too, and only the cross entropy of such a
+        pass gives way: what binds the other passes to it stays as without a teacher.
 
         Args:
             terms: the objective's.
             objective: that gave them.
-            outputs: of the student: logits, or `BothPasses`.
+            outputs: of the student: logits, or what `ManyPasses.run` gave.
             seen: outputs of its stages, of each pass.
             x: its images.
 
         Returns:
-            Also ``distill_logits`` and ``distill_stage0`` and so on, with ``_base`` behind the
-            name where the base network is taught; scalars in float32, weighted.
+            Also ``distill_logits`` and ``distill_stage0`` and so on, with the pass's
+            ending behind the name; scalars in float32, weighted.
         """
-        if isinstance(objective, Joint):
-            assert isinstance(outputs, BothPasses)
-            weights, students = objective.taught, [outputs.logits, outputs.base_logits]
+        if isinstance(objective, ManyPasses):
+            weights, students = objective.taught, objective.pass_logits(outputs)
             by_labels = {f"cross_entropy{suffix}" for suffix in weights}
         else:
-            weights, students, by_labels = {"": 1.0}, [outputs], set(terms)
+            weights, students, by_labels = {"": 1.0}, (outputs,), set(terms)
         rule = self.rule
         result = {k: (1 - rule.alpha) * t if k in by_labels else t for k, t in terms.items()}
         logits, features = self._look(x)

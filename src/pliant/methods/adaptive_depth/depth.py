@@ -8,12 +8,11 @@ Shapes: images as the network takes them; nothing here changes a shape.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from pliant import anatomy
 from pliant.compiling import room_to_compile
 from pliant.counting import count_macs, count_parameters
-from pliant.methods.adaptive_depth.method import Subnet
+from pliant.methods.adaptive_depth.method import subnet as subnet
 from pliant.methods.adaptive_depth.switch import (
     Default,
     Skip,
@@ -31,9 +30,6 @@ from pliant.methods.adaptive_depth.switch import (
     depth_name,
     find_depth,
 )
-from pliant.surgery import record_conversion
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 def set_depth(model: nn.Module, skip: SkipLike) -> Default:
@@ -156,40 +152,6 @@ def depths(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
         macs = count_macs(cut, size) if size else None
         result.append(DepthInfo(skip, count_parameters(cut), macs))
     return result
-
-
-def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
-    """Cut one depth out: a plain network, without what it does not use.
-
-    Its outputs are those of `model` at that depth, bit by bit. It can be saved and loaded,
-    exported without the weights of other depths, and converted by further methods.
-
-    Args:
-        model: a network converted by `AdaptiveDepth`; it stays as it is.
-        skip: the depth, as of `set_depth`.
-        share: build it on the tensors of `model` instead of copies, so that all depths
-            served at once take the memory of one. Training one then trains the other. Move or
-            cast `model` before, not one of them afterwards: that would part their buffers.
-
-    Raises:
-        ValueError: the network has no adaptive depth, or another number of flags.
-
-    Example:
-        >>> import timm, pliant
-        >>> model = pliant.convert(timm.create_model("resnet50"), pliant.AdaptiveDepth())
-        >>> sum(p.numel() for p in subnet(model, "TTTT").parameters())
-        17112360
-    """
-    flags = check_skip(skip, len(find_depth(model).skip))
-    memo: dict[int, Any] = {}
-    if share:
-        memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    cut = copy.deepcopy(model, memo)
-    # Not by `convert`, which may copy weights, and lays them out in one memory format.
-    for site in (method := Subnet(skip=flags)).survey(cut).sites:
-        cut.set_submodule(site.path, method.replace(cut.get_submodule(site.path), site))
-    record_conversion(cut, method, ())
-    return cut
 
 
 class CompiledDepths(nn.Module):
