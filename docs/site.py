@@ -1,7 +1,7 @@
 """Hooks of mkdocs: what stands beside docs/ in the repository is part of the site too.
 
-Pages link to files of the repository as GitHub shows them (``../results/latency-cpu.md``). On the site these
-files lie below the pages (``results/latency-cpu.md``), so such links are rewritten.
+Pages link to files of the repository as GitHub shows them (``../results/latency-cpu.md``). On the site
+these files lie below the pages (``results/latency-cpu.md``), so such links are rewritten.
 """
 
 from __future__ import annotations

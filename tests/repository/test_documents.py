@@ -17,7 +17,6 @@ from pliant.methods.mixture_of_depths import without_mod_blocks
 from pliant.models import list_networks
 from research.published import PAPERS, markdown
 
-
 # Pages that programs write whole; the others are at most so many lines.
 GENERATED = {"evidence.md", "variants.md", "published-counts.md"}
 LONGEST = 200
@@ -151,7 +150,8 @@ def test_the_table_of_published_counts_is_what_is_counted(counts_of, method):
     if method == "mod":
         pytest.importorskip("ptflops")
     page = (ROOT / "docs" / "published-counts.md").read_text()
-    stated = page.partition(f"<!-- counts-{method}:begin -->\n")[2].partition(f"<!-- counts-{method}:end -->")[0]
+    _, _, rest = page.partition(f"<!-- counts-{method}:begin -->\n")
+    stated, _, _ = rest.partition(f"<!-- counts-{method}:end -->")
     assert stated == markdown(counts_of(method))
 
 
