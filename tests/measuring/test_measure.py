@@ -18,8 +18,9 @@ from pliant.measuring import entrants
 from pliant.measuring.clock import clock as clock_of
 from pliant.measuring.clock import warm
 from pliant.measuring.latency import NOT_FASTER, PERHAPS_FASTER, measure
-from pliant.measuring.rows import LOWER_RESOLUTION, NO_BLOCKS, Measurement
+from pliant.measuring.rows import LOWER_RESOLUTION, Measurement
 from pliant.methods.mixture_of_depths import without_mod_blocks
+from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 
 
 def test_a_clock_warms_up_with_two_calls_or_one_long_one(monkeypatch: pytest.MonkeyPatch) -> None:

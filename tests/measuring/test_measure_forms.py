@@ -18,17 +18,17 @@ from pliant import cli
 from pliant.deploy.engines import ENGINES
 from pliant.deploy.engines.eager import Eager
 from pliant.measuring import latency
-from pliant.measuring.entrants import fresh
+from pliant.measuring.candidates import fresh
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.latency import NOT_FASTER, measure
 from pliant.measuring.rows import (
     LOWER_RESOLUTION,
-    NO_BLOCKS,
     Measurement,
     markdown_table,
     read_rows,
     write_rows,
 )
+from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 
 
 def test_forms_stand_beside_each_other(clock: SimpleNamespace) -> None:

@@ -20,13 +20,13 @@ from pliant.measuring.figure import plot_against_latency
 from pliant.measuring.latency import NOT_FASTER, measure
 from pliant.measuring.rows import (
     LOWER_RESOLUTION,
-    NO_BLOCKS,
     Measurement,
     markdown_table,
     read_rows,
     terminal_table,
     write_rows,
 )
+from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 
 ROW = Measurement(
     model="resnet50_mod",

@@ -24,6 +24,7 @@ from pliant import anatomy
 from pliant.anatomy import Block, BlockInfo, RemovedBlock
 from pliant.methods.adaptive_depth.switch import Depth, Skip, check_skip, find_depth
 from pliant.methods.condconv.layers import Router, SharedRouting
+from pliant.parts import Part
 from pliant.surgery import Method, PassedOver, Site, Survey
 from pliant.threaded import Bound, between, thread, threaded
 
@@ -223,13 +224,15 @@ class Subnet(Method):
         return plain
 
 
-class SwitchableNorm(nn.Module):
+class SwitchableNorm(Part):
     """A norm for the full stage, and its copy for the stage that skips.
 
     Args:
         norm: of the full stage; the other one starts as its copy, and learns also where
             this one is frozen.
     """
+
+    switches: ClassVar[bool] = True
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

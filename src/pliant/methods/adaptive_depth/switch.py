@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from itertools import product
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
+
+from pliant.parts import Part
 
 Skip = tuple[bool, ...]
 
@@ -35,16 +37,25 @@ class Held:
         self.skip, self.state, self.alive = skip, state, True
 
 
-class Depth(nn.Module):
+class Depth(Part):
     """The depth that a network's blocks read: one flag for each stage that can skip.
 
     Attributes:
         skip: the default; what holds here and now is `current`. Checkpoints keep it.
     """
 
+    switches: ClassVar[bool] = True
+
     def __init__(self, skip: Skip) -> None:
         super().__init__()
         self.skip = skip
+
+    def no_export(self) -> str:
+        """A file has one depth; see `Part.no_export`."""
+        return (
+            "switches the network's depth, and a file has one: export pliant.subnet(model, skip), or "
+            "several depths by pliant.export_depths"
+        )
 
     def current(self) -> Skip:
         """The flags that hold in this context."""

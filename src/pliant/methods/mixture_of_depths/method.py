@@ -51,6 +51,8 @@ __all__ = [
 
 Selection = Literal["learned", "static", "random", "fixed", "first", "none"]
 
+NO_BLOCKS = "without MoD blocks"  # the control, in rows
+
 _SWITCHES = (
     *("straight_through", "selector_bias", "share_selection"),
     *("inner_shortcut", "last_act", "zero_init_last"),
@@ -297,7 +299,7 @@ class MixtureOfDepths(Method):
     @property
     def without_label(self) -> str:
         """See `Method.without_label`."""
-        return "without MoD blocks"
+        return NO_BLOCKS
 
     def _wanted(self, every: dict[str, BlockInfo]) -> set[str] | None:
         if isinstance(self.blocks, str):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pliant.parts import Part, Ranking
 from pliant.precision import full_precision, linear, pooled
 from pliant.threaded import arrived
 
@@ -29,7 +30,7 @@ Gate = Literal["output", "map", "none"]
 SELECTION = "selection"  # the name under which selections are threaded
 
 
-class Scorer(nn.Module):
+class Scorer(Part):
     """Score the channels of a feature map (section 3.1, figure 2).
 
     GAP -> Linear(C, r) -> ReLU -> Linear(r, C), without norm, and without bias unless asked for. Half
@@ -111,6 +112,15 @@ class ChannelSelector(Scorer):
         if self.gate == "map":
             return gates(logits), index
         return (top.sigmoid() if self.gate == "output" else None), index
+
+    def ranking(self) -> Ranking:
+        """How it selects; see `Part.ranking`."""
+        return Ranking(self.k, self.order == "index", self.logits, self._outcome)
+
+    def _outcome(self, logits: Tensor, channels: Tensor) -> tuple[Tensor | None, Tensor]:
+        if self.gate == "map":
+            return gates(logits), channels
+        return (logits.gather(1, channels).sigmoid() if self.gate == "output" else None), channels
 
     def extra_repr(self) -> str:
         """What `print` shows."""
