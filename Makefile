@@ -17,7 +17,7 @@ export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all test-lowest lint bench gpu clean
+.PHONY: help setup quickstart lint check test test-all test-lowest bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,10 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: setup ## ruff, the doctests and the tests of one file or folder: make check FILE=src/pliant/surgery.py
+	@test -n "$(FILE)" || { echo "name the file or folder to check, as in: make check FILE=src/pliant/surgery.py" >&2; exit 2; }
+	$(BIN)/python tests/check.py $(FILE)
 
 test: lint ## lint and the fast tests, doctests included
 	$(BIN)/python -m pytest $(FAST) $(PARALLEL)

@@ -37,7 +37,7 @@ for images in LOAD:
     except ValueError:  # nothing is fast enough: as fast as it goes
         skip = fastest
     start = time.perf_counter()
-    with torch.inference_mode(), pliant.set_depth(model, skip):
+    with torch.inference_mode(), pliant.at_depth(model, skip):
         for _ in range(images):
             model(image)
     latency = 1000 * (time.perf_counter() - start)

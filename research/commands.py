@@ -139,7 +139,7 @@ def bench(
         str,
         typer.Option(
             help="mod (in all engines), mod-bfloat16, mod-int8 or condconv networks, forms of a mixed "
-            "convolution, training steps, or the loader of images"
+            "convolution, training steps, the loader of images, or the depths of an adaptive network"
         ),
     ] = "mod",
     threads: Annotated[int | None, typer.Option(help="of PyTorch and of each engine")] = None,
@@ -150,15 +150,17 @@ def bench(
     ] = None,
 ) -> None:
     """Measure the speed tables: plain and converted networks in each engine."""
+    from research.bench.depths import run_depth_bench
     from research.bench.forms import run_forms
     from research.bench.loader import run_loader_bench
     from research.bench.steps import run_step_bench
     from research.bench.suites import SUITES, run_bench
 
-    if suite not in (suites := (*SUITES, "forms", "steps", "loader")):
+    others = ("forms", "steps", "loader", "depths")
+    if suite not in (suites := (*SUITES, *others)):
         raise ValueError(f"no benchmark {suite!r}; there are {', '.join(suites)}")
     for option, given in {"resume": resume, "patient": patient, "readme": readme}.items():
-        if given and suite in ("forms", "steps", "loader"):
+        if given and suite in others:
             raise ValueError(f"--{option} is for networks, not for --suite {suite}")
     if path is not None and suite != "loader":
         raise ValueError("--path is of images, for --suite loader")
@@ -168,6 +170,10 @@ def bench(
                 "--suite loader loads on the CPU, with 0 to 2 workers: leave these options out"
             )
         run_loader_bench(path, results, quick)
+    elif suite == "depths":
+        if device != "cpu":
+            raise ValueError("--suite depths times on the CPU: leave --device out")
+        typer.echo(f"figure: {run_depth_bench(results, quick, threads)}")
     elif suite == "steps":
         run_step_bench(device, results, quick, threads=threads)
     elif suite == "forms":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pliant._files import atomic_path, write_csv
-from pliant.methods.adaptive_depth.depth import get_depth, set_depth
+from pliant.methods.adaptive_depth.depth import at_depth, get_depth
 from pliant.methods.adaptive_depth.switch import Depth
 from pliant.records import Origin, cells, columns, read_records
 from pliant.train.recipe import Recipe
@@ -169,7 +169,7 @@ def _begin(recipe: Recipe, data: Data) -> dict[str, Any]:
         for part in ("test", "val"):
             found[f"{part}_accuracy"] = _accuracy(network, data, recipe, part)
         if any(isinstance(m, Depth) for m in network.modules()):
-            with set_depth(network, (True,) * len(get_depth(network))):
+            with at_depth(network, (True,) * len(get_depth(network))):
                 found["test_accuracy_base"] = _accuracy(network, data, recipe, "test")
     return found
 

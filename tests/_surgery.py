@@ -68,7 +68,7 @@ class Run(nn.Sequential):
 class ShareTheMean(Method):
     """Thread a value along all blocks; the sites are runs of blocks."""
 
-    wraps: ClassVar[tuple[str, ...]] = ("MixtureOfDepths",)
+    wraps: ClassVar[bool] = True
     stages: tuple[int, ...] | None = None
 
     def survey(self, model: nn.Module) -> Survey:

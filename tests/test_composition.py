@@ -7,12 +7,13 @@ import timm
 import torch
 from torch import nn
 
-from adaptive import all_skips, images, scramble
+from _adaptive import all_skips, images, scramble
 from pliant import (
     AdaptiveDepth,
     CondConv,
     MixtureOfDepths,
     Subnet,
+    at_depth,
     convert,
     depths,
     get_depth,
@@ -48,7 +49,7 @@ def test_all_depths_are_the_cut_out_ones(order):
     seen = []
     with torch.no_grad():
         for skip in all_skips(4):
-            with set_depth(model, skip):
+            with at_depth(model, skip):
                 out = model(x)
             assert torch.equal(out, subnet(model, skip)(x))
             assert not any(torch.equal(out, other) for other in seen)
@@ -93,7 +94,7 @@ def test_a_training_step_of_both_depths_reaches_every_parameter(order):
     x, y = images(4, size=16), torch.arange(4)
     loss = 0
     for skip in ((False,) * 4, (True,) * 4):
-        with set_depth(model, skip):
+        with at_depth(model, skip):
             loss = loss + nn.functional.cross_entropy(model(x), y)
     loss.backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -115,7 +116,7 @@ def test_saved_and_loaded_with_all_depths_and_cut_out(tmp_path, order):
     cut_again = load(save(cut, tmp_path / "cut"))
     with torch.no_grad():
         for skip in all_skips(4):
-            with set_depth(model, skip), set_depth(again, skip):
+            with at_depth(model, skip), at_depth(again, skip):
                 assert torch.equal(again(x), model(x))
         assert torch.equal(cut_again(x), cut(x))
 
@@ -155,7 +156,7 @@ def test_every_routing_of_condconv(routing):
     model, x = scramble(model).eval(), images(size=16)
     with torch.no_grad():
         for skip in all_skips(4):
-            with set_depth(model, skip):
+            with at_depth(model, skip):
                 assert torch.equal(model(x), subnet(model, skip)(x))
 
 
@@ -190,7 +191,7 @@ def test_mobilenetv2_with_conditional_layers_of_their_own():
     model, x = scramble(model).eval(), images()
     with torch.no_grad():
         for skip in ((False,) * 5, (True,) * 5, (False, True, False, True, True)):
-            with set_depth(model, skip):
+            with at_depth(model, skip):
                 assert torch.equal(model(x), subnet(model, skip)(x))
 
 

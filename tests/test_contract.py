@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pliant.anatomy import stages
-from pliant.methods.adaptive_depth.depth import get_depth, set_depth
+from pliant.methods.adaptive_depth.depth import at_depth, get_depth
 from pliant.methods.condconv import CondConvBlock
 from pliant.methods.condconv.layers import CondConv2d, CondLinear
 from pliant.methods.mixture_of_depths import MoDBlock
@@ -415,7 +415,7 @@ def test_a_training_step_reaches_every_parameter(name, kwargs):
         optimiser.zero_grad()
         loss = nn.functional.cross_entropy(model(x), torch.arange(len(x)))
         if name.endswith("_adn"):  # half of its norms belong to the base network
-            with set_depth(model, [True] * len(get_depth(model))):
+            with at_depth(model, [True] * len(get_depth(model))):
                 loss = loss + nn.functional.cross_entropy(model(x), torch.arange(len(x)))
         loss.backward()
         optimiser.step()

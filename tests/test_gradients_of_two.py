@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from _processes import run_two
+from pliant.objectives import ManyPasses
 from pliant.train import Recipe, evaluate, read_run
 from pliant.train.data import load_data
 from pliant.train.fitting import build
-from pliant.train.objectives import Joint, make_objective
+from pliant.train.objectives import make_objective
 from pliant.train.seeds import seeded
 from pliant.train.tasks import rate
 
@@ -103,7 +104,7 @@ def taken(recipe, frozen):
         for module in network.modules():
             if frozen and isinstance(module, nn.BatchNorm2d):
                 module.eval()
-        outputs = objective.run(network, x[part]) if isinstance(objective, Joint) else network(x[part])
+        outputs = objective.run(network, x[part]) if isinstance(objective, ManyPasses) else network(x[part])
         torch.stack(list(objective(outputs, y[part]).values())).sum().backward()
         found.append({n: p.grad for n, p in network.named_parameters()})
     return found

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pliant import anatomy
 from pliant._config import some
 from pliant.figures import check_suffix, write_figure
-from pliant.methods.adaptive_depth.depth import set_depth
+from pliant.methods.adaptive_depth.depth import at_depth
 from research.analysis._passes import Hook, watched
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def grad_cam(
         torch.inference_mode(False),
         torch.enable_grad(),
         watched(model, hooks),
-        nullcontext() if skip is None else set_depth(model, skip),
+        nullcontext() if skip is None else at_depth(model, skip),
     ):
         # They ask for gradients, so that there are some in a frozen network too.
         x = images.detach().to(like.device, like.dtype, copy=True).requires_grad_()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pliant.figures import check_suffix, plain, write_figure
 from pliant.methods.adaptive_depth import AdaptiveBlock, SwitchableNorm
-from pliant.methods.adaptive_depth.depth import set_depth
+from pliant.methods.adaptive_depth.depth import at_depth
 from pliant.methods.adaptive_depth.switch import find_depth
 from research.analysis._passes import Hook, watched
 
@@ -210,7 +210,7 @@ def _measured(
             x = (batch if isinstance(batch, Tensor) else batch[0]).to(like.device, like.dtype)
             images += len(x)
             for skip in (False, True):
-                with set_depth(model, (skip,) * flags):
+                with at_depth(model, (skip,) * flags):
                     model(x)
     empty = [path for path in norms if not all(means[side][path].count for side in sides)]
     if empty:

@@ -29,12 +29,13 @@ from pliant._files import atomic_path
 from pliant.measuring.candidates import Model, Size, by_name, variants
 from pliant.measuring.latency import median, spread
 from pliant.measuring.running import FEWEST_ROUNDS, Setting, setting_of
+from pliant.methods.adaptive_depth import Joint, Specialization
 from pliant.methods.adaptive_depth.depth import get_depth, subnet
 from pliant.methods.condconv.layers import CondConv2d, CondLinear
 from pliant.methods.condconv.mixing import Form
 from pliant.methods.mixture_of_depths import MoDBlock, without_mod_blocks
+from pliant.objectives import CrossEntropy
 from pliant.provenance import provenance
-from pliant.train.objectives import CrossEntropy, Joint, Specialization
 from research.bench.memory import peak_memory
 from research.bench.step_rows import StepCost, steps_markdown, write_steps
 

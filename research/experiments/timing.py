@@ -25,9 +25,10 @@ from pliant.measuring.latency import measure, median, spread
 from pliant.measuring.rows import OPTIMIZED, Measurement, read_rows, write_rows
 from pliant.measuring.rows import PLAIN as PLAIN_FORM
 from pliant.methods.adaptive_depth.depth import get_depth, subnet
+from pliant.objectives import ManyPasses
 from pliant.provenance import provenance
 from pliant.recipes.adaptive_depth import is_adaptive
-from pliant.train.objectives import Joint, make_objective
+from pliant.train.objectives import make_objective
 from pliant.train.recipe import Recipe
 from research.experiments.cells import Cell
 
@@ -264,7 +265,7 @@ def _step(model: nn.Module, recipe: Recipe, device: torch.device) -> Callable[[]
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            both = isinstance(objective, Joint)
+            both = isinstance(objective, ManyPasses)
             outputs = objective.run(model, x) if both else model(x)
             loss: Any = torch.stack(list(objective(outputs, y).values())).sum()
         loss.backward()

@@ -14,7 +14,14 @@ from pliant.deploy.export import export
 from pliant.measuring.latency import measure
 from pliant.measuring.rows import Measurement
 from pliant.methods.adaptive_depth import AdaptiveDepth, Subnet
-from pliant.methods.adaptive_depth.depth import compile_depths, depths, get_depth, set_depth, subnet
+from pliant.methods.adaptive_depth.depth import (
+    at_depth,
+    compile_depths,
+    depths,
+    get_depth,
+    set_depth,
+    subnet,
+)
 from pliant.methods.condconv import CondConv
 from pliant.methods.mixture_of_depths import MixtureOfDepths
 from pliant.surgery import Method, Plan, convert, plan
@@ -29,6 +36,7 @@ __all__ = [
     "Plan",
     "Subnet",
     "__version__",
+    "at_depth",
     "compile_depths",
     "convert",
     "depths",

@@ -19,7 +19,7 @@ import torch
 
 from pliant._version import __version__
 
-SOURCE = Path(__file__).resolve().parent.parent
+SOURCE = Path(__file__).resolve().parent
 
 
 class Provenance(TypedDict):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pliant import anatomy
+from pliant.objectives import Objective
 from pliant.threaded import take_over
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -59,20 +60,42 @@ class Survey:
 class Method(ABC):
     """A way to change a network: a frozen, keyword-only dataclass of hyper-parameters.
 
-    Adding a method is one file with a subclass and its layers, and one line in
-    `pliant.methods.METHODS`. Options are plain values (numbers, strings, tuples,
-    None), so that a checkpoint can hold them as JSON.
+    Adding a method is one file or folder with a subclass and its layers, and one line in
+    `pliant.methods` or an entry point of another package (CONTRIBUTING.md). Options are plain
+    values (numbers, strings, tuples, None), so that a checkpoint can hold them as JSON.
+
+    `survey` and `replace` are what a method has to have. Everything else answers a question
+    that the rest of the library asks, and has a default.
 
     Attributes:
-        wraps: methods whose replacements may lie inside this method's sites. A method
-            that rebuilds a stage lists those that it can hold; every other overlap
-            is refused, because it would silently undo one of the two.
+        suffix: ending of the names of its networks, ``"mod"`` for ``resnet50_mod``. Empty: the
+            method has no named networks.
+        wraps: the method keeps what stands at its sites, so replacements of earlier methods may
+            lie there. Every other overlap is refused, because it would silently undo one of the two.
         dissolves: the method that this one takes out of the network again, leaving plain
             modules; neither is then in the way of others.
+        objectives: objectives that the method brings, by the name that recipes use.
+        objective: name of the objective that trains all of its network; empty: the loss of the
+            plain network does.
+        narrow: options for networks whose first stage has 16 channels.
+        start: options by which a conversion keeps what it can of a trained network.
+        recipes: recipes of the method's paper, for every network: data set -> form -> a function
+            from timm's name of the network to settings of `pliant.train.recipe.Recipe`.
+        paper: which of them the form ``paper`` of its own networks is, by data set.
+        ablations: ablations of the method's paper: name -> changes of a recipe; ``model_args`` adds
+            to those of the recipe.
     """
 
-    wraps: ClassVar[tuple[str, ...]] = ()
+    suffix: ClassVar[str] = ""
+    wraps: ClassVar[bool] = False
     dissolves: ClassVar[str] = ""
+    objectives: ClassVar[Mapping[str, type[Objective]]] = {}
+    objective: ClassVar[str] = ""
+    narrow: ClassVar[Mapping[str, Any]] = {}
+    start: ClassVar[Mapping[str, Any]] = {}
+    recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {}
+    paper: ClassVar[Mapping[str, str]] = {}
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @property
     def name(self) -> str:
@@ -97,6 +120,88 @@ class Method(ABC):
 
     def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:  # noqa: B027
         """What is left to do to the network as a whole, once all `sites` are replaced."""
+
+    @classmethod
+    def network_name(cls, plain: str) -> str:
+        """Name of the converted form of a plain network.
+
+        Args:
+            plain: name of the plain network, as timm or recipes know it.
+
+        Example:
+            >>> import pliant
+            >>> pliant.MixtureOfDepths.network_name("resnet20_cifar")
+            'resnet20_cifar_mod'
+        """
+        return f"{plain}_{cls.suffix}"
+
+    @classmethod
+    def comparisons(cls) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """What `pliant.compare` trains beside the plain network.
+
+        Returns:
+            Name of the comparison (``--method`` of the command) -> label -> options of the method.
+            By default one comparison, named after the suffix, of the method as it is.
+        """
+        return {cls.suffix: {cls.__name__: {}}} if cls.suffix else {}
+
+    @classmethod
+    def baselines(cls, model: str, model_args: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """Further plain networks that the converted one is compared with.
+
+        Args:
+            model: timm's name of the plain network.
+            model_args: its arguments.
+
+        Returns:
+            Label -> arguments of the plain network.
+        """
+        return {}
+
+    @classmethod
+    def check_ablation(cls, data: str, network: str) -> Mapping[str, Any]:
+        """Options that all `ablations` of a network share.
+
+        Args:
+            data: name of the data set.
+            network: name of the converted network, as recipes know it.
+
+        Raises:
+            ValueError: the ablations are not of this network, or not of this data set.
+        """
+        return {}
+
+    def take_plain(self, model: nn.Module, fill: Callable[[nn.Module], str]) -> bool:
+        """Start `model`, which the method converted, from weights of the network before it.
+
+        A named network, and one whose method copies weights in `replace`, needs no rule: it is
+        converted anew from the plain network with its weights.
+
+        Args:
+            model: the converted network.
+            fill: loads the weights into a network, and returns how they differ from those of the
+                network, empty if they do not. It may be called with a network that shares the
+                tensors of `model`.
+
+        Returns:
+            Whether `model` has the weights.
+        """
+        return False
+
+    def why_fresh(self) -> str:
+        """Why the method starts at random whatever weights the plain network has, and what to do.
+
+        Empty: it starts from them.
+        """
+        return ""
+
+    def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """The networks that `model`, which the method converted, is trained to be.
+
+        Returns:
+            Plain forms by name, the one that `model` runs as first. Empty: `model` is one network.
+        """
+        return {}
 
     def without(self, model: nn.Module) -> nn.Module | None:
         """A copy of `model` without what this method put into it: the control of a measurement.
@@ -136,6 +241,29 @@ def conversions(model: nn.Module) -> tuple[Conversion, ...]:
     """What `convert` did to this network, oldest first."""
     record: tuple[Conversion, ...] = getattr(model, "_pliant_conversions", ())
     return record
+
+
+def methods_in(model: nn.Module) -> list[Method]:
+    """Methods whose replacements stand in this network, or in a network inside it, oldest first.
+
+    Example:
+        >>> import timm, pliant
+        >>> model = timm.create_model("resnet20_cifar_mod_adn")
+        >>> [method.name for method in methods_in(nn.Sequential(model))]
+        ['MixtureOfDepths', 'AdaptiveDepth']
+    """
+    return [done.method for module in model.modules() for done in conversions(module) if done.sites]
+
+
+def networks_in(model: nn.Module) -> dict[str, nn.Module]:
+    """The networks that a network is trained to be, by name; empty for most (`Method.networks`).
+
+    Example:
+        >>> import timm, pliant
+        >>> list(networks_in(timm.create_model("resnet20_cifar_adn")))
+        ['super-net', 'base-net']
+    """
+    return {k: v for method in methods_in(model) for k, v in method.networks(model).items()}
 
 
 @dataclass(frozen=True)
@@ -210,7 +338,7 @@ def plan(
         >>> print(plan(timm.create_model("resnet18"), pliant.MixtureOfDepths()).parameters)
         (11689512, 5463902)
     """
-    from pliant.counting import count_macs, count_parameters
+    from pliant.counting import count_macs, count_parameters  # counting still knows CondConv
 
     _check_methods(methods)
     skeleton = _skeleton(model)
@@ -317,7 +445,7 @@ def _check_methods(methods: tuple[object, ...]) -> None:
 def _apply(model: nn.Module, method: Method) -> Survey:
     """Carry out one method on `model` itself; all of its sites, or none."""
     for earlier in conversions(model):
-        if earlier.sites and method.name in earlier.method.wraps:
+        if earlier.sites and earlier.method.wraps and not method.wraps:
             raise ValueError(
                 f"{method.name} goes inside the blocks of {earlier.method.name}, which was applied before "
                 f"it; apply {method.name} first, then {earlier.method.name}"
@@ -367,7 +495,7 @@ def _refuse_overlaps(model: nn.Module, method: Method, sites: Iterable[Site]) ->
         for here in paths:
             inside = here == there or here.startswith(f"{there}.")
             around = here == there or there.startswith(f"{here}.")
-            if (inside or around) and not (around and earlier.method.name in method.wraps):
+            if (inside or around) and not (around and method.wraps and method.name != earlier.method.name):
                 raise ValueError(
                     f"{method.name} at {here} overlaps {earlier.method.name} at {there}, "
                     f"which was applied before it and would be undone or broken; apply "

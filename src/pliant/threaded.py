@@ -108,6 +108,32 @@ def take_over(new: nn.Module, old: nn.Module) -> None:
             new.register_forward_hook(hook)
 
 
+def borrowed(model: nn.Module) -> list[tuple[str, str, str]]:
+    """Which modules of a network use a value that another one computed and threaded.
+
+    A module tells by its attributes: ``gives``, the name of a value that it computes, and
+    ``takes``, the name of one that it reads off its input.
+
+    Returns:
+        For each module that reads one: name of the value, path of the module that computes it
+        (the last one before), path of the module that reads it.
+
+    Example:
+        >>> import timm, pliant
+        >>> single = pliant.CondConv(experts=2, routing="single", begin=8, classifier=False)
+        >>> borrowed(pliant.convert(timm.create_model("resnet18"), single))
+        [('routing', 'layer4.0.router', 'layer4.1.router')]
+    """
+    found: list[tuple[str, str, str]] = []
+    sources: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if name := getattr(module, "takes", ""):
+            found.append((name, sources.get(name, ""), path))
+        elif name := getattr(module, "gives", ""):
+            sources[name] = path
+    return found
+
+
 def _passing(module: nn.Module) -> list[partial[Any]]:
     return [hook for hook in module._forward_hooks.values() if passes_along(hook)]
 

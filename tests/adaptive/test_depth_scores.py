@@ -61,7 +61,7 @@ def test_every_depth_scores_as_it_does_alone(folder, scores):
     for score, info in zip(scores, pliant.depths(model, (1, 8, 8)), strict=True):
         assert score.skip == info.skip
         assert (score.parameters, score.macs) == (info.parameters, info.macs)
-        with pliant.set_depth(model, info.skip):
+        with pliant.at_depth(model, info.skip):
             alone = evaluate(_like(folder, model), "digits", part="val", device="cpu")
         assert score.top1 == pytest.approx(100 * alone.top1)
         assert score.top5 == pytest.approx(100 * alone.top5)
@@ -102,7 +102,7 @@ def test_some_depths_of_a_network_in_memory_which_stays_as_it_was():
 def test_wrong_networks_and_depths_are_refused(folder):
     with pytest.raises(ValueError, match="convert it by AdaptiveDepth"):
         evaluate_depths(timm.create_model("resnet20_cifar", in_chans=1), "digits", pixels=8, device="cpu")
-    with pytest.raises(ValueError, match=r"skip has 2 flags, \(True, False\); the network has 3"):
+    with pytest.raises(ValueError, match=r"skip has 2 flags, \(True, False\); this network has 3"):
         evaluate_depths(folder, "digits", device="cpu", skips=[(True, False)])
     with pytest.raises(ValueError, match="7 outputs and the data 10 classes"):
         evaluate_depths(

@@ -9,10 +9,10 @@ import torch
 
 import _export
 import pliant
+from _export import images, need
 from pliant.adaptive import manifest
 from pliant.adaptive.manifest import export_depths, read_manifest
 from pliant.deploy.loading import open_export
-from test_export import images, need
 
 
 def test_depths_in_a_folder_with_a_manifest(tmp_path):
@@ -28,7 +28,7 @@ def test_depths_in_a_folder_with_a_manifest(tmp_path):
         assert one.latency_iqr_ms >= 0
         assert one.batch == 1
         x = images(3)
-        with torch.no_grad(), pliant.set_depth(model, one.skip):
+        with torch.no_grad(), pliant.at_depth(model, one.skip):
             expected = model(x)
         torch.testing.assert_close(
             open_export(tmp_path / "net" / one.file)(x), expected, rtol=1e-4, atol=1e-4

@@ -14,22 +14,17 @@ from torch import nn
 
 import _export
 import pliant
+from _export import ENDINGS, images, need
 from _small import settled
-from pliant.deploy.export import PACKAGES, PRECISIONS
+from pliant.deploy.export import PRECISIONS
 from pliant.deploy.facts import read_report, report_path
 from pliant.deploy.inputs import Preparation
 from pliant.deploy.loading import open_export, read_facts
 from pliant.deploy.parity import ParityError
 
-ENDINGS = {".pt2": "program", ".onnx": "onnx", ".xml": "openvino"}
 # Writing ONNX takes seconds: what is left to the slow tests differs in the network only.
 QUICK = {(".onnx", "mod"), (".onnx", "condconv"), (".xml", "mod, bottleneck")}
 QUICK_HALVES = {(".pt2", "bfloat16", "plain"), (".pt2", "bfloat16", "mod")}
-
-
-def need(ending: str) -> None:
-    for package in PACKAGES[ENDINGS[ending]]:
-        pytest.importorskip(package, reason=f"the extra that has {package} is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +41,6 @@ def made(tmp_path_factory):
         return done[name, ending]
 
     return make
-
-
-def images(batch: int, size: int = 16) -> torch.Tensor:
-    return torch.randn(batch, 3, size, size) + torch.randn(batch, 3, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -219,11 +210,11 @@ def test_weights_too_large_for_one_message_lie_beside_the_graph(made, tmp_path, 
     files = onnx_file.write(ir.load(str(path)), tmp_path / "net.onnx", read_facts(path))
     assert [file.name for file in files] == ["net.onnx", "net.onnx.data"]
     assert files[0].stat().st_size < path.stat().st_size / 2
-    result = onnx_file.runner(files[0], ["layer1.1", "layer2.1"])(x := images(2))
+    result = onnx_file.runner(files[0], ["layer1.1.selector", "layer2.1.selector"])(x := images(2))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
     assert {b: s.channels.shape for b, s in result.selections.items()} == {
-        "layer1.1": (2, 4),
-        "layer2.1": (2, 6),
+        "layer1.1.selector": (2, 4),
+        "layer2.1.selector": (2, 6),
     }
     with torch.no_grad():
         torch.testing.assert_close(result.outputs[0], network(x), rtol=1e-4, atol=1e-4)

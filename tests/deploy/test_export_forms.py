@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 import _export
-from adaptive import scramble
+from _adaptive import scramble
 from pliant import MixtureOfDepths
 from pliant.anatomy import stages
 from pliant.deploy.forms import use_export_forms

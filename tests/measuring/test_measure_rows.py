@@ -247,6 +247,7 @@ def test_commit_is_that_of_a_tracked_package_only(tmp_path: Path, monkeypatch: p
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")
+    assert (provenance.SOURCE / "__init__.py").is_file()  # what it asks git for by default
     assert provenance.commit(package) == ""  # no repository
     git(tmp_path, "init", "-q")
     (tmp_path / "other.txt").write_text("")

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from _evidence import CELLS, NAME, VARIANTS, scores_of, times_of
-from pliant import cli
 from pliant.compare import PLAIN, REMOVED, write_scores
 from pliant.measuring.rows import Measurement, write_rows
+from research.commands import app
 from research.experiments.cells import cells_of
 from research.experiments.claims import Paired, Rival, answer, any_of, at_equal_time, paired, sentence
 from research.experiments.evidence import Setting, gather
@@ -301,16 +301,16 @@ def test_page_and_figure_are_written_from_files(tmp_path):
     # Nothing in the place of a page that may be there.
     docs.mkdir()
     (docs / "evidence.md").write_text("full")
-    done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", *place])
+    done = CliRunner().invoke(app, ["experiment", NAME, "--page", *place])
     assert "no rows of cifar10-controls in" in str(done.exception)
     assert (docs / "evidence.md").read_text() == "full"
-    done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", "--seeds", "1", *place])
+    done = CliRunner().invoke(app, ["experiment", NAME, "--page", "--seeds", "1", *place])
     assert "--page takes no --only, --network or --seeds" in str(done.exception)
-    done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", "--network", "resnet20", *place])
+    done = CliRunner().invoke(app, ["experiment", NAME, "--page", "--network", "resnet20", *place])
     assert "--page takes no --only, --network or --seeds" in str(done.exception)
 
     write_scores(results / f"{NAME}-cpu.csv", scores_of({PLAIN: (88.0, 89.0), REMOVED: (87.0,)}))
-    done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", *place])
+    done = CliRunner().invoke(app, ["experiment", NAME, "--page", *place])
     assert done.exit_code == 0, done.output
     assert "![" not in (docs / "evidence.md").read_text()
     write_rows(results / f"{NAME}-latency-cpu.csv", times_of({PLAIN: 1.0, REMOVED: 0.6}))

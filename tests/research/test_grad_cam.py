@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, convert, get_depth, set_depth, subnet
+from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, at_depth, convert, get_depth, subnet
 from research.analysis.grad_cam import grad_cam, plot_grad_cam
 
 BASE = (True, True, True)
@@ -106,7 +106,7 @@ def test_the_depth_is_that_of_the_network_unless_told():
     model, x, y = adaptive(), images(), [3, 7]
     base = grad_cam(model, x, y, skip=BASE)
     assert get_depth(model) == (False, False, False)
-    with set_depth(model, BASE):
+    with at_depth(model, BASE):
         assert_same(grad_cam(model, x, y), base)
         assert len(grad_cam(model, x, y, skip=(False, False, True))) == 8
         assert get_depth(model) == BASE
@@ -186,7 +186,7 @@ def test_other_families_plain_and_adaptive(name, options, last):
     assert list(found)[-1] == last
     assert_same(grad_cam(model, x, y), found)
     flags = len(get_depth(model))
-    with set_depth(model, (True,) * flags):
+    with at_depth(model, (True,) * flags):
         base = grad_cam(model, x, y)
     assert base.keys() < found.keys()
     for cam in base.values():

@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import nn
 
-from adaptive import SMALL_CONVNEXT
-from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, convert, get_depth, set_depth
+from _adaptive import SMALL_CONVNEXT
+from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, at_depth, convert, get_depth, set_depth
 from pliant.methods.adaptive_depth import SwitchableNorm
 from research.analysis.norm_distance import NormDistances, norm_distances, plot_norm_distances
 
@@ -74,7 +74,7 @@ def test_measured_means_are_those_of_what_the_norms_get():
         stem = model.act1(model.bn1(model.conv1(x)))
         expected = model.layer1[0].block.conv1(stem).double().mean((0, 2, 3))
         for skip in (False, True):
-            with set_depth(model, (skip,) * 3):
+            with at_depth(model, (skip,) * 3):
                 second = model.layer2[0].block.conv1(model.layer1(stem)).double().mean((0, 2, 3))
             side = found.base if skip else found.full
             torch.testing.assert_close(side["layer1.0.bn1"], expected)

@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pliant.cli import app
 from pliant.methods.condconv.layers import CondConv2d
 from pliant.methods.mixture_of_depths import MoDBlock
 from research.bench import steps
 from research.bench.memory import peak_memory
 from research.bench.step_rows import StepCost, steps_markdown, write_steps
 from research.bench.steps import measure_steps, run_step_bench
+from research.commands import app
 
 QUICK = {"batch": 2, "input_size": 8, "rounds": 1, "min_run_time": 0, "threads": 1}
 STEPS = ["super alone", "base alone", "specialize", "joint"]

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from _objectives import images, kl
-from pliant.methods.adaptive_depth.passes import BothPasses, Feature, run_both
+from _runs import TINY
+from pliant.methods.adaptive_depth import Joint, Specialization
+from pliant.methods.adaptive_depth.passes import BothPasses, run_both
+from pliant.objectives import CrossEntropy, Feature
 from pliant.train import fit, override
 from pliant.train.distillation import (
     Distillation,
@@ -23,8 +26,6 @@ from pliant.train.distillation import (
     make_distillation,
     soft_divergence,
 )
-from pliant.train.objectives import CrossEntropy, Joint, Specialization
-from test_survival import TINY
 
 
 def soft(logits, t):

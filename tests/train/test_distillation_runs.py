@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import pliant
+from _images import folder_recipe, make_folder
 from _objectives import images
 from _processes import run_script
+from _runs import TINY, assert_same, killed, stopped
 from pliant.checkpoint import save
 from pliant.train import Recipe, fit, override, read_run, read_state
 from pliant.train.distillation import Teaching, digest
 from pliant.train.weights import load_weights
-from test_data import folder_recipe, make_folder
-from test_survival import TINY, assert_same, killed, stopped
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_plain_weights_that_a_converted_network_cannot_take_are_refused(tmp_path
     with pytest.raises(ValueError, match="resnet20_cifar_mod was converted once more"):
         load_weights(further, tmp_path / "a.th")
     deeper = foreign(timm.create_model("resnet56_cifar"), tmp_path / "b.th")
-    with pytest.raises(ValueError, match=r"unexpected layer1\.3.* \(held against its plain form\)"):
+    with pytest.raises(ValueError, match=r"unexpected layer1\.3.* \(compared with its plain form\)"):
         load_weights(timm.create_model("resnet20_cifar_mod"), deeper)
     other = foreign(timm.create_model("resnet20_cifar", num_classes=7), tmp_path / "c.th")
     with pytest.raises(ValueError, match=r"fc\.bias is float \[7\] instead of float \[10\]"):

@@ -17,12 +17,12 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from typer.testing import CliRunner
 
 from _processes import HERE, OURS, clean, ended, free_port, start, torchrun
+from _runs import assert_same
 from pliant.cli import app
 from pliant.train import Recipe, fit, fitting, override, read_run, read_state
 from pliant.train.data import load_data
 from pliant.train.launching import Launch, check_launch, environment_plugins, launched
 from pliant.train.recipe import _MAPPINGS
-from test_survival import assert_same
 
 TWO = Recipe(
     name="two",

@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from _processes import run_script
-from _stopping import StopAfter
+from _runs import StopAfter
 from pliant.checkpoint import load, read_config
+from pliant.objectives import CrossEntropy
 from pliant.recipes import get_recipe
 from pliant.train import Recipe, Run, evaluate, fit, override, read_run
-from pliant.train.objectives import CrossEntropy
 from pliant.train.optimizing import make_optimizer, rate
 from pliant.train.run import claimed
 from pliant.train.seeds import seed_torch

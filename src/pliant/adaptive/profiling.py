@@ -20,7 +20,7 @@ from pliant import anatomy
 from pliant.figures import check_suffix
 from pliant.measuring.latency import Progress, measure
 from pliant.measuring.rows import CONDITIONS, Measurement, read_rows, terminal_table, write_rows
-from pliant.methods.adaptive_depth.depth import depths, set_depth, subnet
+from pliant.methods.adaptive_depth.depth import at_depth, depths, subnet
 from pliant.methods.adaptive_depth.switch import Skip, check_skips, depth_name, find_depth
 
 if TYPE_CHECKING:
@@ -319,7 +319,7 @@ def _accuracies(model: nn.Module, skips: Sequence[Skip], accuracy: Accuracy | No
     found = {}
     for skip in skips:
         if callable(accuracy):
-            with set_depth(model, skip), torch.no_grad():
+            with at_depth(model, skip), torch.no_grad():
                 value = accuracy(model)
         elif skip in accuracy:
             value = accuracy[skip]

@@ -16,7 +16,7 @@ from torch import nn
 
 from pliant._files import write_csv
 from pliant.measuring.candidates import by_name
-from pliant.methods.adaptive_depth.depth import depths, get_depth, set_depth
+from pliant.methods.adaptive_depth.depth import at_depth, depths, get_depth
 from pliant.methods.adaptive_depth.switch import Skip, check_skips, depth_name, depth_role
 from pliant.provenance import provenance
 from pliant.records import Origin, cells, columns
@@ -127,7 +127,7 @@ def evaluate_depths(
             for x, y in ready.batches:
                 x, y = x.to(ready.device), y.to(ready.device)
                 for skip, score in scores.items():
-                    with set_depth(network, skip):
+                    with at_depth(network, skip):
                         score.update(network(x), y)
     finally:
         network.train(mode)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from pliant.recipes.ablations import PREFIX
-from pliant.train.recipe import ObjectiveName, Recipe
+from pliant.train.recipe import Recipe
 
 # Table 3: whether sub-paths are specialised, and whether norms are skip-aware.
 TABLE3 = {
@@ -28,7 +28,7 @@ def is_adaptive(network: str) -> bool:
     return network.endswith("_adn")
 
 
-def objective_of(network: str) -> ObjectiveName:
+def objective_of(network: str) -> str:
     """What a network, named as in recipes, minimises.
 
     Example:

@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant.methods.adaptive_depth.passes import BothPasses, Feature, channel_dim
-from pliant.train.objectives import Joint, divergence, stage_numbers
+from pliant.objectives import Feature, ManyPasses, channel_dim, divergence, stage_numbers
 
 Match = Literal["maps", "attention"]
 Seen = dict[int, list[Feature]]  # by number of the stage: one for each forward
@@ -169,27 +168,26 @@ class Teaching:
     ) -> dict[str, Tensor]:
         """The objective's terms, those by labels weighted down, and the teacher's.
 
-        Of two depths the whole network (the super-net) learns from the teacher and, by Algorithm
-        1, the base network from the whole one, as without a teacher: only ``cross_entropy`` gives
-        way. Where nothing binds the two (`Joint`), both learn from the teacher.
+        Of an objective of several passes, each pass that learns from its labels
+        (`ManyPasses.taught`) learns from the teacher too, and only the cross entropy of such a
+        pass gives way: what binds the other passes to it stays as without a teacher.
 
         Args:
             terms: the objective's.
             objective: that gave them.
-            outputs: of the student: logits, or `BothPasses`.
+            outputs: of the student: logits, or what `ManyPasses.run` gave.
             seen: outputs of its stages, of each pass.
             x: its images.
 
         Returns:
-            Also ``distill_logits`` and ``distill_stage0`` and so on, with ``_base`` behind the
-            name where the base network is taught; scalars in float32, weighted.
+            Also ``distill_logits`` and ``distill_stage0`` and so on, with the pass's
+            ending behind the name; scalars in float32, weighted.
         """
-        if isinstance(objective, Joint):
-            assert isinstance(outputs, BothPasses)
-            weights, students = objective.taught, [outputs.logits, outputs.base_logits]
+        if isinstance(objective, ManyPasses):
+            weights, students = objective.taught, objective.pass_logits(outputs)
             by_labels = {f"cross_entropy{suffix}" for suffix in weights}
         else:
-            weights, students, by_labels = {"": 1.0}, [outputs], set(terms)
+            weights, students, by_labels = {"": 1.0}, (outputs,), set(terms)
         rule = self.rule
         result = {k: (1 - rule.alpha) * t if k in by_labels else t for k, t in terms.items()}
         logits, features = self._look(x)

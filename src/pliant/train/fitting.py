@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from pliant._files import NotWrittenError, writing
 from pliant.checkpoint import save
-from pliant.methods.adaptive_depth.switch import Depth
+from pliant.objectives import ManyPasses, Objective
+from pliant.surgery import methods_in
 from pliant.train.batches import Batches, eval_size
 from pliant.train.data import Data, load_data
 from pliant.train.distillation import Teaching
@@ -31,7 +32,7 @@ from pliant.train.evaluation import score
 from pliant.train.keeping import CheckpointFiles, Keep
 from pliant.train.launching import check_launch, environment_plugins
 from pliant.train.networks import begun, build, teaching_of
-from pliant.train.objectives import Joint, Objective, make_objective
+from pliant.train.objectives import make_objective
 from pliant.train.processes import gathered, place
 from pliant.train.processors import warn_of_narrow_convolutions
 from pliant.train.recipe import Recipe
@@ -66,7 +67,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     model: nn.Module | None = None,
-    objective: Objective | Joint | None = None,
+    objective: Objective | None = None,
     teacher: nn.Module | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
@@ -152,14 +153,17 @@ def fit(
             return _finish(recipe, data, network.eval(), folder, task, about)
 
 
-def _check_objective(objective: Objective | Joint, network: nn.Module) -> None:
+def _check_objective(objective: Objective, network: nn.Module) -> None:
     """Refuse an objective that is not the network's; warn of a half-trained network."""
-    if isinstance(objective, Joint):
+    if isinstance(objective, ManyPasses):
         objective.check(network)
-    elif any(isinstance(m, Depth) for m in network.modules()):
-        logging.getLogger(__name__).warning(
-            "only one depth of this adaptive network is trained: objective=specialize trains all"
-        )
+        return
+    for method in methods_in(network):
+        if method.objective:
+            logging.getLogger(__name__).warning(
+                "%s does not train all of this network, which %s converted: objective=%s does",
+                type(objective).__name__, method.name, method.objective,
+            )  # fmt: skip
 
 
 def _about(recipe: Recipe, data: Data, network: nn.Module) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def _train(
     network: nn.Module,
     folder: Path,
     checkpoint: Path | None,
-    objective: Objective | Joint,
+    objective: Objective,
     teaching: Teaching | None,
     progress: bool,
     callbacks: Sequence[Callback],

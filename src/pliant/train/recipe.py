@@ -23,7 +23,6 @@ Accelerator = Literal["auto", "cpu", "gpu"]
 OnUnreadable = Literal["skip", "stop"]
 MeanStd = Literal["data", "imagenet", "inception", "clip"]
 Strategy = Literal["auto", "ddp", "fsdp"]
-ObjectiveName = Literal["cross_entropy", "joint", "specialize"]
 
 AUGMENTATIONS = ("none", "crop", "flip_crop")
 # The starts of timm's configuration strings, each with its own options after a dash.
@@ -93,11 +92,10 @@ class Recipe:
         gamma: see `schedule`.
         warmup: epochs in which the rate rises linearly, before the schedule applies.
         clip: largest norm of the gradient; None: no clipping.
-        objective: what is minimised: ``"cross_entropy"``; of an adaptive network
-            ``"specialize"`` (Algorithm 1: the base network learns to give what the whole one
-            gives) or ``"joint"`` (cross entropy of both).
-        objective_args: its options, ``{"alpha": 0.7}``: see
-            `pliant.train.objectives.Specialization`.
+        objective: what is minimised: ``"cross_entropy"``, or the objective that a method brings
+            (`pliant.train.objectives.objectives` lists all); for an adaptive network
+            ``"specialize"`` or ``"joint"``.
+        objective_args: options of the objective, such as ``{"alpha": 0.7}``.
         smoothing: of labels, in [0, 1).
         mixup: alpha of mixup; 0 is off.
         cutmix: alpha of CutMix; 0 is off. With both, each takes half of the batches.
@@ -165,7 +163,7 @@ class Recipe:
     gamma: float = 0.1
     warmup: float = 0.0
     clip: float | None = None
-    objective: ObjectiveName = "cross_entropy"
+    objective: str = "cross_entropy"
     objective_args: Mapping[str, Any] = field(default_factory=dict)
     smoothing: float = 0.0
     mixup: float = 0.0

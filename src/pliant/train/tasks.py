@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from pliant.methods.adaptive_depth.passes import BothPasses
+from pliant.objectives import ManyPasses, Objective
 from pliant.train.distillation import Teaching
-from pliant.train.objectives import Joint, Objective, make_objective
+from pliant.train.objectives import make_objective
 from pliant.train.optimizing import make_optimizer, rate
 from pliant.train.processes import gathered, share_buffers
 from pliant.train.recipe import Recipe
@@ -46,9 +46,9 @@ class Classification(pl.LightningModule):
     the training images of the same number. Their difference is ``gap``, the overfitting
     (or the regularising effect that *CNN Mixture-of-Depths* claims, section 5.2).
     ``running_accuracy`` is that of the training steps themselves: under augmentation, with
-    weights that change (with mixup, of the label that came first). Of an adaptive network
-    that is trained at both its depths all these are the whole network's, and
-    ``val_accuracy_base`` is the base network's.
+    weights that change (with mixup, of the label that came first). Under an objective of
+    several passes all these are of the first pass, and the others' accuracies have the pass's
+    ending (``val_accuracy_base``).
 
     Args:
         model: the network, images [B, C, S, S] to logits [B, classes].
@@ -65,12 +65,12 @@ class Classification(pl.LightningModule):
             (cross entropy where ``train_accuracy`` is taken, labels not smoothed: what
             *CondConv* calls capacity, section 4.1), ``train_accuracy``,
             ``running_accuracy``, ``val_accuracy``, ``gap`` (all in [0, 1]), ``lr`` of the
-            last step, ``seconds``. With two depths also ``val_accuracy_base``. With
+            last step, ``seconds``. With several passes also ``val_accuracy_base``. With
             ``test_each`` of the recipe also ``test_accuracy`` (and ``test_accuracy_base``).
         unreadable: paths of images that could not be read, kept in checkpoints; in a row and
             in checkpoints, those of all processes.
         best: ``{"epoch": ..., "weights": ...}`` of the first epoch with the highest accuracy on
-            validation (the mean of both depths', if two are trained), as they are validated, on
+            validation (the mean over all passes), as they are validated, on
             the CPU; kept in checkpoints. Empty before the first epoch has ended.
     """
 
@@ -81,7 +81,7 @@ class Classification(pl.LightningModule):
         *,
         classes: int,
         steps: int,
-        objective: Objective | Joint | None = None,
+        objective: Objective | None = None,
         teaching: Teaching | None = None,
     ) -> None:
         super().__init__()
@@ -96,12 +96,15 @@ class Classification(pl.LightningModule):
         self.best: dict[str, Any] = {}
         self.environment = environment(recipe)
         self.running = _accuracy(classes)
-        # Of the validation images, of training images, and of the test images if asked for; then
-        # the base network's, by the same numbers.
+        # Of the validation images, of training images, and of the test images if asked for.
         self.accuracy = nn.ModuleList(_accuracy(classes) for _ in range(2 + recipe.test_each))
-        joint = isinstance(self.objective, Joint)
-        self.base_accuracy = nn.ModuleDict(
-            {name: _accuracy(classes) for name in ("val", "test")[: joint * (1 + recipe.test_each)]}
+        # Of the further passes, by the column of the history.
+        self.further = nn.ModuleDict(
+            {
+                f"{part}_accuracy{ending}": _accuracy(classes)
+                for ending in self._endings
+                for part in ("val", "test")[: 1 + recipe.test_each]
+            }
         )
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.train_ce = MeanMetric(nan_strategy="disable")
@@ -200,9 +203,11 @@ class Classification(pl.LightningModule):
         accuracy = self.accuracy[dataloader_idx]
         assert isinstance(accuracy, MulticlassAccuracy)
         accuracy.update(logits.argmax(1), y)
-        if isinstance(outputs, BothPasses) and self.base_accuracy:
-            base: Any = self.base_accuracy["test" if dataloader_idx == 2 else "val"]
-            base.update(outputs.base_logits.argmax(1), y)
+        if isinstance(self.objective, ManyPasses) and outputs is not None:
+            part = "test" if dataloader_idx == 2 else "val"
+            for ending, given in zip(self._endings, self.objective.pass_logits(outputs)[1:], strict=True):
+                metric: Any = self.further[f"{part}_accuracy{ending}"]
+                metric.update(given.argmax(1), y)
         if dataloader_idx == 2:
             return
         if dataloader_idx == 0:
@@ -216,9 +221,9 @@ class Classification(pl.LightningModule):
         """Close the epoch's row, and log it."""
         val, train, *test = (float(metric.compute()) for metric in self.accuracy)  # type: ignore[operator]
         terms = {f"train_{name}": float(metric.compute()) for name, metric in self.terms.items()}
-        base: dict[str, float] = {"test_accuracy": test[0]} if test else {}
-        for name, metric in self.base_accuracy.items():
-            base[f"{name}_accuracy_base"] = float(metric.compute())  # type: ignore[operator]
+        more: dict[str, float] = {"test_accuracy": test[0]} if test else {}
+        for name, metric in self.further.items():
+            more[name] = float(metric.compute())  # type: ignore[operator]
         row = {
             "epoch": self.current_epoch,
             "train_loss": sum(terms.values()),
@@ -228,13 +233,13 @@ class Classification(pl.LightningModule):
             "train_accuracy": train,
             "running_accuracy": float(self.running.compute()),
             "val_accuracy": val,
-            **base,
+            **more,
             "gap": train - val,
             "lr": self._lr,
             "unreadable": len(set().union(*gathered(self.unreadable))),
             "seconds": time.perf_counter() - self._started,
         }
-        scores = (*self.accuracy, *self.base_accuracy.values())
+        scores = (*self.accuracy, *self.further.values())
         for metric in (*scores, *self.terms.values(), self.val_loss, self.train_ce, self.running):
             metric.reset()
         if not math.isfinite(row["val_loss"]):
@@ -304,11 +309,16 @@ class Classification(pl.LightningModule):
             self.terms[name] = MeanMetric(nan_strategy="disable").to(self.device)
         return self.terms[name]
 
+    @property
+    def _endings(self) -> tuple[str, ...]:
+        """Endings of the objective's passes behind the first."""
+        return self.objective.endings[1:] if isinstance(self.objective, ManyPasses) else ()
+
     def _run(self, x: Tensor) -> tuple[Tensor, Any]:
         """The network's logits, and what the objective takes: both in one forward of DDP."""
-        if isinstance(self.objective, Joint):
-            passes = self.objective.run(self, x)
-            return passes.logits, passes
+        if isinstance(self.objective, ManyPasses):
+            outputs = self.objective.run(self, x)
+            return self.objective.pass_logits(outputs)[0], outputs
         logits = self(x)
         return logits, logits
 
@@ -347,9 +357,9 @@ def _accuracy(classes: int) -> MulticlassAccuracy:
 
 
 def _merit(row: Mapping[str, float]) -> float:
-    """What the best epoch has most of: the network has to be good at every depth that is trained."""
-    val = row["val_accuracy"]
-    return (val + row.get("val_accuracy_base", val)) / 2
+    """What the best epoch has most of: the network has to be good in every pass that is trained."""
+    found = [value for name, value in row.items() if name.startswith("val_accuracy")]
+    return sum(found) / len(found)
 
 
 def _state(metric: Metric) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +17,8 @@ from torch import nn
 from pliant._state import difference, shapes
 from pliant.anatomy import classifier
 from pliant.checkpoint import arguments_of, load, read_config
-from pliant.methods.adaptive_depth import SwitchableNorm
-from pliant.methods.adaptive_depth.depth import get_depth, subnet
-from pliant.methods.adaptive_depth.switch import Depth
-from pliant.methods.condconv import CondConv
 from pliant.models._build import plain_form
-from pliant.surgery import conversions
+from pliant.surgery import conversions, methods_in
 from pliant.surgery import convert as converted
 from pliant.train.run import BEST
 
@@ -38,13 +35,7 @@ def load_weights(
     """Give a network the weights of a saved one, in place.
 
     Weights of the plain network start its converted forms too, each as its method starts from a
-    trained network (`pliant.convert`):
-
-    - of an adaptive network both norms of a pair get those of the one norm there is, so that the
-      whole network gives what the plain one gave;
-    - CondConv's experts get copies (``upcycle=True``), and the network gives nearly what it gave;
-    - Mixture-of-Depths inherits all but the blocks that it replaces, whose narrow cores start
-      fresh; with ``zero_init_last=True`` it gives what the plain network gives without them.
+    trained network: `Method.take_plain` and `Method.why_fresh` tell.
 
     Files of others may name the classifier otherwise, begin every name with ``module.``, and lack
     the norms' counts of batches.
@@ -85,30 +76,22 @@ def load_weights(
             f"the weights in {place} do not fit {type(network).__name__}: {problem}; it is not to be "
             f"trained, so they have to be its own, not those of its plain form (name that instead)"
         )
-    if any(isinstance(m, Depth) for m in network.modules()):
-        # On the same tensors, under the names that they have without the method.
-        plain = subnet(network, (False,) * len(get_depth(network)), share=True)
-        if not _fill(plain, state):
-            for module in network.modules():
-                if isinstance(module, SwitchableNorm):
-                    module.base.load_state_dict(module.full.state_dict())
+    for method in reversed(methods_in(network)):
+        if method.take_plain(network, partial(_fill, state=state)):
             return
     if any(done.named for done in conversions(network)):
         name = cast("Mapping[str, str]", network.pretrained_cfg)["architecture"]
         plain, methods = plain_form(name, **arguments_of(network))
         problem = _fill(plain, state)
         if not problem:
-            if any(isinstance(m, CondConv) and not m.upcycle for m in methods):
-                raise ValueError(
-                    f"the weights in {place} are of the plain network, and this one's experts start at "
-                    f"random; let them start as its copies: model_args.upcycle=true"
-                )
+            for reason in filter(None, (method.why_fresh() for method in methods)):
+                raise ValueError(f"the weights in {place} are of the plain network, and {reason}")
             problem = _fill(network, converted(plain, *methods, inplace=True).state_dict())
             if not problem:
                 return
             problem = f"{problem} ({name} was converted once more: load its weights before that)"
         else:
-            problem = f"{problem} (held against its plain form)"
+            problem = f"{problem} (compared with its plain form)"
     raise ValueError(f"the weights in {place} do not fit {type(network).__name__}: {problem}")
 
 

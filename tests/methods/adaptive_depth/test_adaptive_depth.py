@@ -11,8 +11,8 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from adaptive import FAMILIES, SMALL_CONVNEXT, SMALL_VIT, adaptive, all_skips, images, plain, scramble
-from pliant import AdaptiveDepth, convert, get_depth, plan, set_depth, subnet
+from _adaptive import FAMILIES, SMALL_CONVNEXT, SMALL_VIT, adaptive, all_skips, images, plain, scramble
+from pliant import AdaptiveDepth, at_depth, convert, get_depth, plan, set_depth, subnet
 from pliant.anatomy import stages
 from pliant.counting import count_parameters
 from pliant.methods.adaptive_depth import AdaptiveBlock, Subnet, SwitchableNorm
@@ -88,7 +88,7 @@ def test_without_switchable_norms_nothing_is_added():
     x = images()
     with torch.no_grad():
         for skip in all_skips(4):
-            with set_depth(made, skip):
+            with at_depth(made, skip):
                 assert torch.equal(made(x), subnet(made, skip)(x))
 
 
@@ -149,7 +149,7 @@ def test_named_networks(name, flags):
     (done,) = conversions(model)
     assert done.named
     side = 32 if "cifar" in name else 224
-    with set_depth(model, (True,) * flags):
+    with at_depth(model, (True,) * flags):
         assert model(torch.empty(2, 1, side, side, device="meta")).shape == (2, 7)
 
 
@@ -167,7 +167,7 @@ def test_features_switch_too(name):
     x = images(size=32)[:, :1]
     with torch.no_grad():
         whole = model(x)
-        with set_depth(model, (True,) * 4):
+        with at_depth(model, (True,) * 4):
             base = model(x)
     assert [f.shape for f in base] == [f.shape for f in whole]
     assert [f.shape[1] for f in whole] == model.feature_info.channels()
@@ -182,7 +182,7 @@ def test_output_stride(name):
     model = meta(name, output_stride=8).eval()
     x = torch.empty(1, 3, 64, 64, device="meta")
     assert model.forward_features(x).shape[2:] == (8, 8)
-    with set_depth(model, (True,) * 4):
+    with at_depth(model, (True,) * 4):
         assert model.forward_features(x).shape[2:] == (8, 8)
 
 
@@ -293,7 +293,7 @@ def test_dtype_is_kept_at_both_depths(kind):
     x = images().to(getattr(torch, kind))
     with torch.no_grad():
         assert torch.equal(made(x), model(x))
-        with set_depth(made, (True,) * 4):
+        with at_depth(made, (True,) * 4):
             assert made(x).dtype == x.dtype
 
 
@@ -364,7 +364,7 @@ def test_drop_path_is_kept():
 
 def test_gradients_reach_what_runs_and_nothing_else():
     model = adaptive().train()
-    with set_depth(model, (True, False, True)):
+    with at_depth(model, (True, False, True)):
         model(images(4)).square().mean().backward()
     without = {n for n, p in model.named_parameters() if p.grad is None}
     skipped = [(1, 2), (3, 2)]
@@ -378,7 +378,7 @@ def test_gradients_reach_what_runs_and_nothing_else():
 def test_running_statistics_are_of_their_own_depth():
     model = adaptive().train()
     before = {n: b.clone() for n, b in model.named_buffers()}
-    with set_depth(model, (True, True, True)):
+    with at_depth(model, (True, True, True)):
         model(images(4))
     moved = {n for n, b in model.named_buffers() if not torch.equal(b, before[n])}
     assert not any(".full." in n for n in moved)
@@ -402,8 +402,8 @@ def test_subnet_is_a_method():
 @pytest.mark.parametrize(
     ("skip", "message"),
     [
-        (True, "skip must hold True or False for each stage that can skip, not True"),
-        ((1, 0), r"skip must hold .* not \(1, 0\)"),
+        (True, "skip is True; give one flag for each stage that can skip, such as 'TTFF'"),
+        ((1, 0), r"skip is \(1, 0\); give one flag"),
     ],
 )
 def test_subnet_needs_flags(skip, message):
@@ -414,5 +414,5 @@ def test_subnet_needs_flags(skip, message):
 def test_subnet_needs_an_adaptive_network():
     with pytest.raises(ValueError, match=r"has no adaptive depth: convert it by AdaptiveDepth\(\) first"):
         convert(meta("resnet18"), Subnet(skip=(True,) * 4))
-    with pytest.raises(ValueError, match=r"skip has 3 flags, .*; the network has 4"):
+    with pytest.raises(ValueError, match=r"skip has 3 flags, .*; this network has 4"):
         convert(meta("resnet18_adn"), Subnet(skip=(True,) * 3))

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import copy
 import gc
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 from torch import nn
 
-from adaptive import BASE, FAMILIES, FULL, MIXED, adaptive, all_skips, images, in_thread, outputs, plain
-from pliant import AdaptiveDepth, convert, depths, get_depth, measure, set_depth, subnet
+from _adaptive import BASE, FAMILIES, FULL, MIXED, adaptive, all_skips, images, in_thread, outputs, plain
+from pliant import (
+    AdaptiveDepth,
+    Subnet,
+    at_depth,
+    compile_depths,
+    convert,
+    depths,
+    get_depth,
+    measure,
+    set_depth,
+    subnet,
+)
 from pliant.anatomy import RemovedBlock
 from pliant.counting import count_macs, count_parameters
 from pliant.methods.adaptive_depth import AdaptiveBlock, SwitchableNorm
-from pliant.methods.adaptive_depth.switch import Depth, check_skip
+from pliant.methods.adaptive_depth.switch import Depth
 from pliant.surgery import conversions
 
 # --- every depth ----------------------------------------------------------------------------------
@@ -33,7 +41,7 @@ def test_every_depth_is_the_cut_out_one_and_no_two_are_alike(family):
     with torch.no_grad():
         for skip in all_skips(FAMILIES[family][3]):
             cut = subnet(model, skip)
-            with set_depth(model, skip):
+            with at_depth(model, skip):
                 out = model(x)
             assert torch.equal(cut(x), out)
             assert not any(isinstance(m, (AdaptiveBlock, SwitchableNorm, Depth)) for m in cut.modules())
@@ -113,10 +121,10 @@ def test_statement_sets_the_default_for_all_threads():
 
 def test_with_holds_here_only_and_gives_the_flags():
     model = adaptive()
-    with set_depth(model, MIXED) as skip:
+    with at_depth(model, MIXED) as skip:
         assert skip == get_depth(model) == MIXED
         assert in_thread(lambda: get_depth(model)) == FULL
-        with set_depth(model, BASE):
+        with at_depth(model, BASE):
             assert get_depth(model) == BASE
         assert get_depth(model) == MIXED
     assert get_depth(model) == FULL
@@ -124,7 +132,7 @@ def test_with_holds_here_only_and_gives_the_flags():
 
 def test_a_copy_made_within_a_with_runs_as_the_original_does_there():
     model = adaptive()
-    with set_depth(model, MIXED):
+    with at_depth(model, MIXED):
         copied = copy.deepcopy(model)
         (row,) = measure(copied, rounds=1, min_run_time=0)
         (same,) = measure(model, rounds=1, min_run_time=0)
@@ -136,127 +144,68 @@ def test_a_copy_made_within_a_with_runs_as_the_original_does_there():
 
 def test_an_error_inside_leaves_it_too():
     model = adaptive()
-    with pytest.raises(ZeroDivisionError), set_depth(model, MIXED), set_depth(model, BASE):
+    with pytest.raises(ZeroDivisionError), at_depth(model, MIXED), at_depth(model, BASE):
         raise ZeroDivisionError
     assert get_depth(model) == FULL
 
 
-def test_statement_within_a_with_holds_there_and_after_it():
+def test_the_default_set_within_a_with_holds_elsewhere_and_after_it():
     model = adaptive()
-    with set_depth(model, MIXED):
+    with at_depth(model, MIXED):
         set_depth(model, BASE)
-        assert get_depth(model) == BASE
+        assert get_depth(model) == MIXED
         assert in_thread(lambda: get_depth(model)) == BASE
-        with set_depth(model, MIXED):
-            assert get_depth(model) == MIXED
-        assert get_depth(model) == BASE
-        set_depth(model, (False, True, False))
-        assert get_depth(model) == (False, True, False)
-    assert get_depth(model) == (False, True, False)
+        with at_depth(model, FULL):
+            assert get_depth(model) == FULL
+    assert get_depth(model) == BASE
+
+
+def test_flags_are_letters_or_booleans():
+    model = adaptive()
+    assert set_depth(model, "TFT") == MIXED == get_depth(model)
+    with at_depth(model, "TTT") as skip:
+        assert skip == BASE == get_depth(model)
+    with torch.no_grad():
+        assert torch.equal(subnet(model, "TFT")(images()), model(images()))
+    assert Subnet(skip="TFT") == Subnet(skip=MIXED)
+
+
+def test_set_depth_in_a_with_says_what_to_write():
+    model = adaptive()
+    told = r"set_depth .*'TFT'.* is no context manager; .* write: with at_depth\(model, 'TFT'\):"
+    with pytest.raises(TypeError, match=told), set_depth(model, MIXED):
+        pytest.fail("entered")
 
 
 def test_networks_do_not_see_each_other():
     one, two = adaptive(), adaptive("vit")
-    with set_depth(one, MIXED), set_depth(two, (True, True)):
+    with at_depth(one, MIXED), at_depth(two, "TT"):
         assert (get_depth(one), get_depth(two)) == (MIXED, (True, True))
-        set_depth(two, (False, True))
-        assert get_depth(one) == MIXED
-    assert (get_depth(one), get_depth(two)) == (FULL, (False, True))
+        with at_depth(two, "FT"):
+            assert (get_depth(one), get_depth(two)) == (MIXED, (False, True))
+    assert (get_depth(one), get_depth(two)) == (FULL, (False, False))
 
 
-def test_a_switch_kept_in_a_variable_holds_here_until_it_is_dropped():
+def test_what_is_not_entered_does_nothing():
     model = adaptive()
-    kept = set_depth(model, MIXED)
-    assert get_depth(model) == MIXED
-    assert in_thread(lambda: get_depth(model)) == FULL, "it may yet be entered"
-    del kept
-    gc.collect()
-    assert in_thread(lambda: get_depth(model)) == MIXED
-
-
-def test_the_next_switch_publishes_a_kept_one():
-    model = adaptive()
-    kept = set_depth(model, MIXED)
-    with set_depth(model, BASE):
+    kept = at_depth(model, MIXED)
+    assert repr(kept)
+    assert get_depth(model) == in_thread(lambda: get_depth(model)) == FULL
+    with at_depth(model, BASE):
+        del kept
+        gc.collect()
         assert get_depth(model) == BASE
-        assert in_thread(lambda: get_depth(model)) == MIXED
-    assert get_depth(model) == MIXED
-    del kept
-    assert get_depth(model) == MIXED
+    assert get_depth(model) == in_thread(lambda: get_depth(model)) == FULL
 
 
-def test_what_an_interactive_prompt_shows_and_keeps_is_the_default():
+def test_left_in_another_order_nothing_stays():
     model = adaptive()
-    shown = set_depth(model, MIXED)
-    assert repr(shown) == "depth (True, False, True)"
-    assert in_thread(lambda: get_depth(model)) == MIXED
-    set_depth(model, BASE)
-    assert repr(shown) == "depth (True, False, True)"
-    del shown
-    assert get_depth(model) == BASE, "it was published once"
-
-
-def test_a_switch_thrown_away_in_another_thread_becomes_the_default():
-    model = adaptive()
-    box = [set_depth(model, MIXED)]
-    in_thread(box.clear)
-    gc.collect()
-    assert in_thread(lambda: get_depth(model)) == MIXED
-    set_depth(model, BASE)
-    assert get_depth(model) == BASE, "nothing of the first one is left here"
-
-
-def test_a_switch_can_be_entered_again_and_within_itself():
-    model = adaptive()
-    switch = set_depth(model, MIXED)
-    for _ in range(2):
-        with switch:
-            assert get_depth(model) == MIXED
-            with set_depth(model, BASE), switch:
-                assert get_depth(model) == MIXED
-            assert get_depth(model) == MIXED
-        assert get_depth(model) == FULL
-    del switch
-    assert in_thread(lambda: get_depth(model)) == FULL
-
-
-def test_a_switch_entered_in_another_thread_holds_there():
-    model = adaptive()
-    box = [set_depth(model, MIXED)]
-
-    def work():
-        with box[0]:
-            return get_depth(model)
-
-    assert in_thread(work) == MIXED
-    assert get_depth(model) == FULL
-    box.clear()
-    assert get_depth(model) == FULL
-
-
-def test_left_in_another_order_or_context_nothing_stays():
-    model = adaptive()
-    one, two = set_depth(model, MIXED), set_depth(model, BASE)  # the second publishes the first
-    set_depth(model, FULL)
+    one, two = at_depth(model, MIXED), at_depth(model, BASE)
     one.__enter__(), two.__enter__()
     one.__exit__(None, None, None)
     assert get_depth(model) == BASE
     two.__exit__(None, None, None)
     assert get_depth(model) == FULL
-    one.__enter__()
-    contextvars.Context().run(one.__exit__, None, None, None)
-    assert get_depth(model) == FULL
-
-
-def test_at_the_end_of_the_program_nothing_is_said():
-    program = (
-        "import timm, pliant\n"
-        "model = timm.create_model('resnet20_cifar_adn')\n"
-        "kept = pliant.set_depth(model, (True, True, True))\n"
-        "inside = pliant.set_depth(model, (True, True, False)).__enter__()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("", "")
 
 
 # --- threads and tasks ----------------------------------------------------------------------------
@@ -274,16 +223,16 @@ def test_threads_at_all_depths_at_once_get_what_they_asked_for():
         while not stop.is_set():
             for skip in (BASE, FULL, MIXED):
                 set_depth(model, skip)
-                with set_depth(model, FULL):
+                with at_depth(model, FULL):
                     pass
 
     def work(skip: tuple[bool, ...]) -> None:
         barrier.wait()
         with torch.no_grad():
             for _ in range(3):
-                with set_depth(model, skip):
+                with at_depth(model, skip):
                     first = model(x)
-                    with set_depth(model, BASE):
+                    with at_depth(model, BASE):
                         inner = model(x)
                     second = model(x)
                 for out, right in ((first, skip), (inner, BASE), (second, skip)):
@@ -323,7 +272,7 @@ def test_tasks_do_not_see_each_other_and_keep_what_they_started_with():
     expected = outputs(model, x)
 
     async def serve(skip):
-        with set_depth(model, skip):
+        with at_depth(model, skip):
             for _ in range(3):
                 await asyncio.sleep(0)
                 with torch.no_grad():
@@ -336,15 +285,10 @@ def test_tasks_do_not_see_each_other_and_keep_what_they_started_with():
 
     async def main():
         await asyncio.gather(*(serve(skip) for skip in all_skips(3)))
-        with set_depth(model, MIXED):
+        with at_depth(model, MIXED):
             task = asyncio.create_task(started_within())
         assert get_depth(model) == FULL
         assert await task == MIXED
-        kept = set_depth(model, BASE)
-        task = asyncio.create_task(started_within())
-        del kept
-        set_depth(model, FULL)
-        assert await task == FULL, "a default is no one's own"
 
     asyncio.run(main())
     assert get_depth(model) == FULL
@@ -356,31 +300,50 @@ def test_tasks_do_not_see_each_other_and_keep_what_they_started_with():
 @pytest.mark.parametrize(
     ("skip", "message"),
     [
-        ((True,) * 2, r"skip has 2 flags, \(True, True\); the network has 3"),
-        ((), r"skip has 0 flags, \(\); the network has 3"),
-        ((1, 0, 1), r"skip must hold True or False for each of 3 stages, not \[1, 0, 1\]"),
-        ("TFT", r"skip must hold True or False for each of 3 stages, not \['T', 'F', 'T'\]"),
+        (
+            (True,) * 2,
+            r"skip has 2 flags, \(True, True\); this network has 3: give 3, such as 'TTF' or \(True",
+        ),
+        ("TFTF", r"skip has 4 flags, 'TFTF'; this network has 3: give 3, such as 'TTF'"),
+        ((), r"skip is \(\); give one flag for each stage that can skip, such as 'TTF' or \(True, True, F"),
+        ("", r"skip is ''; give one flag"),
+        ((1, 0, 1), r"skip is \(1, 0, 1\); give one flag"),
+        ("TxT", r"skip is 'TxT'; give one flag for each stage that can skip, such as 'TTF'"),
+        (True, "skip is True; give one flag"),
     ],
 )
 def test_wrong_flags(skip, message):
     model = adaptive()
-    for call in (set_depth, subnet):
+    for call in (set_depth, at_depth, subnet):
         with pytest.raises(ValueError, match=message):
             call(model, skip)
     assert get_depth(model) == FULL
-    with pytest.raises(ValueError, match="skip must hold True or False for each of 3 stages, not True"):
-        check_skip(True, 3)
+
+
+@pytest.mark.parametrize(
+    ("skips", "message"),
+    [("TFT", r"skips is 'TFT'; give a list of depths, such as \['TFT'\]"), ([], "skips is empty")],
+)
+def test_wrong_depths(skips, message):
+    with pytest.raises(ValueError, match=message):
+        compile_depths(adaptive(), images(), skips)
 
 
 def test_networks_without_depth_or_with_two():
     model = adaptive()
     for lacking in (plain("option A"), subnet(model, MIXED), nn.Linear(1, 1)):
-        for call in (get_depth, depths, lambda m: set_depth(m, FULL), lambda m: subnet(m, FULL)):
+        for call in (
+            get_depth,
+            depths,
+            lambda m: set_depth(m, FULL),
+            lambda m: at_depth(m, FULL),
+            lambda m: subnet(m, FULL),
+        ):
             with pytest.raises(ValueError, match="has no adaptive depth: convert it by"):
                 call(lacking)
     two = nn.ModuleList([model, adaptive()])
     with pytest.raises(ValueError, match="ModuleList holds 2 networks of adaptive depth; give one of them"):
         set_depth(two, FULL)
     one = nn.Sequential(nn.Identity(), model)
-    with set_depth(one, MIXED):
+    with at_depth(one, MIXED):
         assert get_depth(model) == MIXED

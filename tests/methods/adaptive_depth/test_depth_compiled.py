@@ -11,8 +11,8 @@ from timm.models import checkpoint_seq
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adaptive import BASE, FULL, MIXED, adaptive, images, in_thread, outputs, scramble
-from pliant import AdaptiveDepth, convert, get_depth, load, save, set_depth, subnet
+from _adaptive import BASE, FULL, MIXED, adaptive, images, in_thread, outputs, scramble
+from pliant import AdaptiveDepth, at_depth, convert, get_depth, load, save, set_depth, subnet
 from pliant.methods.adaptive_depth.depth import compile_depths
 from pliant.surgery import conversions
 
@@ -23,12 +23,12 @@ from pliant.surgery import conversions
 def test_traced_and_exported_networks_have_one_depth_and_refuse_others():
     model, x = adaptive(), images()
     expected = outputs(model, x)
-    with set_depth(model, MIXED), torch.no_grad():
+    with at_depth(model, MIXED), torch.no_grad():
         traced = torch.jit.trace(model, x)
         exported = torch.export.export(model, (x,)).module()
     cut = torch.export.export(subnet(model, MIXED), (x,))
     for frozen in (traced, exported, cut.module()):
-        with torch.no_grad(), set_depth(model, BASE):
+        with torch.no_grad(), at_depth(model, BASE):
             assert torch.equal(frozen(x), expected[MIXED])
         with pytest.raises(ValueError, match="exported has one depth for ever: switch the network that it"):
             set_depth(frozen, BASE)
@@ -40,12 +40,12 @@ def test_traced_and_exported_networks_have_one_depth_and_refuse_others():
 def test_replicas_of_data_parallel_run_at_the_depth_of_their_caller():
     model, x = adaptive(), images()
     block = model.layer1[0]
-    with set_depth(model, BASE):
+    with at_depth(model, BASE):
         replica = block._replicate_for_data_parallel()
     replica.block = block.block
     with torch.no_grad():
         features = model.conv1(x)
-        with set_depth(model, BASE):
+        with at_depth(model, BASE):
             expected = block(features.clone())
         # Its threads have contexts of their own.
         assert torch.equal(in_thread(lambda: torch.no_grad()(replica)(features.clone())), expected)
@@ -81,7 +81,7 @@ def test_checkpointing_runs_again_at_the_depth_of_the_forward(family, every):
     del x
 
     def forward(at, checkpointed):
-        with set_depth(model, at):
+        with at_depth(model, at):
             y = start.clone().requires_grad_(True)
             return checkpoint_seq(blocks, y, every=every) if checkpointed else nn.Sequential(*blocks)(y)
 
@@ -93,12 +93,12 @@ def test_checkpointing_runs_again_at_the_depth_of_the_forward(family, every):
 def test_timms_own_checkpointing():
     model, x = adaptive(), images(4)
     model.train()
-    with set_depth(model, MIXED):
+    with at_depth(model, MIXED):
         expected = gradients(model, lambda: model(x))
     model.set_grad_checkpointing()
 
     def forward():
-        with set_depth(model, MIXED):
+        with at_depth(model, MIXED):
             return model(x)
 
     assert_same(gradients(model, forward), expected)
@@ -111,7 +111,7 @@ def test_both_depths_of_one_batch_checkpointed():
     def forward():
         total = 0
         for skip in skips:
-            with set_depth(model, skip):
+            with at_depth(model, skip):
                 total = total + model(x)
         return total
 
@@ -128,11 +128,11 @@ def test_checkpointing_that_loses_the_depth_is_an_error():
         out.sum().backward()
     total = 0
     for skip in (FULL, BASE):  # the same feature map at two depths
-        with set_depth(model, skip):
+        with at_depth(model, skip):
             total = total + checkpoint(model.layer1, y, use_reentrant=False)
     with pytest.raises(RuntimeError, match=r"at two depths, .*give each its own, x.clone\(\)"):
         total.sum().backward()
-    with set_depth(model, BASE):  # without checkpointing there is nothing to confuse
+    with at_depth(model, BASE):  # without checkpointing there is nothing to confuse
         one = model.layer1(y)
     (one + model.layer1(y)).sum().backward()
 
@@ -173,7 +173,7 @@ def test_a_compiled_network_switches(statement):
                 set_depth(compiled, skip)
                 out = compiled(x)
             else:
-                with set_depth(compiled, skip):
+                with at_depth(compiled, skip):
                     out = compiled(x)
             torch.testing.assert_close(out, expected[skip])
     torch._dynamo.reset()
@@ -196,7 +196,7 @@ def test_compiled_ahead_switching_recompiles_nothing(family):
     compiled = compile_depths(model, x, backend="aot_eager", fullgraph=True)
     with torch.compiler.set_stance("fail_on_recompile"), torch.no_grad():
         for skip, right in expected.items():
-            with set_depth(compiled, skip):
+            with at_depth(compiled, skip):
                 torch.testing.assert_close(compiled(x), right)
             set_depth(model, skip)
             torch.testing.assert_close(compiled(x + 1 - 1), right, rtol=1e-3, atol=1e-4)
@@ -215,7 +215,7 @@ def test_compiled_ahead_it_serves_in_every_mode_of_its_caller(inside):
     with torch.compiler.set_stance("fail_on_recompile"), inside():
         for x in (images(), images() + 1):
             for skip in skips:
-                with set_depth(model, skip):
+                with at_depth(model, skip):
                     out = compiled(x)
                 torch.testing.assert_close(out, subnet(model, skip)(x), check_stride=False)
                 assert not out.requires_grad
@@ -228,11 +228,11 @@ def test_compiled_for_training_it_follows_the_networks_mode_and_leaves_its_stati
     before = {n: b.clone() for n, b in model.named_buffers()}
     compiled = compile_depths(model, x, [(True, True)], backend="aot_eager")
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
-    with torch.compiler.set_stance("fail_on_recompile"), set_depth(model, (True, True)):
+    with torch.compiler.set_stance("fail_on_recompile"), at_depth(model, (True, True)):
         compiled(x).sum().backward()
     assert model.layer2[0].block.bn1.base.weight.grad is not None
     compiled.eval()
-    with set_depth(model, (True, True)), torch.no_grad():
+    with at_depth(model, (True, True)), torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
     torch._dynamo.reset()
 
@@ -268,7 +268,7 @@ def test_all_depths_by_the_real_compiler():
     compiled = compile_depths(model, images(), backend="inductor")
     with torch.compiler.set_stance("fail_on_recompile"), torch.no_grad():
         for skip, right in outputs(model, images()).items():
-            with set_depth(model, skip):
+            with at_depth(model, skip):
                 torch.testing.assert_close(compiled(images()), right, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 
@@ -287,7 +287,7 @@ def test_what_is_compiled_is_not_moved():
 def test_a_depth_that_was_not_compiled_is_refused():
     model, x = tiny(), images()
     compiled = compile_depths(model, x, [(True, True), [False, False]], backend="eager")
-    with pytest.raises(ValueError, match=r"depth \(True, False\) is not compiled; compiled are \[\(True"):
+    with pytest.raises(ValueError, match="depth TF is not compiled; compiled are TT, FF"):
         set_depth(model, (True, False)), compiled(x)
     with pytest.raises(ValueError, match="skip has 3 flags"):
         compile_depths(model, x, [(True, False, True)], backend="eager")
@@ -300,14 +300,14 @@ def test_a_depth_that_was_not_compiled_is_refused():
 def test_a_checkpoint_keeps_the_default_depth(tmp_path):
     model = scramble(timm.create_model("resnet20_cifar_adn")).eval()
     set_depth(model, MIXED)
-    with set_depth(model, BASE):  # not what holds just now
+    with at_depth(model, BASE):  # not what holds just now
         again = load(save(model, tmp_path / "net"))
     assert get_depth(again) == MIXED
     x = images()
     expected = outputs(model, x)
     with torch.no_grad():
         for skip, right in expected.items():
-            with set_depth(again, skip):
+            with at_depth(again, skip):
                 assert torch.equal(again(x), right)
 
 
@@ -339,7 +339,7 @@ def test_a_network_of_features_is_cut_out_saved_and_loaded(tmp_path, name):
     skip = (True, False, True, True)
     cut = subnet(model, skip)
     with torch.no_grad():
-        with set_depth(model, skip):
+        with at_depth(model, skip):
             expected = model(x)
         for kind, network in (("whole", model), ("cut", cut)):
             again = load(save(network, tmp_path / kind, input_size=(3, 32, 32)))

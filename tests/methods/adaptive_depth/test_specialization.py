@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 import pliant
 from _objectives import TERMS, adaptive, images, kl
-from pliant.methods.adaptive_depth import SwitchableNorm
+from pliant.methods.adaptive_depth import Joint, Specialization, SwitchableNorm
 from pliant.methods.adaptive_depth.depth import subnet
-from pliant.methods.adaptive_depth.passes import BothPasses, Feature, channel_dim, run_both, stage_outputs
-from pliant.train.objectives import Joint, Specialization, divergence
+from pliant.methods.adaptive_depth.passes import BothPasses, run_both, stage_outputs
+from pliant.objectives import Feature, channel_dim, divergence
 
 
 def tiny_vit():

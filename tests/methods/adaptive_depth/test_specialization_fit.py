@@ -13,15 +13,16 @@ from typer.testing import CliRunner
 import pliant
 from _objectives import TERMS, adaptive, images
 from _processes import run_script
-from _stopping import StopAfter
+from _runs import StopAfter
 from pliant.adaptive.scores import evaluate_depths
 from pliant.checkpoint import save
 from pliant.cli import app
-from pliant.methods.adaptive_depth import SwitchableNorm
-from pliant.methods.adaptive_depth.depth import set_depth, subnet
+from pliant.methods.adaptive_depth import Joint, Specialization, SwitchableNorm
+from pliant.methods.adaptive_depth.depth import at_depth, set_depth, subnet
+from pliant.objectives import CrossEntropy
 from pliant.recipes import get_recipe, list_recipes
 from pliant.train import Recipe, evaluate, fit, override, read_run
-from pliant.train.objectives import CrossEntropy, Joint, Specialization, make_objective
+from pliant.train.objectives import make_objective
 from pliant.train.tasks import Classification
 from pliant.train.weights import load_weights
 
@@ -79,7 +80,7 @@ def test_objectives_by_name():
         replace(TINY, objective="cross_entropy", objective_args={"alpha": 0.5})
     with pytest.raises(ValueError, match="'joint' has no option 'detach'; it has alpha"):
         make_objective("joint", {"detach": False})
-    with pytest.raises(ValueError, match="objective must be one of cross_entropy, joint, specialize"):
+    with pytest.raises(ValueError, match="no objective 'mse'; there are cross_entropy, joint, specialize"):
         replace(TINY, objective="mse")
 
 
@@ -150,7 +151,7 @@ def test_the_history_has_every_term_and_both_accuracies(tiny):
         assert row["train_loss"] == pytest.approx(sum(terms))
     assert tiny.history[1]["train_cross_entropy"] < tiny.history[0]["train_cross_entropy"]
     for skip, name in (((False,) * 3, "val_accuracy"), ((True,) * 3, "val_accuracy_base")):
-        with set_depth(tiny.model, skip):
+        with at_depth(tiny.model, skip):
             saved = subnet(tiny.model, skip)
         score = evaluate(save_plain(saved), "digits", part="val", device="cpu", pixels=8)
         assert score.top1 == pytest.approx(tiny.history[tiny.best_epoch][name])
@@ -278,7 +279,7 @@ def test_the_command_tells_both_accuracies(tmp_path):
 def test_training_one_depth_of_an_adaptive_network_is_told(tmp_path, caplog):
     recipe = override(TINY, ["epochs=1", "objective=cross_entropy"])
     run = fit(recipe, tmp_path / "run", progress=False)
-    assert "only one depth of this adaptive network is trained" in caplog.text
+    assert "CrossEntropy does not train all of this network" in caplog.text
     assert "val_accuracy_base" not in run.history[0]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import _export
 import pliant
+from _mod_block import FUSIONS, ORDERS, arguments, arguments_with, error, image
 from pliant.deploy import onnx_native
 from pliant.deploy.engines import ENGINES
 from pliant.deploy.facts import read_report
@@ -22,7 +23,6 @@ from pliant.measuring.rows import NATIVE, PLAIN
 from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 from pliant.methods.mixture_of_depths.ops import building
 from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch
-from test_fused_cpu import FUSIONS, ORDERS, arguments, arguments_with, error, image
 
 onnx = pytest.importorskip("onnx", reason="the extra pliant[onnx] is not installed")
 pytest.importorskip("onnxscript", reason="the extra pliant[onnx] is not installed")

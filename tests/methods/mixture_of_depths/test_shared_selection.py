@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import pliant
+from _adaptive import scramble
 from _export import through_file
-from adaptive import scramble
 from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, convert, plan
 from pliant.counting import count_parameters
 from pliant.deploy.forms import use_export_forms

@@ -12,8 +12,8 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 import pliant
+from _adaptive import scramble
 from _export import through_file
-from adaptive import scramble
 from pliant import AdaptiveDepth, MixtureOfDepths, convert, plan
 from pliant.anatomy import RemovedBlock
 from pliant.counting import count_macs, count_parameters

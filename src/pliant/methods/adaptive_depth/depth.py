@@ -1,18 +1,18 @@
-"""Switch, list and cut out the depths of an adaptive network.
+"""Choose, list and cut out the depths of an adaptive network.
 
-A depth is a tuple of flags, one for each stage that can skip its last blocks: all False is
-the whole network, all True the base network.
+A depth is one flag for each stage that can skip its last blocks: a string such as ``"TTFF"``,
+or a sequence of booleans. All False (F) is the whole network, all True (T) the base network.
 
 Shapes: images as the network takes them; nothing here changes a shape.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +20,68 @@ from torch import Tensor, nn
 from pliant import anatomy
 from pliant.compiling import room_to_compile
 from pliant.counting import count_macs, count_parameters
-from pliant.methods.adaptive_depth.method import Subnet
-from pliant.methods.adaptive_depth.switch import Skip, Switch, check_skip, check_skips, find_depth
-from pliant.surgery import record_conversion
+from pliant.methods.adaptive_depth.method import subnet as subnet
+from pliant.methods.adaptive_depth.switch import (
+    Default,
+    Skip,
+    SkipLike,
+    check_skip,
+    check_skips,
+    depth_name,
+    find_depth,
+)
 
-Network = TypeVar("Network", bound=nn.Module)
 
+def set_depth(model: nn.Module, skip: SkipLike) -> Default:
+    """Set the depth at which a network runs by default: from now on, in all threads.
 
-def set_depth(model: nn.Module, skip: Sequence[bool]) -> Switch:
-    """Choose the depth at which a network runs.
+    A ``with at_depth(...)`` that is open goes before the default, in its own context. One
+    forward has one depth for each stage, whatever is set meanwhile.
 
-    ``set_depth(model, skip)`` sets the default, for all threads. ``with set_depth(model,
-    skip):`` holds in its block only: other threads and tasks do not see it, and the
-    default stays; tasks that are started in the block keep it. The statement within such a
-    block holds for the rest of it too. One forward has one depth for each stage, whatever
-    is switched meanwhile.
-
-    A thread that is started in a ``with`` begins without it, as with all of Python's
-    context variables (`asyncio.to_thread` takes it along, and so does `nn.DataParallel`).
-
-    What `torch.compile` made of the network switches too, and compiles anew for each depth:
+    What `torch.compile` made of the network follows, and compiles anew for each depth:
     `compile_depths` does that ahead. (PyTorch that cannot compile the reading of a context
-    variable, 2.11 say, breaks the graph there, so it refuses ``fullgraph=True``.) What was
-    traced, exported or cut out has the one depth that held then, and refuses to be switched.
+    variable, 2.11 say, breaks the graph there, so it refuses ``fullgraph=True``.) A network
+    that was traced, exported or cut out has one depth for ever, and refuses another.
 
     Args:
         model: a network converted by `AdaptiveDepth`.
-        skip: a flag for each stage that can skip, True skips; all depths: `depths`.
+        skip: a flag for each stage that can skip: a string such as ``"TTFF"``, or booleans;
+            T (True) skips. `depths` lists them all.
+
+    Returns:
+        The flags, as booleans.
+
+    Raises:
+        ValueError: the network has no adaptive depth, or another number of flags.
+        TypeError: used in a ``with``: that is `at_depth`.
+
+    Example:
+        >>> import timm, pliant
+        >>> model = pliant.convert(timm.create_model("resnet18"), pliant.AdaptiveDepth())
+        >>> set_depth(model, "FFFT")
+        (False, False, False, True)
+        >>> get_depth(model)
+        (False, False, False, True)
+    """
+    depth = find_depth(model)
+    depth.skip = check_skip(skip, len(depth.skip))
+    return Default(depth.skip)
+
+
+def at_depth(model: nn.Module, skip: SkipLike) -> AbstractContextManager[Skip]:
+    """Run a network at a depth within a ``with``: in this thread or asyncio task only.
+
+    Other threads and tasks do not see it, and the default (`set_depth`) stays. Tasks that are
+    started in the block keep its depth. A thread that is started there begins without it, as
+    with all of Python's context variables (`asyncio.to_thread` and `nn.DataParallel` take it
+    along). A copy of the network that is made in the block has its depth as its default.
+
+    Args:
+        model: a network converted by `AdaptiveDepth`.
+        skip: as of `set_depth`.
+
+    Returns:
+        A context manager that gives the flags, as booleans.
 
     Raises:
         ValueError: the network has no adaptive depth, or another number of flags.
@@ -54,25 +89,26 @@ def set_depth(model: nn.Module, skip: Sequence[bool]) -> Switch:
     Example:
         >>> import timm, pliant
         >>> model = pliant.convert(timm.create_model("resnet18"), pliant.AdaptiveDepth())
-        >>> with set_depth(model, (True, True, True, True)):
+        >>> with at_depth(model, "TTFF"):
         ...     get_depth(model)
-        (True, True, True, True)
+        (True, True, False, False)
         >>> get_depth(model)
         (False, False, False, False)
-        >>> set_depth(model, (False, False, False, True))
-        depth (False, False, False, True)
-        >>> get_depth(model)
-        (False, False, False, True)
     """
     depth = find_depth(model)
-    return Switch(depth, check_skip(list(skip), len(depth.skip)))
+    return depth.hold(check_skip(skip, len(depth.skip)))
 
 
 def get_depth(model: nn.Module) -> Skip:
-    """The flags that hold here and now.
+    """The flags that hold here and now: of the innermost `at_depth`, else of `set_depth`.
 
     Raises:
         ValueError: the network has no adaptive depth.
+
+    Example:
+        >>> import timm, pliant
+        >>> get_depth(timm.create_model("resnet20_cifar_adn"))
+        (False, False, False)
     """
     return find_depth(model).current()
 
@@ -118,43 +154,8 @@ def depths(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     return result
 
 
-def subnet(model: Network, skip: Sequence[bool], *, share: bool = False) -> Network:
-    """Cut one depth out: a plain network, without what it does not use.
-
-    Its outputs are those of `model` at that depth, bit by bit. It can be saved and loaded,
-    exported without the weights of other depths, and converted by further methods.
-
-    Args:
-        model: a network converted by `AdaptiveDepth`; it stays as it is.
-        skip: the depth.
-        share: build it on the tensors of `model` instead of copies, so that all depths
-            served at once take the memory of one. Training one then trains the other. Move or
-            cast `model` before, not one of them afterwards: that would part their buffers.
-
-    Raises:
-        ValueError: the network has no adaptive depth, or another number of flags.
-
-    Example:
-        >>> import timm, pliant
-        >>> model = pliant.convert(timm.create_model("resnet50"), pliant.AdaptiveDepth())
-        >>> sum(p.numel() for p in subnet(model, (True,) * 4).parameters())
-        17112360
-    """
-    flags = check_skip(list(skip), len(find_depth(model).skip))
-    memo: dict[int, Any] = {}
-    if share:
-        memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    cut = copy.deepcopy(model, memo)
-    # Not by `convert`, which may copy weights, and lays them out in one memory format.
-    for site in (method := Subnet(skip=flags)).survey(cut).sites:
-        parent, _, name = site.path.rpartition(".")
-        setattr(cut.get_submodule(parent), name, method.replace(cut.get_submodule(site.path), site))
-    record_conversion(cut, method, ())
-    return cut
-
-
 class CompiledDepths(nn.Module):
-    """All depths of a network, each compiled for itself; `set_depth` switches between them.
+    """All depths of a network, each compiled for itself; `set_depth` and `at_depth` choose.
 
     Args:
         model: a network converted by `AdaptiveDepth`; the depths share its weights.
@@ -166,7 +167,7 @@ class CompiledDepths(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, skips: Sequence[Sequence[bool]] | None = None, **compile_options: Any
+        self, model: nn.Module, skips: Iterable[SkipLike] | None = None, **compile_options: Any
     ) -> None:
         super().__init__()
         self.model = model
@@ -195,7 +196,8 @@ class CompiledDepths(nn.Module):
         """
         skip = get_depth(self.model)
         if skip not in self._runners:
-            raise ValueError(f"depth {skip} is not compiled; compiled are {list(self._runners)}")
+            compiled = ", ".join(map(depth_name, self._runners))
+            raise ValueError(f"depth {depth_name(skip)} is not compiled; compiled are {compiled}")
         runner, training = self._runners[skip], self.model.training
         if runner.training != training:  # it is no submodule
             runner.train(training)
@@ -207,7 +209,7 @@ class CompiledDepths(nn.Module):
 def compile_depths(
     model: nn.Module,
     example: Tensor,
-    skips: Sequence[Sequence[bool]] | None = None,
+    skips: Iterable[SkipLike] | None = None,
     **compile_options: Any,
 ) -> CompiledDepths:
     """Compile every depth ahead, so that switching recompiles nothing.
@@ -227,8 +229,8 @@ def compile_depths(
     Example:
         >>> import timm, torch, pliant
         >>> model = pliant.convert(timm.create_model("resnet20_cifar"), pliant.AdaptiveDepth()).eval()
-        >>> fast = compile_depths(model, torch.randn(1, 3, 32, 32), [(True,) * 3], backend="eager")
-        >>> with set_depth(model, (True,) * 3):
+        >>> fast = compile_depths(model, torch.randn(1, 3, 32, 32), ["TTT"], backend="eager")
+        >>> with at_depth(model, "TTT"):
         ...     fast(torch.randn(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
@@ -236,7 +238,7 @@ def compile_depths(
     statistics = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
     with room_to_compile():  # depths share their classes' code
         for skip in compiled._runners:
-            with set_depth(model, skip):
+            with at_depth(model, skip):
                 compiled(example)
     for buffer, before in statistics:
         buffer.copy_(before)

@@ -13,22 +13,22 @@ Shapes in this file::
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pliant import anatomy
-from pliant.anatomy import Block, BlockInfo, RemovedBlock
-from pliant.methods.adaptive_depth.switch import Depth, Skip, check_skip, find_depth
-from pliant.methods.condconv.layers import Router, SharedRouting
-from pliant.parts import Part
-from pliant.surgery import Method, PassedOver, Site, Survey
-from pliant.threaded import Bound, between, thread, threaded
+from pliant.anatomy import BlockInfo, RemovedBlock
+from pliant.methods.adaptive_depth.block import AdaptiveBlock, SwitchableNorm
+from pliant.methods.adaptive_depth.objectives import Joint, Specialization
+from pliant.methods.adaptive_depth.switch import Depth, Skip, SkipLike, check_skip, find_depth
+from pliant.objectives import Objective
+from pliant.surgery import Method, PassedOver, Site, Survey, record_conversion
+from pliant.threaded import borrowed
 
-DEPTH = "depth"  # the name under which flags are threaded, by number; None: two depths
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,10 @@ class AdaptiveDepth(Method):
         25583144
     """
 
-    wraps: ClassVar[tuple[str, ...]] = ("MixtureOfDepths", "CondConv")
+    suffix: ClassVar[str] = "adn"
+    wraps: ClassVar[bool] = True
+    objectives: ClassVar[Mapping[str, type[Objective]]] = {"joint": Joint, "specialize": Specialization}
+    objective: ClassVar[str] = "specialize"
 
     skippable: tuple[int, ...] | None = None
     groups: int = 4
@@ -103,7 +106,7 @@ class AdaptiveDepth(Method):
                     detail["norms"] = len(anatomy.norms(block.module))
                 sites.append(Site(block.path, detail))
             flag += 1
-        _check_routings(model, sites)
+        _check_borrowed(model, sites)
         note = f"{flag} flags: {2**flag} depths; train it so that all work (the base network is new)"
         return Survey(tuple(sites), tuple(passed_over), (note,) if sites else ())
 
@@ -165,6 +168,24 @@ class AdaptiveDepth(Method):
                 if isinstance(norm, SwitchableNorm):
                     norm.base.train(norm.full.training)
 
+    def take_plain(self, model: nn.Module, fill: Callable[[nn.Module], str]) -> bool:
+        """Give both norms of a pair the weights of the one norm that there was.
+
+        The whole network then gives what the plain one gave; see `Method.take_plain`.
+        """
+        # On the same tensors, under the names that they have without the method.
+        if fill(subnet(model, (False,) * len(find_depth(model).skip), share=True)):
+            return False
+        for norm in model.modules():
+            if isinstance(norm, SwitchableNorm):
+                norm.base.load_state_dict(norm.full.state_dict())
+        return True
+
+    def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """The two depths that are trained: the super-net and the base-net; see `Method.networks`."""
+        flags = len(find_depth(model).skip)
+        return {"super-net": subnet(model, (False,) * flags), "base-net": subnet(model, (True,) * flags)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subnet(Method):
@@ -189,7 +210,7 @@ class Subnet(Method):
         17112360
     """
 
-    wraps: ClassVar[tuple[str, ...]] = ("AdaptiveDepth", "MixtureOfDepths", "CondConv")
+    wraps: ClassVar[bool] = True
     dissolves: ClassVar[str] = "AdaptiveDepth"
 
     skip: Skip
@@ -224,142 +245,55 @@ class Subnet(Method):
         return plain
 
 
-class SwitchableNorm(Part):
-    """A norm for the full stage, and its copy for the stage that skips.
+def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
+    """Cut one depth out: a plain network, without what it does not use.
+
+    Its outputs are those of `model` at that depth, bit by bit. It can be saved and loaded,
+    exported without the weights of other depths, and converted by further methods.
 
     Args:
-        norm: of the full stage; the other one starts as its copy, and learns also where
-            this one is frozen.
+        model: a network converted by `AdaptiveDepth`; it stays as it is.
+        skip: the depth, as of `pliant.set_depth`.
+        share: build it on the tensors of `model` instead of copies, so that all depths
+            served at once take the memory of one. Training one then trains the other. Move or
+            cast `model` before, not one of them afterwards: that would part their buffers.
+
+    Raises:
+        ValueError: the network has no adaptive depth, or another number of flags.
+
+    Example:
+        >>> import timm, pliant
+        >>> model = pliant.convert(timm.create_model("resnet50"), pliant.AdaptiveDepth())
+        >>> sum(p.numel() for p in subnet(model, "TTTT").parameters())
+        17112360
     """
-
-    switches: ClassVar[bool] = True
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.full = norm
-        self.base = copy.deepcopy(norm).requires_grad_(True)
-
-    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
-        """Normalise `x`, of any shape that the norm takes, for one of the two depths."""
-        y: Tensor = self.base(x) if skip else self.full(x)
-        return y
+    flags = check_skip(skip, len(find_depth(model).skip))
+    memo: dict[int, Any] = {}
+    if share:
+        memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    cut = copy.deepcopy(model, memo)
+    # Not by `convert`, which may copy weights, and lays them out in one memory format.
+    for site in (method := Subnet(skip=flags)).survey(cut).sites:
+        cut.set_submodule(site.path, method.replace(cut.get_submodule(site.path), site))
+    record_conversion(cut, method, ())
+    return cut
 
 
-class AdaptiveBlock(Block):
-    """A block of a stage that can skip its last blocks.
+def _check_borrowed(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse to skip a block that computes what others, which are not skipped with it, use."""
+    flags = {s.path: s.detail["flag"] if s.detail["part"] == "skippable" else None for s in sites}
 
-    The stage's first block reads the flag; the others get it along the feature map, so that
-    one forward has one depth, whatever is switched meanwhile.
+    def within(path: str) -> str:
+        """The block that a module lies in."""
+        return next((block for block in flags if f"{path}.".startswith(f"{block}.")), path)
 
-    Args:
-        block: what runs.
-        flag: number of the stage's flag.
-        skippable: the flag skips this block; otherwise it chooses its norms.
-        norms: paths of the block's switchable norms.
-        shape: channels in and out, stride.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        flag: int,
-        skippable: bool,
-        norms: Sequence[str],
-        shape: tuple[int, int, int],
-    ) -> None:
-        super().__init__(*shape)
-        self.block, self.flag, self.skippable = block, flag, skippable
-        self.first = False
-        self._depth: tuple[Depth, ...] = ()
-        self._norms = frozenset(norms)
-        self._between = between(norms)
-
-    def read_from(self, depth: Depth, *, owner: bool, first: bool) -> None:
-        """Say where the flags are; `owner` registers `depth`, `first` is a stage's first block."""
-        self.first = first
-        self._depth = (depth,)  # in a tuple, so no part of this block: all read the same one
-        if owner:
-            self.depth = depth
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's output for `x`, or `x` itself where the block is skipped."""
-        flags = self._read(x)
-        skip = flags[self.flag]
-        if self.skippable and skip:
-            return x
-        if skip and self._norms:
-            y = Bound(self.block, self._norms, self._between, _run_base)(x)
-        else:
-            y = self.block(x)
-        result: Tensor = thread(y, DEPTH, flags)
-        return result
-
-    def _read(self, x: Tensor) -> dict[int, bool | None]:
-        """All flags by number, those that `x` carries or those that hold here; its own is no None."""
-        known: dict[int, bool | None] = threaded(x, DEPTH) or {}
-        skip = known.get(self.flag)
-        if skip is not None and not self.first:
-            return known
-        if _recomputing():  # gradient checkpointing runs this block again
-            if skip is None:
-                raise RuntimeError(_TWO if self.flag in known else _LOST)
-            return known
-        now: dict[int, bool | None] = dict(enumerate(self._depth[0].current()))
-        if torch.is_grad_enabled():
-            thread(x, DEPTH, {n: s if known.get(n, s) is s else None for n, s in now.items()})
-        return now
-
-    def _replicate_for_data_parallel(self) -> AdaptiveBlock:
-        """A replica for a thread of `nn.DataParallel`, at the depth that holds for its caller."""
-        replicate: Callable[[], AdaptiveBlock] = super()._replicate_for_data_parallel
-        replica = replicate()
-        replica._depth = (Depth(self._depth[0].current()),)
-        return replica
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        part = "skippable" if self.skippable else "mandatory"
-        return f"{super().extra_repr()}, flag={self.flag}, {part}"
-
-
-def _run_base(_path: str, norm: nn.Module, x: Tensor) -> Tensor:
-    y: Tensor = norm(x, True)
-    return y
-
-
-def _recomputing() -> bool:
-    """Whether this forward is part of a backward: of gradient checkpointing."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _check_routings(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Refuse to skip a block of CondConv that computes the routing of others, which are not."""
-    flags = {site.path: site.detail["flag"] for site in sites if site.detail["part"] == "skippable"}
-
-    def skipped_by(path: str) -> int | None:
-        return next((flag for block, flag in flags.items() if f"{path}.".startswith(f"{block}.")), None)
-
-    source = ""
-    for path, module in model.named_modules():
-        if isinstance(module, SharedRouting) or (isinstance(module, Router) and module.previous):
-            if skipped_by(source) not in (None, skipped_by(path)):
-                raise ValueError(
-                    f"{source.removesuffix('.router')} cannot be skipped: its routing is that of "
-                    f"{path.removesuffix('.router')} too; name other blocks in skippable, or take CondConv "
-                    f"with routing='block'"
-                )
-        elif isinstance(module, Router):
-            source = path
-
-
-_LOST = (
-    "the depth of this forward is lost, because gradient checkpointing runs it again on other tensors; "
-    "use torch.utils.checkpoint with use_reentrant=False"
-)
-_TWO = (
-    "one feature map went into a stage at two depths, and gradient checkpointing runs one of them again "
-    "without knowing which; give each its own, x.clone()"
-)
+    for name, source, user in borrowed(model):
+        block, other = within(source), within(user)
+        if flags.get(block) not in (None, flags.get(other)):
+            raise ValueError(
+                f"{block} cannot be skipped: its {name} is that of {other} too; name other blocks in "
+                f"skippable, or let each block compute its own {name}"
+            )
 
 
 def _sizes(stages: Sequence[Sequence[object]]) -> str:

@@ -16,21 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pliant.methods.adaptive_depth.depth import get_depth, set_depth
-from pliant.methods.adaptive_depth.method import AdaptiveBlock
-
-
-@dataclass(frozen=True)
-class Feature:
-    """What a stage gives after its last block.
-
-    Attributes:
-        h: the feature map, or tokens.
-        dim: its dimension of channels.
-    """
-
-    h: Tensor
-    dim: int
+from pliant.methods.adaptive_depth.block import AdaptiveBlock
+from pliant.methods.adaptive_depth.switch import find_depth
+from pliant.objectives import Feature, channel_dim
 
 
 @dataclass(frozen=True)
@@ -69,11 +57,12 @@ def run_both(network: nn.Module, x: Tensor, stages: Iterable[int] | None = None)
         >>> [tuple(f.h.shape) for f in both.base_stages.values()]
         [(2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
     """
-    flags = len(get_depth(network))
+    depth = find_depth(network)
+    flags = len(depth.skip)
     wanted = tuple(range(flags)) if stages is None else tuple(stages)
     results = []
     for skip in (False, True):
-        with set_depth(network, (skip,) * flags), stage_outputs(network, wanted) as features:
+        with depth.hold((skip,) * flags), stage_outputs(network, wanted) as features:
             logits: Tensor = network(x)
         lost = [n for n in wanted if n not in features]
         if lost:
@@ -115,24 +104,3 @@ def _keep(found: dict[int, Feature], n: int) -> Any:
         found[n] = Feature(h, channel_dim(h, block.out_channels))
 
     return hook
-
-
-def channel_dim(h: Tensor, channels: int) -> int:
-    """The dimension of channels: the last of tokens and channels-last maps, else 1.
-
-    Raises:
-        ValueError: neither has so many channels.
-
-    Example:
-        >>> import torch
-        >>> channel_dim(torch.zeros(2, 8, 4, 4), 8), channel_dim(torch.zeros(2, 4, 4, 8), 8)
-        (1, 3)
-        >>> channel_dim(torch.zeros(2, 8, 8), 8)
-        2
-    """
-    # A map whose width is its number of channels is taken as [B, C, H, W], torch's own form.
-    dims = (1, 3) if h.dim() == 4 else (h.dim() - 1,)
-    for dim in dims:
-        if h.shape[dim] == channels:
-            return dim
-    raise ValueError(f"a stage's output of shape {tuple(h.shape)} has no dimension of {channels} channels")

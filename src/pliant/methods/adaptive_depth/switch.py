@@ -1,40 +1,26 @@
-"""What a depth is and where it holds: `Depth`, `Switch`.
+"""Which depth holds where: `Depth`, and the flags that callers give.
 
-A `Depth` lies in a network and has a default for all threads. What holds in one context (a
-thread, an asyncio task) lies in a context variable, as a stack of `Held` for each `Depth`:
-an immutable one, so a task that was started within a ``with`` keeps its depth when the
-``with`` is left elsewhere.
+A `Depth` lies in a network and has a default for all threads. What a ``with at_depth(...)``
+holds lies in a context variable, so other threads and tasks do not see it, and tasks that are
+started in the ``with`` keep it.
 
 No tensors here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import product
-from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from torch import nn
 
 from pliant.parts import Part
 
 Skip = tuple[bool, ...]
-
-
-class Held:
-    """A depth that holds in one context.
-
-    Attributes:
-        skip: its flags.
-        state: ``"pending"``: may yet become the default; ``"with"``; ``"statement"``: became
-            the default within a ``with``, of which it holds the rest.
-        alive: it holds.
-    """
-
-    def __init__(self, skip: Skip, state: str) -> None:
-        self.skip, self.state, self.alive = skip, state, True
+SkipLike = str | Sequence[bool]  # "TTFF", or flags
 
 
 class Depth(Part):
@@ -59,10 +45,21 @@ class Depth(Part):
 
     def current(self) -> Skip:
         """The flags that hold in this context."""
-        for held in reversed(_stack(self)):
-            if held.alive:
-                return held.skip
+        for depth, skip in reversed(_HELD.get()):
+            if depth is self:
+                return skip
         return self.skip
+
+    @contextmanager
+    def hold(self, skip: Skip) -> Iterator[Skip]:
+        """Let `skip` hold in this context, until the ``with`` is left."""
+        mine = (self, skip)
+        _HELD.set((*_HELD.get(), mine))
+        try:
+            yield skip
+        finally:
+            # By identity: generators leave their `with` in any order.
+            _HELD.set(tuple(held for held in _HELD.get() if held is not mine))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Depth:
         """A copy runs as the original does here: what holds in this context is its default."""
@@ -88,85 +85,23 @@ class Depth(Part):
 
 
 # What holds in this context, innermost last: replaced as a whole, never changed.
-_HELD: ContextVar[dict[Depth, tuple[Held, ...]] | None] = ContextVar("pliant_depth", default=None)
+_HELD: ContextVar[tuple[tuple[Depth, Skip], ...]] = ContextVar("pliant_depth", default=())
 
 
-def _stack(depth: Depth) -> tuple[Held, ...]:
-    everything = _HELD.get()
-    return () if everything is None else everything.get(depth, ())
+class Default(tuple[bool, ...]):
+    """The flags that `set_depth` made the default; in a ``with``, an error that says what to write."""
 
+    __slots__ = ()
 
-def _put(depth: Depth, stack: tuple[Held, ...]) -> None:
-    others = {d: s for d, s in (_HELD.get() or {}).items() if d is not depth}
-    _HELD.set({**others, depth: stack} if stack else others)
+    def __enter__(self) -> NoReturn:
+        raise TypeError(
+            f"set_depth has made {depth_name(self)!r} the default of all threads and is no context "
+            f"manager; for a depth that holds in a block only, write: with at_depth(model, "
+            f"{depth_name(self)!r}):"
+        )
 
-
-class Switch:
-    """What `set_depth` returns: a context manager, or, thrown away, the new default.
-
-    Until it is entered or thrown away it holds for its own context alone, so that no other
-    thread ever runs at the depth of a ``with``. Printed by an interactive prompt, which
-    then keeps it, it becomes the default as well. It can be entered again.
-    """
-
-    def __init__(self, depth: Depth, skip: Skip) -> None:
-        stack = _stack(depth)
-        if stack and stack[-1].state == "pending":
-            _publish(depth, stack[-1])  # kept in a variable, and followed by this one
-        self._depth, self.skip = depth, skip
-        self._entered: list[Held] = []
-        self._made = Held(skip, "pending")
-        _put(depth, (*_stack(depth), self._made))
-
-    def __enter__(self) -> Skip:
-        """Hold the depth; returns its flags."""
-        held, stack = self._made, _stack(self._depth)
-        mine = held.state == "pending" and held in stack
-        if not mine:
-            if held.state == "pending":
-                held.alive = False  # made in another context, for this one
-            _put(self._depth, (*stack, new := Held(self.skip, "with")))
-        held.state = "with" if held.state == "pending" else held.state
-        self._entered.append(held if mine else new)
-        return self.skip
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
-    ) -> None:
-        """What held before holds again."""
-        stack = _stack(self._depth)
-        here = [held for held in self._entered if held in stack]
-        left = (here or self._entered)[-1]
-        self._entered.remove(left)
-        if not here:
-            left.alive = False  # entered in another context, where it holds no longer
-            return
-        at = stack.index(left)
-        end = at + 1
-        while end < len(stack) and stack[end].state == "statement":
-            end += 1  # what was set within the `with` has become the default
-        _put(self._depth, stack[:at] + stack[end:])
-
-    def __del__(self) -> None:
-        if self._made.state == "pending":
-            _publish(self._depth, self._made)
-
-    def __repr__(self) -> str:
-        if self._made.state == "pending":
-            _publish(self._depth, self._made)
-        return f"depth {self.skip}"
-
-
-def _publish(depth: Depth, held: Held) -> None:
-    """Make what a switch holds the default; within a ``with`` also for the rest of that."""
-    depth.skip = held.skip
-    held.state = "statement"
-    stack = _stack(depth)
-    if held not in stack:
-        held.alive = False  # thrown away in another context
-    elif not any(other.state == "with" and other.alive for other in stack):
-        held.alive = False  # also where tasks took it over
-        _put(depth, tuple(other for other in stack if other is not held))
+    def __exit__(self, *_: object) -> None:
+        """Not reached: Python looks for it before it calls ``__enter__``."""
 
 
 def find_depth(model: nn.Module) -> Depth:
@@ -193,36 +128,51 @@ def check_skip(skip: object, flags: int | None = None) -> Skip:
     """Flags as a tuple.
 
     Args:
-        skip: a sequence of flags.
-        flags: how many there must be; None: any number.
+        skip: a letter for each flag (``"TTFF"``), or a sequence of flags; True (T) skips.
+        flags: how many there must be; None: any number but 0.
 
     Raises:
-        ValueError: another number of them, or something else than True and False.
+        ValueError: another number of them, or something else than flags.
+
+    Example:
+        >>> check_skip("TF"), check_skip([True, False])
+        ((True, False), (True, False))
     """
-    many = "each stage that can skip" if flags is None else f"each of {flags} stages"
-    if not isinstance(skip, (tuple, list)) or not all(isinstance(s, bool) for s in skip):
-        raise ValueError(f"skip must hold True or False for {many}, not {skip!r}")
-    if flags is not None and len(skip) != flags:
-        raise ValueError(f"skip has {len(skip)} flags, {tuple(skip)}; the network has {flags}")
-    return tuple(skip)
+    found = [_LETTERS.get(letter) for letter in skip] if isinstance(skip, str) else skip
+    example = "TTFF" if flags is None else "T" * ((flags + 1) // 2) + "F" * (flags // 2)
+    such = f"such as {example!r} or {tuple(letter == 'T' for letter in example)}"
+    if not isinstance(found, Sequence) or not found or not all(isinstance(flag, bool) for flag in found):
+        raise ValueError(
+            f"skip is {skip!r}; give one flag for each stage that can skip, {such} (True skips)"
+        )
+    if flags is not None and len(found) != flags:
+        raise ValueError(
+            f"skip has {len(found)} flags, {skip!r}; this network has {flags}: give {flags}, {such}"
+        )
+    return tuple(found)
 
 
-def check_skips(skips: Iterable[Sequence[bool]] | None, flags: int) -> list[Skip]:
+def check_skips(skips: Iterable[SkipLike] | None, flags: int) -> list[Skip]:
     """Depths, each once, in the order given; all of them, the whole network first, for None.
 
     Raises:
         ValueError: there is none, or one is wrong (`check_skip`).
 
     Example:
-        >>> check_skips(None, 1), check_skips([[True], (True,)], 1)
+        >>> check_skips(None, 1), check_skips(["T", (True,)], 1)
         ([(False,), (True,)], [(True,)])
     """
     if skips is None:
         return list(product((False, True), repeat=flags))
-    found = [check_skip(list(skip), flags) for skip in skips]
+    if isinstance(skips, str):
+        raise ValueError(f"skips is {skips!r}; give a list of depths, such as [{skips!r}]")
+    found = [check_skip(skip, flags) for skip in skips]
     if not found:
         raise ValueError("skips is empty; name at least one depth, or leave it out for all")
     return list(dict.fromkeys(found))
+
+
+_LETTERS = {"T": True, "F": False}
 
 
 def depth_name(skip: Skip) -> str:

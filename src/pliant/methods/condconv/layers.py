@@ -61,6 +61,8 @@ class Router(nn.Module):
         tensor([2, 2, 2])
     """
 
+    gives = ROUTING
+
     def __init__(
         self,
         channels: int,
@@ -85,6 +87,11 @@ class Router(nn.Module):
         inputs = channels + experts * previous
         self.fc1 = nn.Linear(inputs, hidden) if hidden else None
         self.fc2 = nn.Linear(hidden or inputs, experts * (outputs or 1))
+
+    @property
+    def takes(self) -> str:
+        """Name of the threaded value that it reads; empty for none (`pliant.threaded.borrowed`)."""
+        return ROUTING if self.previous else ""
 
     def forward(self, x: Tensor) -> Tensor:
         """Routing [B, E] or [B, E, O] for `x` [B, C, H, W] (or [B, C]).
@@ -127,6 +134,8 @@ class Router(nn.Module):
 
 class SharedRouting(nn.Module):
     """No router: the routing that an earlier block threaded through the forward."""
+
+    takes = ROUTING
 
     def forward(self, x: Tensor) -> Tensor:
         """The routing [B, E] that came with `x`.

@@ -14,10 +14,11 @@ Shapes in this file::
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import timm.layers
 import torch
@@ -95,6 +96,10 @@ class CondConv(Method):
         True
     """
 
+    suffix: ClassVar[str] = "cc"
+    # Experts start as copies of the trained layers.
+    start: ClassVar[Mapping[str, Any]] = {"upcycle": True}
+
     experts: int = 8
     begin: int | None = None
     features: bool = True
@@ -146,6 +151,12 @@ class CondConv(Method):
                 )
             if self.noise == 0:
                 raise ValueError("noise=0 leaves equal experts, which could never part; take noise=0.1")
+
+    @classmethod
+    def network_name(cls, plain: str) -> str:
+        """The paper's names: ``cc_resnet50``, ``cc_mobilenetv1_025``; see `Method.network_name`."""
+        # MobileNetV1's plain widths have a letter more, because timm took the name without.
+        return f"cc_{plain.replace('mobilenetv1_w', 'mobilenetv1_')}"
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the units to replace; see `Method.survey`."""
@@ -273,6 +284,12 @@ class CondConv(Method):
                 new = model.get_submodule(site.path)
                 assert isinstance(new, CondLinear)
                 new.drop = anatomy.take_dropout(model, site.path)
+
+    def why_fresh(self) -> str:
+        """Experts that start at random take nothing over; see `Method.why_fresh`."""
+        if self.upcycle:
+            return ""
+        return "this one's experts start at random; let them start as its copies: model_args.upcycle=true"
 
     def _block(self, block: nn.Module, site: Site) -> CondConvBlock:
         layers = self._wanted(convolutions(block))

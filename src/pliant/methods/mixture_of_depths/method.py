@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
@@ -133,6 +133,12 @@ class MixtureOfDepths(Method):
         >>> model.layer1[1].k
         4
     """
+
+    suffix: ClassVar[str] = "mod"
+    # At r = 16, blocks of 16 and 32 channels would have one and two hidden units.
+    narrow: ClassVar[Mapping[str, Any]] = {"reduction": 4}
+    # Blocks start as no blocks, so that nothing untrained is added.
+    start: ClassVar[Mapping[str, Any]] = {"zero_init_last": True}
 
     c: int | tuple[int, ...] | None = None
     reduction: int = 16
