@@ -516,12 +516,11 @@ def _apply(model: nn.Module, method: Method) -> Survey:
     channels_last = anatomy.is_channels_last(model)
     new = [method.replace(model.get_submodule(s.path), s) for s in survey.sites]
     for site, module in zip(survey.sites, new, strict=True):
-        parent, _, name = site.path.rpartition(".")
         old = model.get_submodule(site.path)
         if channels_last:
             module = module.to(memory_format=torch.channels_last)
         modes = [(kept, kept.training) for kept in old.modules()]
-        setattr(model.get_submodule(parent), name, module.train(old.training))
+        model.set_submodule(site.path, module.train(old.training))
         take_over(module, old)
         for kept, training in modes:  # a frozen norm in a block that trains, say
             kept.training = training

@@ -151,8 +151,7 @@ class AdaptiveDepth(Method):
         norms = anatomy.norms(module) if self.switchable_norms and not skippable else []
         shape = anatomy.shape_of(module)
         for path in norms:
-            parent, _, name = path.rpartition(".")
-            setattr(module.get_submodule(parent), name, SwitchableNorm(module.get_submodule(path)))
+            module.set_submodule(path, SwitchableNorm(module.get_submodule(path)))
         return AdaptiveBlock(module, site.detail["flag"], skippable, norms, shape)
 
     def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
@@ -240,8 +239,7 @@ class Subnet(Method):
         plain: nn.Module = module.block
         for path, norm in list(plain.named_modules()):
             if isinstance(norm, SwitchableNorm):
-                parent, _, name = path.rpartition(".")
-                setattr(plain.get_submodule(parent), name, norm.base if skip else norm.full)
+                plain.set_submodule(path, norm.base if skip else norm.full)
         return plain
 
 

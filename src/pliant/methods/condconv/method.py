@@ -297,9 +297,7 @@ class CondConv(Method):
         widths = [_channels(layer.module)[1] for layer in layers]
         router = self._router(channels, sum(widths), site).to(layers[0].module.weight.dtype)
         for layer in layers:
-            parent, _, name = layer.path.rpartition(".")
-            new = self._layer(layer.module, None).train(block.training)
-            setattr(block.get_submodule(parent), name, new)
+            block.set_submodule(layer.path, self._layer(layer.module, None).train(block.training))
         return CondConvBlock(
             block,
             router,
