@@ -17,15 +17,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import timm
+import torch
 from torch import nn
 
 from pliant import anatomy
-from pliant.anatomy import BlockInfo, RemovedBlock
+from pliant.anatomy import BlockInfo, RemovedBlock, stages
+from pliant.counting import count_parameters
 from pliant.methods.adaptive_depth.block import AdaptiveBlock, SwitchableNorm
 from pliant.methods.adaptive_depth.objectives import Joint, Specialization
+from pliant.methods.adaptive_depth.recipes import ABLATIONS, BASE_ALONE, adn
 from pliant.methods.adaptive_depth.switch import Depth, Skip, SkipLike, check_skip, find_depth
 from pliant.objectives import Objective
-from pliant.surgery import Method, PassedOver, Site, Survey, record_conversion
+from pliant.surgery import Method, PassedOver, Site, Survey, convert, record_conversion
 from pliant.threaded import borrowed
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -61,6 +65,11 @@ class AdaptiveDepth(Method):
     wraps: ClassVar[bool] = True
     objectives: ClassVar[Mapping[str, type[Objective]]] = {"joint": Joint, "specialize": Specialization}
     objective: ClassVar[str] = "specialize"
+    recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {
+        "imagenet": {"adn": adn}
+    }
+    paper: ClassVar[Mapping[str, str]] = {"imagenet": "adn"}
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = ABLATIONS
 
     skippable: tuple[int, ...] | None = None
     groups: int = 4
@@ -82,6 +91,16 @@ class AdaptiveDepth(Method):
             raise ValueError(f"groups must be a whole number of at least 1, not {self.groups!r}")
         if not isinstance(self.switchable_norms, bool):
             raise ValueError(f"switchable_norms must be True or False, not {self.switchable_norms!r}")
+
+    @classmethod
+    def comparisons(cls) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """The method beside both of its ends, trained alone; see `Method.comparisons`."""
+        return {"adn": {"ADN": {}}}
+
+    @classmethod
+    def baselines(cls, model: str, model_args: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """The plain network of the base network's depth; see `Method.baselines`."""
+        return {BASE_ALONE: base_arguments(model, model_args)}
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the stages' blocks; see `Method.survey`."""
@@ -277,6 +296,42 @@ def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
         cut.set_submodule(site.path, method.replace(cut.get_submodule(site.path), site))
     record_conversion(cut, method, ())
     return cut
+
+
+def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that give a plain network the depth of its adaptive form's base network.
+
+    Trained by itself it is the paper's control ("individual", Table 1).
+
+    Args:
+        model: timm's name of a plain network.
+        model_args: its arguments.
+
+    Raises:
+        ValueError: its blocks are not counted by an argument that is known here.
+
+    Example:
+        >>> base_arguments("resnet50", {"in_chans": 1})
+        {'in_chans': 1, 'layers': [2, 2, 3, 2]}
+    """
+    with torch.device("meta"):
+        plain = timm.create_model(model, **model_args)
+        network = convert(plain, AdaptiveDepth())
+        cut = subnet(network, (True,) * len(find_depth(network).skip), share=True)
+        left = [
+            sum(not isinstance(cut.get_submodule(block.path), RemovedBlock) for block in stage.blocks)
+            for stage in stages(plain)
+        ]
+        # By timm's names: of ResNet, of ConvNeXt, of vision transformers.
+        for name, value in (("layers", left), ("depths", left), ("depth", left[0])):
+            found = {**model_args, name: value}
+            try:
+                alone = timm.create_model(model, **found)
+            except (TypeError, AssertionError):  # RegNet's builder asserts
+                continue
+            if count_parameters(alone) == count_parameters(cut):
+                return found
+    raise ValueError(f"{model} has no argument that gives it the base network's {sum(left)} blocks")
 
 
 def _check_borrowed(model: nn.Module, sites: Sequence[Site]) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
 from pliant.methods.mixture_of_depths.block import Fusion, MoDBlock, without_mod_blocks
 from pliant.methods.mixture_of_depths.cores import Core, core_width, narrow_core, unfit
+from pliant.methods.mixture_of_depths.recipes import CONTROLS
 from pliant.methods.mixture_of_depths.selectors import (
     SELECTION,
     ChannelSelector,
@@ -226,6 +227,11 @@ class MixtureOfDepths(Method):
             raise ValueError(
                 "gate='none' leaves the selector without a gradient for ever; straight_through gives it one"
             )
+
+    @classmethod
+    def comparisons(cls) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """The method and all forms of it that do not learn what to select; see `Method.comparisons`."""
+        return {"mod": CONTROLS}
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the blocks to replace; see `Method.survey`."""
