@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from typer.testing import CliRunner
-
-from pliant import cli
+import _cli
 from pliant.train.recipe import Recipe
+from research.commands import app
 from research.experiments import Cell, run_cells
 
 TINY = Recipe(
@@ -42,9 +41,5 @@ def walk(cells, place, **options):
 
 
 def run(*arguments, code=0):
-    """What ``pliant experiment`` prints."""
-    result = CliRunner().invoke(cli.app, ["experiment", *map(str, arguments)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
+    """What ``python -m research experiment`` prints."""
+    return _cli.run("experiment", *arguments, app=app, code=code)

@@ -11,9 +11,23 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 import pliant
-from adaptive import scramble
+from _adaptive import scramble
 from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, convert, subnet
+from pliant.deploy.export import PACKAGES
 from pliant.deploy.loading import open_export
+
+ENDINGS = {".pt2": "program", ".onnx": "onnx", ".xml": "openvino"}
+
+
+def need(ending: str) -> None:
+    """Skip a test where the packages that write such a file are not installed."""
+    for package in PACKAGES[ENDINGS[ending]]:
+        pytest.importorskip(package, reason=f"the extra that has {package} is not installed")
+
+
+def images(batch: int, size: int = 16) -> Tensor:
+    """Images that a network tells apart."""
+    return torch.randn(batch, 3, size, size) + torch.randn(batch, 3, 1, 1)
 
 
 def through_file(model: nn.Module, path: Path) -> tuple[Tensor, Tensor]:

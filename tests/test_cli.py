@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import csv
-import sys
 
 import pytest
 import timm
-from typer.testing import CliRunner
 
-from pliant import cli, load, save
+from _cli import fails, run
+from pliant import load, save
 from pliant.measuring.rows import read_rows
-
-
-def run(*arguments):
-    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def fails(monkeypatch, capsys, *arguments):
-    """What is printed when the program ends with an error."""
-    monkeypatch.setattr(sys, "argv", ["pliant", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code != 0
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
 
 
 def test_models_lists_counts():

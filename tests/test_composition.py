@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from adaptive import all_skips, images, scramble
+from _adaptive import all_skips, images, scramble
 from pliant import (
     AdaptiveDepth,
     CondConv,

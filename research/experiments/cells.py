@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pliant.compare import BASE_ALONE, PLAIN, REMOVED, Score, controls_by_name
-from pliant.recipes.adaptive_depth import is_adaptive
+from pliant.compare import PLAIN, Score, controls_by_name
+from pliant.methods.adaptive_depth import AdaptiveDepth
+from pliant.methods.adaptive_depth.recipes import BASE_ALONE
+from pliant.methods.mixture_of_depths.recipes import REMOVED
+from pliant.models._build import methods_of
 from pliant.train.recipe import WHERE, Accelerator, Recipe, override
 from research.experiments.variants import FIRST, SCORE_ORDER, VARIANTS
 
@@ -59,7 +62,7 @@ class Cell:
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels of its rows: an adaptive network has one for each depth that is trained."""
-        if is_adaptive(self.recipe.model):
+        if AdaptiveDepth in methods_of(self.recipe.model):
             return f"{self.label}, {SUPER}", f"{self.label}, {BASE}"
         return (self.label,)
 
@@ -200,6 +203,7 @@ def cifar10_variants(device: str = "cpu") -> list[Cell]:
 
     First one seed of each variant, which chooses those that are worth more; then three further
     seeds of each, which decide: `research.experiments.choosing` has those that are worth them.
+    Variants whose code is gone are among them, for their rows; `cells_of` leaves them out.
 
     Raises:
         ValueError: another device.
@@ -260,6 +264,7 @@ def cells_of(
     seeds: int | None = None,
     epochs: int | None = None,
     where: Iterable[str] = (),
+    gone: bool = False,
 ) -> list[Cell]:
     """Cells of an experiment, all or some.
 
@@ -271,6 +276,7 @@ def cells_of(
         seeds: the first so many of each cell's.
         epochs: of each, in place of the experiment's.
         where: changes of where they run, as for `Cell.changed`.
+        gone: include variants that can no longer be built, whose rows are still shown.
 
     Raises:
         ValueError: no such experiment, device, label or network, no label of that network, or a
@@ -285,6 +291,8 @@ def cells_of(
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be at least 1, not {seeds}")
     where, cells = list(where), EXPERIMENTS[name](device)
+    if not gone:
+        cells = [cell for cell in cells if cell.label not in VARIANTS or not VARIANTS[cell.label].gone]
     wanted = _known("label", only, [cell.label for cell in cells])
     of = _known("network", networks, [cell.network for cell in cells])
     first: dict[tuple[str, str], int] = {}

@@ -9,10 +9,10 @@ import torch
 
 import _export
 import pliant
+from _export import images, need
 from pliant.adaptive import manifest
 from pliant.adaptive.manifest import export_depths, read_manifest
 from pliant.deploy.loading import open_export
-from test_export import images, need
 
 
 def test_depths_in_a_folder_with_a_manifest(tmp_path):

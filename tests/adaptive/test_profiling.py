@@ -9,12 +9,12 @@ import pytest
 import timm
 import torch
 
-from adaptive import adaptive, all_skips, images, plain
+from _adaptive import adaptive, all_skips, images, plain
+from _cli import fails, run
 from pliant import DepthProfile, get_depth, measure, profile_depths, save, set_depth, skip_of, subnet
 from pliant.adaptive.profiling import FRONT
 from pliant.counting import count_macs, count_parameters
 from pliant.measuring.rows import Measurement, read_rows, write_rows
-from test_cli import fails, run
 
 QUICK = {"rounds": 2, "min_run_time": 0}
 

@@ -14,22 +14,17 @@ from torch import nn
 
 import _export
 import pliant
+from _export import ENDINGS, images, need
 from _small import settled
-from pliant.deploy.export import PACKAGES, PRECISIONS
+from pliant.deploy.export import PRECISIONS
 from pliant.deploy.facts import read_report, report_path
 from pliant.deploy.inputs import Preparation
 from pliant.deploy.loading import open_export, read_facts
 from pliant.deploy.parity import ParityError
 
-ENDINGS = {".pt2": "program", ".onnx": "onnx", ".xml": "openvino"}
 # Writing ONNX takes seconds: what is left to the slow tests differs in the network only.
 QUICK = {(".onnx", "mod"), (".onnx", "condconv"), (".xml", "mod, bottleneck")}
 QUICK_HALVES = {(".pt2", "bfloat16", "plain"), (".pt2", "bfloat16", "mod")}
-
-
-def need(ending: str) -> None:
-    for package in PACKAGES[ENDINGS[ending]]:
-        pytest.importorskip(package, reason=f"the extra that has {package} is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +41,6 @@ def made(tmp_path_factory):
         return done[name, ending]
 
     return make
-
-
-def images(batch: int, size: int = 16) -> torch.Tensor:
-    return torch.randn(batch, 3, size, size) + torch.randn(batch, 3, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,13 @@ from torch import nn
 
 import _export
 import pliant
+from _cli import fails, run
 from pliant.deploy import onnx_native, placing
 from pliant.deploy.extras import MissingExtraError, require
 from pliant.deploy.facts import read_report
 from pliant.deploy.loading import open_export, read_facts
-from test_cli import fails, run
+
+TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def full_disk_says(
     """What `_full_disk` said of each ENDING:ROOM: kind, text and number of the error, and what is left."""
     place, limit = folder / "disk", "0"
     place.mkdir()
-    command = [sys.executable, str(Path(__file__).with_name("_full_disk.py")), str(place)]
+    command = [sys.executable, str(TESTS / "_full_disk.py"), str(place)]
     mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     disk = f"mount -t tmpfs -o size=2m none '{place}'"
     if shutil.which("unshare") and not subprocess.run([*mount, disk], capture_output=True).returncode:
@@ -124,7 +126,7 @@ def full_disk_says(
     else:
         pytest.importorskip("resource", reason="neither a small disk nor a limit of file sizes here")
         limit = "20000"
-    paths = os.pathsep.join((str(Path(pliant.__file__).parents[1]), str(Path(__file__).parent)))
+    paths = os.pathsep.join((str(Path(pliant.__file__).parents[1]), str(TESTS)))
     found = subprocess.run(
         [*command, limit, *wanted],
         capture_output=True,

@@ -208,7 +208,7 @@ def test_files_without_the_newer_columns_are_read_and_appended_to(tmp_path: Path
     assert read_rows(path) == [old]
     write_rows(path, [ROW], append=True)
     assert read_rows(path) == [old, ROW]
-    results = Path(__file__).resolve().parents[1] / "results"
+    results = Path(__file__).resolve().parents[2] / "results"
     assert read_rows(results / "condconv-latency-cpu.csv")[0].form == "as built"
 
 

@@ -12,14 +12,14 @@ import timm
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pliant import cli
 from pliant.deploy.engines import named
 from pliant.measuring.rows import LOWER_RESOLUTION, NO_BLOCKS, Measurement, read_rows
 from research.bench import suites as bench
 from research.bench.speed_table import BEGIN, END, speed_table
 from research.bench.suites import SUITES, Setting, Suite, run_bench
+from research.commands import app
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 TINY = Suite(
     models=("resnet20_cifar_mod",),
@@ -189,7 +189,7 @@ def test_the_command_names_all_suites_and_refuses_what_one_does_not_do(
 
     def said(*options: str) -> str:
         command = ["bench", "--results", str(tmp_path), *options]
-        return str(CliRunner().invoke(cli.app, command).exception)
+        return str(CliRunner().invoke(app, command).exception)
 
     suites = "mod, mod-bfloat16, mod-int8, condconv, forms, steps, loader, depths"
     assert said("--suite", "form") == f"no benchmark 'form'; there are {suites}"

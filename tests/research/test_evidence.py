@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from _evidence import CELLS, NAME, VARIANTS, scores_of, times_of
-from pliant import cli
-from pliant.compare import PLAIN, REMOVED, write_scores
+from pliant.compare import PLAIN, write_scores
 from pliant.measuring.rows import Measurement, write_rows
+from pliant.methods.mixture_of_depths.recipes import REMOVED
+from research.commands import app
 from research.experiments.cells import cells_of
 from research.experiments.claims import Paired, Rival, answer, any_of, at_equal_time, paired, sentence
 from research.experiments.evidence import Setting, gather
@@ -301,16 +302,16 @@ def test_page_and_figure_are_written_from_files(tmp_path):
     # Nothing in the place of a page that may be there.
     docs.mkdir()
     (docs / "evidence.md").write_text("full")
-    done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", *place])
+    done = CliRunner().invoke(app, ["experiment", NAME, "--page", *place])
     assert "no rows of cifar10-controls in" in str(done.exception)
     assert (docs / "evidence.md").read_text() == "full"
-    done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", "--seeds", "1", *place])
+    done = CliRunner().invoke(app, ["experiment", NAME, "--page", "--seeds", "1", *place])
     assert "--page takes no --only, --network or --seeds" in str(done.exception)
-    done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", "--network", "resnet20", *place])
+    done = CliRunner().invoke(app, ["experiment", NAME, "--page", "--network", "resnet20", *place])
     assert "--page takes no --only, --network or --seeds" in str(done.exception)
 
     write_scores(results / f"{NAME}-cpu.csv", scores_of({PLAIN: (88.0, 89.0), REMOVED: (87.0,)}))
-    done = CliRunner().invoke(cli.app, ["experiment", NAME, "--page", *place])
+    done = CliRunner().invoke(app, ["experiment", NAME, "--page", *place])
     assert done.exit_code == 0, done.output
     assert "![" not in (docs / "evidence.md").read_text()
     write_rows(results / f"{NAME}-latency-cpu.csv", times_of({PLAIN: 1.0, REMOVED: 0.6}))
@@ -354,19 +355,23 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     pair = "- gate of the map against gate of the map, first k"
     assert f"{pair}: no seed of both on one device yet." in lines_of(text)
     assert "Variants by the seeds that have rows: 20 with 0 seeds. " in text
-    assert "There are rows of **8 of 48 runs** of resnet20." in text  # 20 and 28 of the rivals
+    assert "There are rows of **8 of 33 runs** of resnet20." in text  # 5 that can be built, 28 rivals
 
     own = {
         "gate of the map": (70.0, 88.6, 88.8, 88.8),
         "static": (99.0,),
         "gate of the map, first k": (88.0, 99.0, 99.1, 99.2),
     }
-    write_scores(results / f"{VARIANTS}-cpu.csv", scores_of(own, cells_of(VARIANTS)))
+    write_scores(results / f"{VARIANTS}-cpu.csv", scores_of(own, cells_of(VARIANTS, gone=True)))
     ratios = AT_ENDS | {"gate of the map": 0.8, "static": 0.6, "gate of the map, first k": 0.7}
     write_rows(results / f"{VARIANTS}-latency-cpu.csv", times_of(ratios))
     text = write_evidence(VARIANTS, results, docs).read_text()
     assert "that have rows: 17 with 0 seeds, 1 with 1 seed, 2 with 4 seeds. " in text
-    assert "There are rows of **17 of 54 runs** of resnet20." in text  # and three further seeds of two
+    assert "There are rows of **17 of 42 runs** of resnet20." in text  # and nine of what is gone
+    (gone,) = [line for line in lines_of(text) if "at the git tag `before-house`" in line]
+    assert "`before-house`: gate of the map; " in gone
+    assert "; static; " in gone
+    assert "all blocks;" not in gone
     asked = next(line for line in lines_of(text) if "no block at all at equal measured time" in line)
     # The line is 88.0, 88.2, 88.1 at 0.8; what selects nothing is not counted.
     assert asked.endswith("Yes: gate of the map.")
@@ -388,7 +393,8 @@ def test_variants_have_a_page_with_their_rivals_rows(tmp_path):
     assert ">gate of the map<" in figure
 
     # Without the seeds that decide nothing is, whatever the first says.
-    write_scores(results / f"{VARIANTS}-cpu.csv", scores_of({"static": (99.0,)}, cells_of(VARIANTS)))
+    cells = cells_of(VARIANTS, gone=True)
+    write_scores(results / f"{VARIANTS}-cpu.csv", scores_of({"static": (99.0,)}, cells))
     text = write_evidence(VARIANTS, results, docs).read_text()
     assert "equal measured time?** The seeds that decide have not run yet." in text
 

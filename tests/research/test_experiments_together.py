@@ -62,9 +62,10 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_the_one_that_began_it(how, tmp_path):
     (tmp_path / "long.py").write_text(LONG)
-    tests = str(Path(__file__).parent)
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(map(str, (root / "src", root, root / "tests")))
     begun = subprocess.Popen(
-        [sys.executable, "long.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": tests}, text=True
+        [sys.executable, "long.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, text=True
     )
     metrics = [tmp_path / "runs" / "tiny-1000" / f"plain-s{n}" / "metrics.csv" for n in range(2)]
     wait_for(lambda: all(path.is_file() for path in metrics))

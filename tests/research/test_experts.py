@@ -26,6 +26,7 @@ from research.analysis.expert_plots import (
 )
 from research.analysis.expert_report import FIGURES, ROWS, WEIGHTS, report_experts
 from research.analysis.experts import RoutingWeights, routers_of, routing_weights
+from research.commands import app
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -434,7 +435,7 @@ def test_figures_refuse_what_they_cannot_draw(known, tmp_path):
 
 
 def run(*arguments):
-    result = CliRunner().invoke(cli.app, ["experts", *map(str, arguments)])
+    result = CliRunner().invoke(app, ["experts", *map(str, arguments)])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output

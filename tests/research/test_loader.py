@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pliant.cli import app
+from _images import make_folder
 from pliant.records import read_records
 from research.bench import loader
 from research.bench.loader import (
@@ -20,7 +20,7 @@ from research.bench.loader import (
     run_loader_bench,
     write_rates,
 )
-from test_data import make_folder
+from research.commands import app
 
 
 @pytest.fixture(scope="module")

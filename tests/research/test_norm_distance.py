@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from adaptive import SMALL_CONVNEXT
+from _adaptive import SMALL_CONVNEXT
 from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, at_depth, convert, get_depth, set_depth
 from pliant.methods.adaptive_depth import SwitchableNorm
 from research.analysis.norm_distance import NormDistances, norm_distances, plot_norm_distances

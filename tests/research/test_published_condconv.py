@@ -12,10 +12,10 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from pliant import cli
 from pliant.counting import count_parameters, run_once
 from pliant.methods.condconv import CondConvBlock
 from pliant.methods.condconv.layers import CondConv2d, CondLinear, Router
+from research.commands import app
 from research.published import (
     CountRow,
     markdown,
@@ -277,7 +277,7 @@ def test_command_line(monkeypatch, report):
     monkeypatch.setattr("research.published.reproduce_counts", reproduced)
 
     def run(*options):
-        return CliRunner().invoke(cli.app, ["reproduce", "counts", *options])
+        return CliRunner().invoke(app, ["counts", *options])
 
     shown = run()
     assert asked == [("mod", None), ("condconv", None), ("adn", None)]

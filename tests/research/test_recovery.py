@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import _cli
+from _runs import TINY
 from pliant.recipes import get_recipe
 from pliant.train import evaluate, fit, override, read_run
 from research import recovery
+from research.commands import app
 from research.recovery import Recovery, read_recoveries, recover, write_recoveries
-from test_cli import fails
-from test_cli import run as command
-from test_survival import TINY
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_rows_of_before_teachers_had_names_are_read_and_completed(tmp_path):
     more = replace(named, teacher_sha256="2", seed=1)
     write_recoveries(tmp_path / "old.csv", [named, more], append=True)
     assert read_recoveries(tmp_path / "old.csv") == [ROW, named, more]
-    assert read_recoveries(Path(__file__).parents[1] / "results" / "cifar10-recover.csv")
+    assert read_recoveries(Path(__file__).parents[2] / "results" / "cifar10-recover.csv")
 
 
 def test_rows_that_are_damaged_are_named(tmp_path):
@@ -226,10 +226,10 @@ def test_the_command(plain, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("pliant.recipes.get_recipe", lambda name: replace(recipe, name=name))
     rows, page = tmp_path / "rows.csv", tmp_path / "page.md"
     options = ["--folder", tmp_path / "runs", "--rows", rows, "--page", page, "--no-progress"]
-    printed = command("recover", "tiny", "lr=0.02", *options, "--no-control")
+    printed = _cli.run("recover", "tiny", "lr=0.02", *options, "--no-control", app=app)
     assert "resnet20_cifar_mod" in printed
     assert "converted" in printed
-    command("recover", "tiny", "lr=0.02", *options, "--no-teacher")
+    _cli.run("recover", "tiny", "lr=0.02", *options, "--no-teacher", app=app)
     with rows.open(newline="") as file:
         found = list(csv.DictReader(file))
     assert [(r["teacher"], r["epoch"], r["lr"]) for r in found] == [
@@ -238,4 +238,5 @@ def test_the_command(plain, tmp_path, monkeypatch, capsys):
     text = page.read_text()
     assert text.count("| resnet20_cifar_mod |") == 2
     assert "`tiny` (1 epochs, learning rate 0.02)" in text
-    assert "add --rows" in fails(monkeypatch, capsys, "recover", "tiny", "--page", page)
+    told = _cli.fails(monkeypatch, capsys, "recover", "tiny", "--page", page, app=app)
+    assert "add --rows" in told

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
+from _images import all_of, damage, folder_recipe, make_folder
 from pliant.checkpoint import read_config
 from pliant.train import Recipe, evaluate, fit
 from pliant.train.batches import FileBatches, TensorBatches, shifted, transform
@@ -23,27 +23,6 @@ from pliant.train.images import TensorImages, UnreadableImageError
 from pliant.train.seeds import seeded
 
 DIGITS = Recipe(name="x", model="resnet20_cifar", pixels=8, batch=64)
-COLOURS = {"blue": (20, 30, 220), "green": (20, 220, 30), "red": (220, 30, 20)}
-
-
-def make_folder(root, per_class=8, size=(40, 32), seed=0):
-    rng = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
-        (root / name).mkdir(parents=True)
-        for i in range(per_class):
-            pixels = np.clip(rng.normal(colour, 20, (*size, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
-
-
-def folder_recipe(path, **options):
-    values = {"workers": 0, "pixels": 32, "batch": 4, "epochs": 2, "lr": 0.05, "accelerator": "cpu"}
-    return Recipe(name="f", model="resnet20_cifar", data="folder", path=path, **{**values, **options})
-
-
-def all_of(batches):
-    pairs = list(batches)
-    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
 def test_digits_are_divided_by_class_and_do_not_overlap():
@@ -94,7 +73,7 @@ def test_images_can_be_normalised_as_trained_weights_want_them(name, mean, std, 
         assert (digits.mean, digits.std) == (mean, std)
         x, _ = all_of(digits.test_batches())
         assert float(x[:, 0].min()) == pytest.approx(-mean[0] / std[0])  # black
-    with pytest.raises(ValueError, match="mean_std must be one of data, imagenet, inception, clip"):
+    with pytest.raises(ValueError, match="mean_std must be 'data', 'imagenet', 'inception' or 'clip'"):
         replace(DIGITS, mean_std="none")
 
 
@@ -233,11 +212,6 @@ def test_missing_data_is_told(tmp_path):
     make_folder(tmp_path / "train", 4)
     with pytest.raises(ValueError, match="has no val/; set val_fraction"):
         load_data(folder_recipe(tmp_path, val_fraction=None))
-
-
-def damage(path):
-    path.write_bytes(path.read_bytes()[:60])
-    return str(path)
 
 
 def test_unreadable_images_are_named_counted_and_replaced(tmp_path):

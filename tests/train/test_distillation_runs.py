@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import pliant
+from _images import folder_recipe, make_folder
 from _objectives import images
 from _processes import run_script
+from _runs import TINY, assert_same, killed, stopped
 from pliant.checkpoint import save
 from pliant.train import Recipe, fit, override, read_run, read_state
 from pliant.train.distillation import Teaching, digest
 from pliant.train.weights import load_weights
-from test_data import folder_recipe, make_folder
-from test_survival import TINY, assert_same, killed, stopped
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from typer.testing import CliRunner
 
 from _processes import HERE, OURS, clean, ended, free_port, start, torchrun
+from _runs import assert_same
 from pliant.cli import app
 from pliant.train import Recipe, fit, fitting, override, read_run, read_state
 from pliant.train.data import load_data
 from pliant.train.launching import Launch, check_launch, environment_plugins, launched
 from pliant.train.recipe import _MAPPINGS
-from test_survival import assert_same
 
 TWO = Recipe(
     name="two",
@@ -241,7 +241,7 @@ def test_where_shares_do_not_fit_is_told(told, tmp_path):
             progress=False,
             model=timm.create_model("resnet20_cifar"),
         )
-    with pytest.raises(ValueError, match="strategy must be one of auto, ddp, fsdp, not 'deepspeed'"):
+    with pytest.raises(ValueError, match="strategy must be 'auto', 'ddp' or 'fsdp', not 'deepspeed'"):
         replace(TWO, strategy="deepspeed")
     assert not (tmp_path / "run").exists()
 

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from _images import all_of, folder_recipe, make_folder
 from _processes import run_two
+from _runs import Stop, assert_same, killed
 from pliant._files import NotWrittenError
 from pliant.cli import app
 from pliant.train import batches as batches_file
@@ -24,8 +26,6 @@ from pliant.train.data import load_data
 from pliant.train.images import UnreadableImageError
 from pliant.train.shard_writing import write_shards
 from pliant.train.shards import DamagedShardError, ShardImages, braces, find_shards, index_shards
-from test_data import all_of, folder_recipe, make_folder
-from test_survival import Stop, assert_same, killed
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 import os
@@ -15,31 +14,20 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from _cli import run as command
+from _images import damage, folder_recipe, make_folder
+from _runs import TINY, assert_same, equal, killed, last, stopped
 from pliant._files import NotWrittenError
 from pliant._lock import FolderInUseError, held
-from pliant.train import Recipe, fit, override, read_state
+from pliant.train import fit, override, read_state
 from pliant.train.saved import DamagedCheckpointError
-from test_cli import run as command
-from test_data import damage, folder_recipe, make_folder
 
-# Two epochs of eight steps.
-TINY = Recipe(
-    name="tiny",
-    model="resnet20_cifar_mod",
-    pixels=8,
-    epochs=2,
-    batch=128,
-    augmentation="crop",
-    accelerator="cpu",
-    threads=1,
-)
 RANDOM = override(TINY, ["model_args.selection=random", "model_args.drop_path_rate=0.2", "erasing=0.5"])
 AVERAGED = override(
     TINY,
     ["ema=0.9", "mixup=0.2", "cutmix=1.0", "optimizer=adamw", "lr=0.01", "warmup=1", "decay_all=false"],
 )
 RECIPES = {"random": RANDOM, "averaged": AVERAGED}
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -53,84 +41,6 @@ def unbroken(tmp_path_factory):
         return done[name]
 
     return get
-
-
-def equal(a, b):
-    """Whether two nested values are the same, tensors bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
-def timeless(value):
-    """Without what says how long something took."""
-    if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k != "seconds"}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
-
-
-def last(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def assert_same(run, whole):
-    """Weights, averages, optimiser, schedule, history and files are those of the unbroken run."""
-    assert equal(run.model.state_dict(), whole.model.state_dict())
-    one, two = last(run.folder), last(whole.folder)
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
-        assert equal(one[part], two[part]), part
-    assert equal(one.get("current_model_state", {}), two.get("current_model_state", {}))
-    assert equal(one.get("averaging_state", {}), two.get("averaging_state", {}))
-    assert equal(one["pliant"]["best"], two["pliant"]["best"])
-    names = ("run.json", "metrics.csv")
-    for first, second in zip(*([f.folder / n for n in names] for f in (run, whole)), strict=True):
-        assert timeless(read(first)) == timeless(read(second))
-    left = [p.name for p in run.folder.rglob(".*")]
-    assert left == []
-
-
-def read(path):
-    with path.open(newline="") as file:
-        if path.suffix == ".csv":
-            return list(csv.DictReader(file))
-        content = json.load(file)
-        content["recipe"].pop("checkpoint_minutes")
-        return content
-
-
-def killed(folder, recipe, *point):
-    """Train in another process until it is killed at `point`; see `_killed`."""
-    start = [sys.executable, str(HERE / "_killed.py"), str(folder), json.dumps(recipe.as_dict())]
-    done = subprocess.run(
-        [*start, json.dumps(point)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (folder / "run.json").exists()
-
-
-class Stop(Callback):
-    """Raise at one step: quicker than a process, and as sudden for what lies on the disk."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise KeyError("stopped")
-
-
-def stopped(folder, recipe, step, minutes=0):
-    with pytest.raises(KeyError, match="stopped"):
-        fit(
-            override(recipe, [f"checkpoint_minutes={minutes}"]),
-            folder,
-            progress=False,
-            callbacks=[Stop(step)],
-        )
 
 
 # --- killed ----------------------------------------------------------------------------------------
@@ -253,7 +163,9 @@ def test_how_often_checkpoints_are_written_changes_nothing_else(unbroken, tmp_pa
         if minutes == "0":
             kept = first
     assert equal(kept, first)
-    with pytest.raises(ValueError, match="checkpoint_minutes must be at least 0, or none, not -1"):
+    with pytest.raises(
+        ValueError, match="checkpoint_minutes must be greater than or equal to 0, or none, not '-1'"
+    ):
         override(TINY, ["checkpoint_minutes=-1"])
 
 
@@ -366,31 +278,6 @@ def test_two_runs_in_one_folder(tmp_path):
         fit(TINY, tmp_path / "new", progress=False)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.lock"]
     fit(TINY, tmp_path / "new", progress=False)  # what a process that began nothing left does not matter
-
-
-def test_a_lock_ends_with_its_process_though_a_child_lives_on(tmp_path):
-    script = """
-import os, signal, sys, time
-from pliant._lock import held
-with held(sys.argv[1]):
-    if os.fork() == 0:
-        print(os.getpid(), flush=True)
-        time.sleep(60)
-    time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    path = tmp_path / "run.lock"
-    done = subprocess.Popen(
-        [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    child = int(done.stdout.readline())
-    done.wait(60)
-    try:
-        os.kill(child, 0)  # it lives
-        with held(path):
-            assert path.read_text().startswith(f"process {os.getpid()} ")
-    finally:
-        os.kill(child, signal.SIGKILL)
 
 
 def test_a_resumption_by_another_recipe_is_refused(tmp_path):

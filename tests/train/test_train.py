@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from _processes import run_script
-from _stopping import StopAfter
+from _runs import StopAfter
 from pliant.checkpoint import load, read_config
 from pliant.objectives import CrossEntropy
 from pliant.recipes import get_recipe

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -60,14 +61,15 @@ class _Network:
         """The plain network for arguments of ``create_model``, and the methods that convert it."""
         chosen, theirs = [], set()
         for method in self.methods():
-            names = inspect.signature(method).parameters.keys()
+            # Options that are gone too, so that the method reads or refuses them, and not the network.
+            names = {*inspect.signature(method).parameters, *(old.name for old in method.gone)}
             told = {
                 **method.named,
                 **(method.narrow if self.plain.narrow else {}),
                 **self.options,
                 **kwargs,
             }
-            chosen.append(method(**{k: told[k] for k in names & told.keys()}))
+            chosen.append(method(**method.current_options({k: told[k] for k in names & told.keys()})))
             theirs |= names
         return self.plain.build(**{k: v for k, v in kwargs.items() if k not in theirs}), tuple(chosen)
 
@@ -109,7 +111,7 @@ def register(
     """
     if timm.is_model(name):
         raise ValueError(f"timm already has a model named {name!r}; choose another name")
-    found = tuple(methods) if not callable(methods) else None
+    loaded = methods if callable(methods) else partial(tuple, tuple(methods))
     levels = plain.feature_levels
     features: dict[str, Any] = {
         "out_indices": tuple(range(levels)) if isinstance(levels, int) else levels,
@@ -127,7 +129,9 @@ def register(
             built.append(_NETWORKS[name].build(**kwargs))
             return built[0]
 
-        model: nn.Module = build_model_with_cfg(keep, name, pretrained, feature_cfg=features, **kwargs)
+        model: nn.Module = build_model_with_cfg(
+            keep, name, pretrained, feature_cfg=dict(features), **kwargs
+        )
         if isinstance(model, FeatureDictNet):  # it took the stages over, not the record
             inherit_conversions(model, built[0])
         vars(model)["_model_args"] = arguments  # timm records them itself since 1.0.31
@@ -152,7 +156,6 @@ def register(
     home.__dict__.setdefault("default_cfgs", {}).update(generate_default_cfgs({name: settings}))
     setattr(home, name, entry)
     register_model(entry)
-    loaded = methods if found is None else lambda: found
     _NETWORKS[name] = _Network(base or name, plain, loaded, options)
 
 

@@ -11,7 +11,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from adaptive import FAMILIES, SMALL_CONVNEXT, SMALL_VIT, adaptive, all_skips, images, plain, scramble
+from _adaptive import FAMILIES, SMALL_CONVNEXT, SMALL_VIT, adaptive, all_skips, images, plain, scramble
 from pliant import AdaptiveDepth, at_depth, convert, get_depth, plan, set_depth, subnet
 from pliant.anatomy import stages
 from pliant.counting import count_parameters

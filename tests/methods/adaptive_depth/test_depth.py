@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptive import BASE, FAMILIES, FULL, MIXED, adaptive, all_skips, images, in_thread, outputs, plain
+from _adaptive import BASE, FAMILIES, FULL, MIXED, adaptive, all_skips, images, in_thread, outputs, plain
 from pliant import (
     AdaptiveDepth,
     Subnet,

@@ -11,7 +11,7 @@ from timm.models import checkpoint_seq
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adaptive import BASE, FULL, MIXED, adaptive, images, in_thread, outputs, scramble
+from _adaptive import BASE, FULL, MIXED, adaptive, images, in_thread, outputs, scramble
 from pliant import AdaptiveDepth, at_depth, convert, get_depth, load, save, set_depth, subnet
 from pliant.methods.adaptive_depth.depth import compile_depths
 from pliant.surgery import conversions

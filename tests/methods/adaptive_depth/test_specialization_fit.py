@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import pliant
 from _objectives import TERMS, adaptive, images
 from _processes import run_script
-from _stopping import StopAfter
+from _runs import StopAfter
 from pliant.adaptive.scores import evaluate_depths
 from pliant.checkpoint import save
 from pliant.cli import app

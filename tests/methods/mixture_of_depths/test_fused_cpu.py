@@ -17,6 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from _mod_block import FUSIONS, ORDERS, arguments, arguments_with, error, image
 from pliant import MixtureOfDepths, convert
 from pliant.deploy.folding import fold_norms
 from pliant.methods.mixture_of_depths import MoDBlock
@@ -24,8 +25,6 @@ from pliant.methods.mixture_of_depths.ops import building
 from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable
 from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch, mod_block_
 
-FUSIONS = ("first", "last", "original", "replace")
-ORDERS = ("score", "index")
 BLOCKS = {"bottleneck": Bottleneck, "basic": BasicBlock}
 
 
@@ -63,36 +62,6 @@ def mod_block(kind="bottleneck", channels=64, k=16, dilation=1, **options) -> Mo
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
     return fold_norms(made, torch.randn(1, channels, 4, 4))[1].requires_grad_(False)
-
-
-def arguments(channels=64, k=16, r=8, kind="bottleneck", logits=None, dtype=torch.float32):
-    """Weights of the operator; with `logits`, the selector gives these to every image that is not 0."""
-    m = k // 4 if kind == "bottleneck" else k
-
-    def scaled(*shape):
-        return torch.randn(*shape) / (shape[1] * shape[2] * shape[3]) ** 0.5
-
-    down, up = torch.randn(channels, r) / channels**0.5, torch.randn(r, channels) / r**0.5
-    if logits is not None:
-        down = torch.zeros(channels, r)
-        down[:, 0] = 1 / channels
-        up = torch.zeros(r, channels)
-        up[0] = logits
-    if kind == "basic":
-        core = [scaled(k, k, 3, 3), torch.randn(k), scaled(k, k, 3, 3), torch.randn(k), None, None]
-    else:
-        core = [scaled(m, k, 1, 1), torch.randn(m), scaled(m, m, 3, 3), torch.randn(m)]
-        core += [scaled(k, m, 1, 1), torch.randn(k)]
-    return [None if t is None else t.to(dtype) for t in (down, up, *core)]
-
-
-def image(batch, channels, height, width, dtype=torch.float32):
-    x = torch.randn(batch, channels, height, width).relu() + 0.1
-    return x.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -191,12 +160,6 @@ def test_ties_go_to_the_lower_channel(threads):
     in_pytorch(want, *arguments_with(args, logits=high), 1, "score", "first")
     mod_block_(x, *arguments_with(args, logits=high), 1, "score", "first")
     assert error(x, want) < 4e-7
-
-
-def arguments_with(args, logits):
-    up = torch.zeros_like(args[1])
-    up[0] = logits
-    return [args[0], up, *args[2:]]
 
 
 @pytest.mark.usefixtures("native")

@@ -27,7 +27,15 @@ from pliant.counting import count_parameters
 from pliant.methods.adaptive_depth.block import AdaptiveBlock, SwitchableNorm
 from pliant.methods.adaptive_depth.objectives import Joint, Specialization
 from pliant.methods.adaptive_depth.recipes import ABLATIONS, BASE_ALONE, adn
-from pliant.methods.adaptive_depth.switch import Depth, Skip, SkipLike, check_skip, find_depth
+from pliant.methods.adaptive_depth.switch import (
+    Depth,
+    Skip,
+    SkipLike,
+    check_skip,
+    depth_name,
+    depth_role,
+    find_depth,
+)
 from pliant.objectives import Objective
 from pliant.surgery import Method, PassedOver, Site, Survey, convert, record_conversion
 from pliant.threaded import borrowed
@@ -203,7 +211,7 @@ class AdaptiveDepth(Method):
     def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """The two depths that are trained: the super-net and the base-net; see `Method.networks`."""
         flags = len(find_depth(model).skip)
-        return {"super-net": subnet(model, (False,) * flags), "base-net": subnet(model, (True,) * flags)}
+        return _cut(model, [(False,) * flags, (True,) * flags])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +304,26 @@ def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
         cut.set_submodule(site.path, method.replace(cut.get_submodule(site.path), site))
     record_conversion(cut, method, ())
     return cut
+
+
+def last_stages_first(model: nn.Module) -> dict[str, nn.Module]:
+    """The networks from the whole one to the base network, a stage less each time, by name.
+
+    Empty for a network without adaptive depth.
+
+    Example:
+        >>> import timm
+        >>> list(last_stages_first(timm.create_model("resnet20_cifar_adn")))
+        ['super-net', 'FFT', 'FTT', 'base-net']
+    """
+    flags = next((len(m.skip) for m in model.modules() if isinstance(m, Depth)), -1)
+    return _cut(model, [tuple(n >= flags - skipped for n in range(flags)) for skipped in range(flags + 1)])
+
+
+def _cut(model: nn.Module, skips: Sequence[Skip]) -> dict[str, nn.Module]:
+    """Sub-networks by role, or by depth where they have none."""
+    names = [f"{role}-net" if (role := depth_role(skip)) else depth_name(skip) for skip in skips]
+    return {name: subnet(model, skip) for name, skip in zip(names, skips, strict=True)}
 
 
 def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
