@@ -112,9 +112,9 @@ def register(
     if timm.is_model(name):
         raise ValueError(f"timm already has a model named {name!r}; choose another name")
     loaded = methods if callable(methods) else partial(tuple, tuple(methods))
-    levels = plain.feature_levels
+    maps = plain.feature_levels
     features: dict[str, Any] = {
-        "out_indices": tuple(range(levels)) if isinstance(levels, int) else levels,
+        "out_indices": tuple(range(maps)) if isinstance(maps, int) else maps,
         "flatten_sequential": plain.flatten,
     }
     if plain.feature_class is not None:
