@@ -20,7 +20,7 @@ from torch import nn
 from pliant.compare import PLAIN
 from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import ENGINES, named
-from pliant.measuring.entrants import fresh
+from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure, median, spread
 from pliant.measuring.rows import OPTIMIZED, Measurement, read_rows, write_rows
 from pliant.measuring.rows import PLAIN as PLAIN_FORM

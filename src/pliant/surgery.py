@@ -270,7 +270,7 @@ class Method(ABC):
 
     @property
     def without_label(self) -> str:
-        """What rows and figures call the control, for example ``without MoD blocks``."""
+        """What rows and figures call the control: ``without`` and what the method puts in."""
         return f"without {self.name}"
 
 
