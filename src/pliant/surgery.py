@@ -95,7 +95,8 @@ class Method(ABC):
         objectives: objectives that the method brings, by the name that recipes use.
         objective: name of the objective that trains all of its network; empty: the loss of the
             plain network does.
-        narrow: options for networks whose first stage has 16 channels.
+        named: options of its named networks (which `create_model` can change).
+        narrow: options of named networks whose first stage has 16 channels.
         start: options by which a conversion keeps what it can of a trained network.
         recipes: recipes of the method's paper, for every network: data set -> form -> a function
             from timm's name of the network to settings of `pliant.train.recipe.Recipe`.
@@ -110,6 +111,7 @@ class Method(ABC):
     dissolves: ClassVar[str] = ""
     objectives: ClassVar[Mapping[str, type[Objective]]] = {}
     objective: ClassVar[str] = ""
+    named: ClassVar[Mapping[str, Any]] = {}
     narrow: ClassVar[Mapping[str, Any]] = {}
     start: ClassVar[Mapping[str, Any]] = {}
     recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {}
