@@ -77,6 +77,18 @@ def why_not() -> str:
     return _outcome or ""
 
 
+def onnx_library() -> Path:
+    """The built library of the operator for ONNX Runtime; see `library`.
+
+    Raises:
+        ValueError: it cannot be built; says why.
+    """
+    try:
+        return library(ORT_SOURCE)
+    except BuildError as error:
+        raise ValueError(f"the operator for ONNX Runtime cannot be built: {error}") from error
+
+
 def library(source: Path | None = None) -> Path:
     """The built library in the user's cache; built now if it is not there.
 
