@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pliant._files import write_csv
-from pliant.measuring.entrants import by_name
+from pliant.measuring.candidates import by_name
 from pliant.methods.adaptive_depth.depth import at_depth, depths, get_depth
 from pliant.methods.adaptive_depth.switch import Skip, check_skips, depth_name, depth_role
 from pliant.provenance import provenance
