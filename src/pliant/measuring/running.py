@@ -6,7 +6,6 @@ Shapes: images [B, C, H, W].
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import PRECISIONS, Engine, FileEngine, named
 from pliant.deploy.folding import fold_norms
-from pliant.measuring.clock import clock, warm
+from pliant.measuring.clock import calls_within, clock, warm
 from pliant.measuring.entrants import Entrant, attempt
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.rows import AS_BUILT, NATIVE, OPTIMIZED
@@ -192,12 +191,12 @@ def _prepare(
         rest[id(entrant)] = _begin(entrant, setting, child, writing)
 
     def finish(entrant: Entrant) -> None:
-        entrant.calls = _calls(least, rest.pop(id(entrant))())
+        entrant.calls = calls_within(least, rest.pop(id(entrant))())
 
     def recount(entrant: Entrant) -> None:
         if entrant.calls > 1:
             assert entrant.clock is not None
-            entrant.calls = _calls(limits.min_run_time, entrant.clock(1))
+            entrant.calls = calls_within(limits.min_run_time, entrant.clock(1))
 
     start, begun, most = time.monotonic(), 0, limits.max_prepare_time
     with writing or nullcontext():
@@ -211,11 +210,6 @@ def _prepare(
             attempt(entrant, finish)
     for entrant in entrants if ahead else []:
         attempt(entrant, recount)
-
-
-def _calls(least: float, seconds: float) -> int:
-    """How many calls of so many seconds take the least time."""
-    return max(1, math.ceil(least / seconds))
 
 
 def _begin(
