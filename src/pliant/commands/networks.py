@@ -47,7 +47,7 @@ def plan(
 ) -> None:
     """Show what a method would replace in a network.
 
-    The table has the parameters and MACs before and after.
+    Prints each replaced block, and the parameters and MACs before and after.
     """
     from pliant.checkpoint import save
     from pliant.methods import METHODS
