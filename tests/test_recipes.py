@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 
+from pliant.methods.condconv.recipes import ABLATIONS
 from pliant.models import list_networks
 from pliant.recipes import get_recipe, list_recipes
-from pliant.recipes.ablations import ABLATIONS
 from pliant.train.recipe import Recipe, differences, override
 
 BASE = {"name": "x", "model": "resnet20_cifar"}

@@ -13,7 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pliant.deploy.engines import named
-from pliant.measuring.rows import LOWER_RESOLUTION, NO_BLOCKS, Measurement, read_rows
+from pliant.measuring.rows import LOWER_RESOLUTION, Measurement, read_rows
+from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 from research.bench import suites as bench
 from research.bench.speed_table import BEGIN, END, speed_table
 from research.bench.suites import SUITES, Setting, Suite, run_bench

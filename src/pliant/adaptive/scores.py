@@ -16,7 +16,7 @@ from torch import nn
 
 from pliant._files import write_csv
 from pliant.figures import check_suffix, plain, write_figure
-from pliant.measuring.entrants import by_name
+from pliant.measuring.candidates import by_name
 from pliant.methods.adaptive_depth.depth import at_depth, depths, get_depth
 from pliant.methods.adaptive_depth.switch import (
     Skip,

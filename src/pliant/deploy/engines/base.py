@@ -42,8 +42,8 @@ class Engine(ABC):
             the last one runs networks.
         by_pytorch: whether PyTorch runs it, so that images come in the precision and in a
             memory format; other engines take contiguous float32 and do with it what they want.
-        native_precisions: in which its ``write`` knows ``native=True``: Mixture-of-Depths blocks as
-            an operator in its own layout, for this machine.
+        native_precisions: in which its ``write`` knows ``native=True``: parts as an operator in
+            its own layout (`pliant.parts.Part.onnx_operator`), for this machine.
     """
 
     name: str
@@ -133,14 +133,10 @@ class FileEngine(Engine):
     """
 
     def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
-        """What its file is known by, where that serves any batch, in every engine of the same answer.
+        """Cache key of the exported file. Engines with equal keys share it, at any batch.
 
-        Empty where a file is for the batch of its example, and for this engine, alone.
-
-        Args:
-            precision: as for `write`.
-            optimized: likewise.
-            native: likewise.
+        Empty where a file serves only this engine and the batch of its example. The arguments are
+        those of `write`.
         """
         return ""
 
@@ -163,8 +159,8 @@ class FileEngine(Engine):
             folder: where.
             precision: of the engine.
             threads: likewise.
-            optimized: put Mixture-of-Depths blocks into the form that suits the engine. What
-                PyTorch makes has the blocks that `model` has.
+            optimized: put parts into the form that suits the engine. What PyTorch makes has
+                the parts that `model` has.
 
         Returns:
             The path of the file.
