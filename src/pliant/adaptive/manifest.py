@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from pliant._files import atomic_path
+from pliant.compiling import torch_threads
 from pliant.counting import count_macs, count_parameters
-from pliant.deploy.engines.base import torch_threads
 from pliant.deploy.export import FORMATS, export
 from pliant.deploy.facts import read_report
 from pliant.deploy.loading import check_threads, open_export
