@@ -234,7 +234,7 @@ def test_where_shares_do_not_fit_is_told(told, tmp_path):
         replace(TWO, strategy="fsdp", teacher="resnet20_cifar")
     with pytest.raises(ValueError, match="strategy=fsdp shares a network out over several devices"):
         fit(replace(TWO, strategy="fsdp", devices=1), tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match="strategy=fsdp would leave a given network in shares"):
+    with pytest.raises(ValueError, match="strategy=fsdp cannot train a network or teacher that is given"):
         fit(
             replace(TWO, strategy="fsdp"),
             tmp_path / "run",
@@ -259,7 +259,7 @@ def test_a_folder_that_machines_do_not_share_is_told(tmp_path):
         running += start([sys.executable, "-c", PROGRAM, *arguments], [torchrun(rank, 2, port)])
     for text, status in ended(running, timeout=100):
         assert status != 0
-        assert "go on from different steps, [4, 0]: its folder has to be on a disk" in text
+        assert "continue from different steps, [4, 0]; put its folder on a disk" in text
 
 
 @pytest.mark.slow
