@@ -73,7 +73,7 @@ def test_a_process_by_itself_is_of_no_launch(told):
     assert launched() is None
     assert environment_plugins() == []
     check_launch(TWO)  # Lightning starts the second
-    with pytest.raises(ValueError, match="nodes = 2: start the run on each of them, by torchrun or SLURM"):
+    with pytest.raises(ValueError, match="nodes=2 needs a launcher; start the run on each machine by"):
         check_launch(replace(TWO, nodes=2))
 
 
@@ -119,7 +119,7 @@ def test_a_finished_run_is_given_back_wherever_it_is_asked_for(told, tmp_path, m
 def test_ntasks_without_ntasks_per_node_is_refused(told):
     told(slurm(0, 4, 20000))
     del os.environ["SLURM_NTASKS_PER_NODE"]
-    with pytest.raises(ValueError, match="give srun --ntasks-per-node, the devices of a node"):
+    with pytest.raises(ValueError, match="srun was given --ntasks=4; give --ntasks-per-node"):
         check_launch(TWO)
 
 
