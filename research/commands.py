@@ -151,8 +151,8 @@ def bench(
 ) -> None:
     """Measure the speed tables: plain and converted networks in each engine."""
     from research.bench.depths import run_depth_bench
-    from research.bench.forms import run_forms
     from research.bench.loader import run_loader_bench
+    from research.bench.mixing_forms import run_forms
     from research.bench.steps import run_step_bench
     from research.bench.suites import SUITES, run_bench
 

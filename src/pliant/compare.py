@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pliant._files import write_csv
+from pliant import tables
 from pliant.methods.adaptive_depth.depth import get_depth, subnet
 from pliant.methods.adaptive_depth.switch import Depth, Skip, check_skip, depth_name, depth_role
 from pliant.recipes.ablations import ABLATIONS
 from pliant.recipes.adaptive_depth import base_arguments, is_adaptive
-from pliant.records import Origin, cells, columns, read_records
+from pliant.records import Origin, read_records, write_records
 from pliant.train.recipe import Recipe, differences, override
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def write_scores(path: str | Path, scores: Iterable[Score], append: bool = False
     Raises:
         ValueError: `append` to a file with other columns.
     """
-    write_csv(path, columns(Score), (cells(s, ".4f") for s in scores), append, "scores")
+    write_records(path, Score, scores, append=append, number=".4f", called="scores")
 
 
 def read_scores(path: str | Path) -> list[Score]:
@@ -387,14 +387,7 @@ def summary(scores: Sequence[Score]) -> list[tuple[str, ...]]:
 
 def terminal_summary(scores: Sequence[Score]) -> Table:
     """`summary` for `rich.print`."""
-    from rich.table import Table
-
-    table = Table(*HEADINGS)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in summary(scores):
-        table.add_row(*row)
-    return table
+    return tables.terminal(HEADINGS, summary(scores))
 
 
 def _mean(values: Sequence[float], digits: int) -> str:
