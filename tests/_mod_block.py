@@ -14,7 +14,7 @@ from pliant.methods.mixture_of_depths import Fusion, MoDBlock, Order, Selection
 
 FUSIONS = get_args(Fusion)
 ORDERS = get_args(Order)
-DRAWN = tuple(s for s in get_args(Selection) if s not in ("none", "static"))  # static: test_variants
+DRAWN = tuple(s for s in get_args(Selection) if s != "none")
 
 
 def mod_block(

@@ -67,23 +67,6 @@ def test_controls_change_the_network_and_nothing_else():
         assert replace(recipe, model="x", model_args={}) == replace(TINY, model="x", model_args={}, seed=3)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"temperature": 0.1, "straight_through": True}, {"gate": "map"}, {"share_selection": True}],
-)
-def test_controls_without_scores_drop_what_is_for_scores(options):
-    options = {"c": 8, "selector_bias": True, **options}
-    recipes = controls(TINY, replace(MOD, model_args=options), MOD_CONTROLS)
-    for recipe in recipes.values():
-        timm.create_model(recipe.model, **recipe.model_args)
-    assert recipes["MoD, index order"].model_args == {**options, "order": "index"}
-    assert recipes["random channels, fixed"].model_args == {"c": 8, "selection": "fixed"}
-    first = options if "gate" in options else {"c": 8}
-    random = {"c": 8} | {k: v for k, v in options.items() if k == "share_selection"}
-    assert recipes["random channels, fresh"].model_args == {**random, "selection": "random"}
-    assert recipes["first k channels"].model_args == {**first, "selection": "first"}
-
-
 def test_an_unfair_comparison_is_refused():
     with pytest.raises(ValueError, match=r"differ in epochs \(1 and 2\)"):
         controls(TINY, replace(MOD, epochs=2), MOD_CONTROLS)

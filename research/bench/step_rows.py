@@ -22,8 +22,9 @@ class StepCost(Origin):
             convolutions, or adaptive depth.
         step: what trains. ``plain``: the network without the method; ``network``: it, as it is;
             ``blocks removed``: without its Mixture-of-Depths blocks; ``first k``: those blocks
-            without selection; ``network, as written`` and ``network, fewer passes``: it, in the
-            forms that blocks had before their native operators (``docs/mod-tax.md``);
+            without selection; ``network, as written``: the network in plain operators, without
+            the gradients in fewer passes; ``network, fewer passes``: those gradients, where
+            ``network`` had native operators (rows of commits up to the tag ``before-house``);
             ``fused`` and ``experts``: the two forms of a conditional convolution;
             ``super alone`` and ``base alone``: a plain network of either depth;
             ``specialize`` and ``joint``: the adaptive network at both depths, by that objective.

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN, NETWORK, REMOVED, FIRST = "plain", "network", "blocks removed", "first k"
-WRITTEN, FEWER = "network, as written", "network, fewer passes"
+WRITTEN = "network, as written"
 SUPER, BASE = "super alone", "base alone"
 FORMS: tuple[Form, ...] = ("fused", "experts")
 DTYPES = ("float32", "bfloat16")
@@ -84,8 +84,8 @@ def measure_steps(
 
     Returns:
         Of a Mixture-of-Depths network: rows of the plain network, of it, of it without its
-        blocks, with the first k channels in place of selected ones, and in the two forms before
-        the native operators: as written, and with gradients in fewer passes. Of a CondConv network:
+        blocks, with the first k channels in place of selected ones, and as written, without the
+        gradients in fewer passes. Of a CondConv network:
         plain, and both forms. Of an adaptive one: the plain steps of both ends,
         specialization, and joint training.
 
@@ -155,8 +155,7 @@ def _networks(name: str, network: nn.Module, against: Model | None, size: Size) 
                 NETWORK: network,
                 REMOVED: without_mod_blocks(network),
                 FIRST: _first_channels(network),
-                WRITTEN: _blocks_of(network, _Written),
-                FEWER: _blocks_of(network, _FewerPasses),
+                WRITTEN: _as_written(network),
             }
         return networks | {form: _in_form(network, form) for form in FORMS}
     flags = len(get_depth(network))  # refuses a network without adaptive depth
@@ -172,7 +171,7 @@ def _first_channels(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network)
     for block in network.modules():
         if isinstance(block, MoDBlock):
-            block.selector, block.passes_on = None, False
+            block.selector = None
     return network
 
 
@@ -183,19 +182,12 @@ class _Written(MoDBlock):
         return self.written(x)
 
 
-class _FewerPasses(MoDBlock):
-    """PyTorch's operators, with gradients in fewer passes: no native operator."""
-
-    def _native(self, x: Tensor) -> Tensor | None:
-        return None
-
-
-def _blocks_of(network: nn.Module, kind: type[MoDBlock]) -> nn.Module:
-    """A copy whose Mixture-of-Depths blocks are of another class."""
+def _as_written(network: nn.Module) -> nn.Module:
+    """A copy whose Mixture-of-Depths blocks have plain operators and their gradients."""
     network = copy.deepcopy(network)
     for block in network.modules():
         if isinstance(block, MoDBlock):
-            block.__class__ = kind
+            block.__class__ = _Written
     return network
 
 

@@ -200,6 +200,7 @@ def cifar10_variants(device: str = "cpu") -> list[Cell]:
 
     First one seed of each variant, which chooses those that are worth more; then three further
     seeds of each, which decide: `research.experiments.choosing` has those that are worth them.
+    Variants whose code is gone are among them, for their rows; `cells_of` leaves them out.
 
     Raises:
         ValueError: another device.
@@ -260,6 +261,7 @@ def cells_of(
     seeds: int | None = None,
     epochs: int | None = None,
     where: Iterable[str] = (),
+    gone: bool = False,
 ) -> list[Cell]:
     """Cells of an experiment, all or some.
 
@@ -271,6 +273,7 @@ def cells_of(
         seeds: the first so many of each cell's.
         epochs: of each, in place of the experiment's.
         where: changes of where they run, as for `Cell.changed`.
+        gone: include variants that can no longer be built, whose rows are still shown.
 
     Raises:
         ValueError: no such experiment, device, label or network, no label of that network, or a
@@ -285,6 +288,8 @@ def cells_of(
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be at least 1, not {seeds}")
     where, cells = list(where), EXPERIMENTS[name](device)
+    if not gone:
+        cells = [cell for cell in cells if cell.label not in VARIANTS or not VARIANTS[cell.label].gone]
     wanted = _known("label", only, [cell.label for cell in cells])
     of = _known("network", networks, [cell.network for cell in cells])
     first: dict[tuple[str, str], int] = {}

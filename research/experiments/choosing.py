@@ -16,6 +16,7 @@ from research.experiments.variants import VARIANTS
 EXPERIMENT = "cifar10-variants"  # which one has a seed that chooses
 CHOOSING = 0  # that seed
 LEARNED = [label for label, variant in VARIANTS.items() if variant.selects]
+BUILT = [label for label in LEARNED if not VARIANTS[label].gone]  # those that can still be trained
 
 
 def validated(evidence: Evidence) -> dict[str, float]:
@@ -55,18 +56,18 @@ def chosen(scores: Iterable[Score], count: int, *, epochs: int | None = None) ->
         >>> chosen([], 1)
         Traceback (most recent call last):
         ...
-        ValueError: seed 0 chooses, and has no row yet of gate of the map and 14 more: run --seeds 1 first
+        ValueError: seed 0 chooses, and has no row yet of c by stage and 3 more: run --seeds 1 first
     """
-    if not 1 <= count <= len(LEARNED):
-        raise ValueError(f"between 1 and {len(LEARNED)} variants can be chosen, not {count}")
+    if not 1 <= count <= len(BUILT):
+        raise ValueError(f"between 1 and {len(BUILT)} variants can be chosen, not {count}")
     (evidence,) = gather(cells_of(EXPERIMENT, epochs=epochs), scores, [])
     accuracy = validated(evidence)
-    if missing := [label for label in LEARNED if label not in accuracy]:
+    if missing := [label for label in BUILT if label not in accuracy]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
             f"seed {CHOOSING} chooses, and has no row yet of {missing[0]}{more}: run --seeds 1 first"
         )
-    return ranked(accuracy)[:count]
+    return [label for label in ranked(accuracy) if label in BUILT][:count]
 
 
 def deciding(cells: Iterable[Cell]) -> list[Cell]:

@@ -114,7 +114,7 @@ def write_evidence(
     times = [row for path in timed if path.exists() for row in read_rows(path)]
     # A GPU's list has the networks of a CPU's, and more: told of only where they were run.
     everywhere = {cell.network for cell in cells_of(name, "cpu")}
-    cells = [*rivals_of(name, "cuda", epochs=epochs), *cells_of(name, "cuda", epochs=epochs)]
+    cells = [*rivals_of(name, "cuda", epochs=epochs), *cells_of(name, "cuda", epochs=epochs, gone=True)]
     for evidence in gather(cells, scores, times):
         if not evidence.scores and evidence.network not in everywhere:
             continue

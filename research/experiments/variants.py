@@ -1,8 +1,8 @@
 """Variants of Mixture-of-Depths that may be worth their time, and what each is held against.
 
 Each changes options of `MixtureOfDepths` as it stands in the paper (c = 16, score order, first k
-channels). What they cost beside it is in ``docs/mixture-of-depths.md``; what they are worth, the rows
-say.
+channels). The rows say what they are worth. Most were not shown to be better than no block, and their
+code was removed: their rows stay as a finding, and nothing trains them again (`Variant.gone`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pliant.compare import MOD_CONTROLS, REMOVED
+from pliant.methods.mixture_of_depths import MixtureOfDepths
 
 SCORE_ORDER, _, _, _, FIRST, _ = MOD_CONTROLS
 LEAST = "plain, 1-1-1 blocks"  # what `blocks="all"` leaves
@@ -32,6 +33,15 @@ class Variant:
     why: str
     control: str = SCORE_ORDER
     selects: bool = True
+
+    @property
+    def gone(self) -> bool:
+        """Whether the method no longer has these options; then the variant cannot be built."""
+        try:
+            MixtureOfDepths.current_options(self.options)
+        except ValueError:
+            return True
+        return False
 
 
 _STEADY = {"order": "index", "fusion": "original"}

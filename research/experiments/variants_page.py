@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pliant.compare import REMOVED
-from research.experiments.cells import BORROWED, Cell
+from research.experiments.cells import BORROWED, Cell, key_of
 from research.experiments.choosing import CHOOSING, EXPERIMENT, ranked, validated
 from research.experiments.claims import FEWEST, MISSING, any_of
 from research.experiments.evidence import Evidence, Setting
@@ -21,9 +21,14 @@ _LUCK = (
     "(`--chosen N` runs further seeds of the first N), and only the seeds after it decide."
 )
 _PLAIN_FORM = (
-    "In eager mode and in a training step, variants that the native operators do not have run in PyTorch's "
-    "([which](mixture-of-depths.md#variants-that-are-ours)): their time there is that of missing operators "
-    "too. Files of ONNX Runtime have all of them."
+    'Variants with `selector_bias`, `share_selection`, `selection="static"`, `core="separable"` or '
+    "`inner_shortcut` had no native operators and ran in those of PyTorch, in a training step also those "
+    "with `gate` or `straight_through`: their time in eager mode and in a training step is longer for it. "
+    "Files of ONNX Runtime had all variants."
+)
+_GONE = (
+    "The code of these variants was removed, because they were not shown to be better than no block. It is "
+    "at the git tag `before-house`: {}."
 )
 
 
@@ -43,13 +48,28 @@ def findings(evidence: Evidence) -> list[str]:
         "What was tried, and why:",
         "",
         *(f"- **{label}** (`{_options(v.options)}`): {v.why}." for label, v in VARIANTS.items()),
+        "",
+        _GONE.format("; ".join(label for label, v in VARIANTS.items() if v.gone)),
     ]
 
 
 def planned(evidence: Evidence) -> list[Cell]:
-    """The cells that are to be run: of variants that have begun no further seed, the first alone."""
+    """The cells that have run or are to be run.
+
+    Of variants that have begun no further seed that is the first alone, and of those whose code is gone
+    what has run.
+    """
     rest = VARIANTS.keys() - set(_begun(evidence))
-    return [c for c in evidence.cells if c.recipe.seed == CHOOSING or c.label not in rest]
+    there = {key_of(score) for score in evidence.scores}
+    return [
+        cell
+        for cell in evidence.cells
+        if there.issuperset(cell.keys)
+        or (
+            not (cell.label in VARIANTS and VARIANTS[cell.label].gone)
+            and (cell.recipe.seed == CHOOSING or cell.label not in rest)
+        )
+    ]
 
 
 def how_to_go_on(command: str) -> str:

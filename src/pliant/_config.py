@@ -145,6 +145,8 @@ def _method(entry: Any) -> Method:
             f"unknown method {name!r} (known: {', '.join(METHODS)}); a newer pliant may have it"
         )
     method: Any = METHODS[name]
+    if isinstance(options, dict):
+        options = method.current_options(options)
     known = [f.name for f in fields(method) if f.init]
     if not isinstance(options, dict) or not options.keys() <= set(known):
         strange = some(options.keys() - set(known)) if isinstance(options, dict) else repr(options)

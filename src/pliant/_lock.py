@@ -1,4 +1,7 @@
-"""One process at a time in a folder: a lock that ends with the process that holds it."""
+"""One process at a time in a folder: a lock that ends with the process that holds it.
+
+The lock is filelock's native one. It is never filelock's soft lock, which a killed process leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -8,48 +11,32 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None
+from filelock import FileLock, Timeout, lock_descriptor
+
+# What the system answers on a file system without locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class FolderInUseError(ValueError):
     """Another process works in the folder; the message names both."""
 
 
-_HELD: set[int] = set()
-
-
-def _let_go() -> None:
-    """In a forked child: a worker that outlives its killed parent must not keep the lock."""
-    for handle in _HELD:
-        os.close(handle)
-    _HELD.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
-
-
 @contextmanager
 def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `path`, a file that says which process has it; it stays there.
+    """Hold the lock `path`, a file that names the process that has it; the file stays there.
 
-    The system lets go of it when the process ends, however that is, so a lock is never stale.
+    The system releases the lock when the process ends, however that is, so a lock is never stale.
     Where the file system knows no locks, a warning is logged and nothing is locked.
 
     Args:
         path: the file.
-        wait: until another lets go of it, rather than raise.
+        wait: wait until another process releases the lock, rather than raise.
 
     Raises:
-        FolderInUseError: another process, or another block of this one, holds it.
+        FolderInUseError: another process, or another block of this one, holds the lock.
         OSError: the file cannot be written.
 
     Example:
@@ -62,34 +49,38 @@ def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
         ...         f"process {os.getpid()} " in str(error)
         True
     """
-    if fcntl is None:
-        yield
-        return
     path = Path(path)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    lock = FileLock(path, blocking=wait, fallback_to_soft=False, preserve_lock_file=True, on_acquired=_sign)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
-                raise FolderInUseError(
-                    f"{path.parent} is in use by {holder}: wait for it, end it, or choose another folder"
-                ) from None
-            logging.getLogger(__name__).warning(
-                "%s cannot be locked (%s): see to it that no second run uses the folder", path, error
-            )
-        _HELD.add(handle)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        lock.acquire()
+    except Timeout:
+        holder = ""
+        with suppress(OSError):  # Windows lets nobody else read what is locked
+            holder = path.read_text(encoding="utf-8", errors="replace").strip()
+        raise FolderInUseError(
+            f"{path.parent} is in use by {holder or 'another process'}: wait for it, end it, or choose "
+            f"another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logging.getLogger(__name__).warning(
+            "%s cannot be locked (%s): see to it that no second run uses the folder", path, error
+        )
+    try:
         yield
     finally:
-        _HELD.discard(handle)
-        os.close(handle)
+        lock.release()
+
+
+def _sign(handle: int) -> None:
+    """Write into the lock's file which process has it."""
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def in_use(path: str | Path) -> bool:
-    """Whether a process holds the lock `path`; a process that tries to in the same moment is refused it.
+    """Whether a process holds the lock `path`. A process that asks for it in the same moment is refused.
 
     False where nothing can be locked.
 
@@ -99,29 +90,26 @@ def in_use(path: str | Path) -> bool:
         ...     in_use(f"{folder}/lock"), in_use(f"{folder}/other")
         (True, False)
     """
-    if fcntl is None or not Path(path).is_file():
+    if not Path(path).is_file():
         return False
     handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
+        return not lock_descriptor(handle, blocking=False)
+    except OSError:
+        return False
     finally:
         os.close(handle)
-    return False
 
 
 def locks_in(folder: str | Path) -> bool:
-    """Whether files of a folder can be locked, which is made for it.
+    """Whether files in a folder can be locked. The folder is made if it is missing.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     fcntl is None or locks_in(folder)
+        ...     locks_in(folder)
         True
     """
-    if fcntl is None:
-        return False
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock-") as file, held(file.name):
         return in_use(file.name)

@@ -41,10 +41,6 @@ MOD_CONTROLS: dict[str, dict[str, Any]] = {
     REMOVED: {"selection": "none"},
 }
 
-# Options for which a selection has no use if it has no scores, and if it is not made for each input.
-_OF_SCORES = ("straight_through", "temperature", "selector_bias", "gate")
-_OF_INPUTS = ("share_selection",)
-
 # Capacity at one recipe, as in Table 1 of CondConv.
 CONDCONV_CONTROLS: dict[str, dict[str, Any]] = {
     "CondConv, 4 experts": {"experts": 4},
@@ -130,21 +126,9 @@ def controls(
             f"{plain.name} and {converted.name} differ in {', '.join(other)}: no fair comparison"
         )
     return {PLAIN: plain} | {
-        label: replace(converted, model_args=_changed(converted.model_args, options))
+        label: replace(converted, model_args={**converted.model_args, **options})
         for label, options in changes.items()
     }
-
-
-def _changed(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """`arguments` with `options`; without those that a control's selection would refuse."""
-    unused: tuple[str, ...] = ()
-    selection = options.get("selection", "learned")
-    if selection not in ("learned", "static"):
-        gated = selection == "first" and arguments.get("gate") == "map"
-        unused = _OF_SCORES[:1] if gated else _OF_SCORES
-    if selection not in ("learned", "random"):
-        unused += _OF_INPUTS
-    return {**{k: v for k, v in arguments.items() if k not in unused}, **options}
 
 
 def controls_by_name(name: str, changes: Sequence[str] = (), method: str = "mod") -> dict[str, Recipe]:

@@ -23,6 +23,7 @@ from pliant.objectives import Objective
 from pliant.threaded import take_over
 
 Network = TypeVar("Network", bound=nn.Module)
+Made = TypeVar("Made", bound="Method")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,23 @@ class Survey:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Gone:
+    """An option, or some values of one, that a method had in an earlier version.
+
+    Attributes:
+        name: name of the option.
+        default: the option's former default.
+        tag: git tag of the last commit that has it.
+        values: the values that are gone, if the option itself stays.
+    """
+
+    name: str
+    default: Any
+    tag: str
+    values: tuple[Any, ...] = ()
+
+
 class Method(ABC):
     """A way to change a network: a frozen, keyword-only dataclass of hyper-parameters.
 
@@ -84,6 +102,7 @@ class Method(ABC):
         paper: which of them the form ``paper`` of its own networks is, by data set.
         ablations: ablations of the method's paper: name -> changes of a recipe; ``model_args`` adds
             to those of the recipe.
+        gone: options of earlier versions, which checkpoints may still name.
     """
 
     suffix: ClassVar[str] = ""
@@ -96,11 +115,43 @@ class Method(ABC):
     recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {}
     paper: ClassVar[Mapping[str, str]] = {}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    gone: ClassVar[tuple[Gone, ...]] = ()
+
+    def __new__(cls: type[Made], *_: Any, **options: Any) -> Made:
+        """Refuse options that are gone by their name: a dataclass would call them unexpected."""
+        cls.current_options(options)
+        return super().__new__(cls)
 
     @property
     def name(self) -> str:
         """The method's name in messages and checkpoints: that of its class."""
         return type(self).__name__
+
+    @classmethod
+    def current_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options of this or an earlier version without those of `gone` at their default.
+
+        Raises:
+            ValueError: an option that is gone has another value; the message names both and the tag.
+
+        Example:
+            >>> from pliant import MixtureOfDepths
+            >>> MixtureOfDepths.current_options({"c": 4, "gate": "output"})
+            {'c': 4}
+        """
+        current = dict(options)
+        for old in cls.gone:
+            if old.name not in current:
+                continue
+            value = current[old.name]
+            if value in old.values or (not old.values and value != old.default):
+                raise ValueError(
+                    f"{cls.__name__} no longer has {old.name}={value!r}; leave it out, or use pliant at "
+                    f"the git tag {old.tag}, which has it"
+                )
+            if not old.values:
+                del current[old.name]
+        return current
 
     @abstractmethod
     def survey(self, model: nn.Module) -> Survey:

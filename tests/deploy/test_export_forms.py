@@ -18,8 +18,8 @@ from pliant.deploy.forms import use_export_forms
 from pliant.methods.condconv import CondConvBlock
 from pliant.methods.condconv.exported import OneImageConv
 from pliant.methods.mixture_of_depths import MoDBlock
-from pliant.methods.mixture_of_depths.cores import narrow_core
 from pliant.methods.mixture_of_depths.exported import GraphMoD, ProgramMoD
+from pliant.surgery import Site
 
 SELECTIONS = [
     {"selection": "learned", "order": "score"},
@@ -36,8 +36,7 @@ def block_of(block: str, **options) -> nn.Module:
     """One Mixture-of-Depths block of 16 channels, 4 of them processed, in a network of its own."""
     plain = (BasicBlock(16, 16) if block == "basic" else Bottleneck(16, 4)).eval()
     method = MixtureOfDepths(c=4, reduction=2, **options)
-    core = narrow_core(plain, 16, 4)
-    return scramble(nn.Sequential(MoDBlock(plain, core, 16, 4, method))).eval()
+    return scramble(nn.Sequential(method.replace(plain, Site("", {"C": 16, "k": 4})))).eval()
 
 
 @pytest.mark.parametrize("fusion", ["first", "last", "original", "replace"])

@@ -125,13 +125,25 @@ def test_variants_are_of_the_controls_recipe_one_seed_of_each_first():
     for cell in cells[: len(VARIANTS)]:
         assert differences(plain, cell.recipe, leaving_out=network) == []
         assert cell.recipe.name == "cifar10.resnet20_mod.controls"
-        assert timm.create_model(cell.recipe.model, **cell.recipe.model_args).num_classes == 10
     known = {*VARIANTS, *(cell.label for cell in cifar10_controls())}
     assert all(variant.control in known for variant in VARIANTS.values())
     assert not set(VARIANTS) & {cell.label for cell in cifar10_controls()}
-    on_gpu = cells_of("cifar10-variants", "cuda")
+    on_gpu = cells_of("cifar10-variants", "cuda", gone=True)
     assert [cell.keys for cell in on_gpu] == [cell.keys for cell in cells]
     assert {cell.recipe.accelerator for cell in on_gpu} == {"gpu"}
+
+
+def test_variants_that_cannot_be_built_are_not_run():
+    cells = cells_of("cifar10-variants", seeds=1)
+    assert [cell.label for cell in cells] == [
+        *("c by stage", "c by stage, first k", "index order, original", "inner shortcut", "all blocks")
+    ]
+    for cell in cells:
+        assert timm.create_model(cell.recipe.model, **cell.recipe.model_args).num_classes == 10
+    for cell in cells_of("cifar10-variants", seeds=1, gone=True):
+        if VARIANTS[cell.label].gone:
+            with pytest.raises(ValueError, match=r"no longer has .* at the git tag before-house"):
+                timm.create_model(cell.recipe.model, **cell.recipe.model_args)
 
 
 def test_rivals_are_cells_of_the_controls():
@@ -313,8 +325,8 @@ def test_the_command_lists_runs_and_times(tmp_path, monkeypatch):
         "research.experiments.timing.time_cells",
         lambda cells, path, **_: timed.append([cell.label for cell in cells]) or [1],
     )
-    run("cifar10-variants", "--measure", "--only", "static", "--seeds", 1, *place)
-    assert set(timed[-1]) == {*RIVALS, "static"}
+    run("cifar10-variants", "--measure", "--only", "all blocks", "--seeds", 1, *place)
+    assert set(timed[-1]) == {*RIVALS, "all blocks"}
     with pytest.raises(ValueError, match="one at a time"):
         run("tiny", "--measure", "--list", *place)
     with pytest.raises(ValueError, match="--engine is of --measure"):

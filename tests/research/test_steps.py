@@ -52,7 +52,7 @@ def test_a_mixture_of_depths_is_held_against_plain_and_blocks_removed(dtype):
     found = measure_steps("resnet20_cifar_mod", against="resnet20_cifar", **options)
     assert [r.step for r in found] == [
         *("plain", "network", "blocks removed", "first k"),
-        *("network, as written", "network, fewer passes"),
+        "network, as written",
     ]
     plain, network, removed, first, *_ = found
     for row in found:
@@ -77,23 +77,18 @@ def test_what_stands_beside_a_network_is_what_it_says():
     blocks = {key: [m for m in n.modules() if isinstance(m, MoDBlock)] for key, n in made.items()}
     assert {key: len(found) for key, found in blocks.items()} == {
         "plain": 0, "network": 3, "blocks removed": 0, "first k": 3,
-        "network, as written": 3, "network, fewer passes": 3,
+        "network, as written": 3,
     }  # fmt: skip
     assert all(b.selector is None for b in blocks["first k"])
-    shared = timm.create_model("resnet20_cifar_mod", blocks="all", share_selection=True)
-    first = steps._networks("n", shared, "resnet20_cifar", (3, 8, 8))["first k"]
-    assert [m.passes_on for m in first.modules() if isinstance(m, MoDBlock)] == [False] * 6
     assert made["network"] is network
     # Forms of one function: the same outputs and gradients, by other ways.
     x, found = torch.randn(4, 3, 8, 8), {}
-    for key in ("network", "network, as written", "network, fewer passes"):
+    for key in ("network", "network, as written"):
         made[key].train()(x).square().sum().backward()
         found[key] = [p.grad for p in made[key].parameters()]
-    for key in ("network, as written", "network, fewer passes"):
-        torch.testing.assert_close(found[key], found["network"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found["network, as written"], found["network"], rtol=1e-3, atol=1e-4)
     ways = {key: {type(m).forward for m in some} for key, some in blocks.items() if some}
     assert ways["network, as written"].isdisjoint(ways["network"])
-    assert all(m._native(x) is None for m in blocks["network, fewer passes"])
     assert all(b.selector is not None for b in blocks["network"])
     network = timm.create_model("cc_resnet20_cifar", experts=2)
     made = steps._networks("n", network, "resnet20_cifar", (3, 8, 8))

@@ -73,7 +73,7 @@ def test_images_can_be_normalised_as_trained_weights_want_them(name, mean, std, 
         assert (digits.mean, digits.std) == (mean, std)
         x, _ = all_of(digits.test_batches())
         assert float(x[:, 0].min()) == pytest.approx(-mean[0] / std[0])  # black
-    with pytest.raises(ValueError, match="mean_std must be one of data, imagenet, inception, clip"):
+    with pytest.raises(ValueError, match="mean_std must be 'data', 'imagenet', 'inception' or 'clip'"):
         replace(DIGITS, mean_std="none")
 
 

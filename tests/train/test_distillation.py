@@ -193,11 +193,11 @@ def test_features_of_each_depth_are_those_of_its_pass(objective):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": 1.5}, r"alpha must be in \[0, 1\], not 1.5"),
-        ({"alpha": True}, "alpha must be a number, not True"),
-        ({"temperature": 0}, "temperature must be a positive number, not 0.0"),
-        ({"features": -1}, "features must be a number of at least 0"),
-        ({"match": "all"}, "match must be maps or attention, not 'all'"),
+        ({"alpha": 1.5}, "alpha must be less than or equal to 1, not 1.5"),
+        ({"alpha": True}, "alpha must be a valid number, not True"),
+        ({"temperature": 0}, "temperature must be greater than 0, not 0"),
+        ({"features": -1}, "features must be greater than or equal to 0, not -1"),
+        ({"match": "all"}, "match must be 'maps' or 'attention', not 'all'"),
         ({"alpha": 0}, "leaves nothing to learn from the teacher"),
         ({"features": 1, "stages": (1, 1)}, "numbers from 0, each once"),
         ({"features": 1, "stages": ()}, r"stages=\(\) compares no features"),

@@ -241,7 +241,7 @@ def test_where_shares_do_not_fit_is_told(told, tmp_path):
             progress=False,
             model=timm.create_model("resnet20_cifar"),
         )
-    with pytest.raises(ValueError, match="strategy must be one of auto, ddp, fsdp, not 'deepspeed'"):
+    with pytest.raises(ValueError, match="strategy must be 'auto', 'ddp' or 'fsdp', not 'deepspeed'"):
         replace(TWO, strategy="deepspeed")
     assert not (tmp_path / "run").exists()
 

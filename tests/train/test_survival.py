@@ -163,7 +163,9 @@ def test_how_often_checkpoints_are_written_changes_nothing_else(unbroken, tmp_pa
         if minutes == "0":
             kept = first
     assert equal(kept, first)
-    with pytest.raises(ValueError, match="checkpoint_minutes must be at least 0, or none, not -1"):
+    with pytest.raises(
+        ValueError, match="checkpoint_minutes must be greater than or equal to 0, or none, not '-1'"
+    ):
         override(TINY, ["checkpoint_minutes=-1"])
 
 
@@ -276,31 +278,6 @@ def test_two_runs_in_one_folder(tmp_path):
         fit(TINY, tmp_path / "new", progress=False)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.lock"]
     fit(TINY, tmp_path / "new", progress=False)  # what a process that began nothing left does not matter
-
-
-def test_a_lock_ends_with_its_process_though_a_child_lives_on(tmp_path):
-    script = """
-import os, signal, sys, time
-from pliant._lock import held
-with held(sys.argv[1]):
-    if os.fork() == 0:
-        print(os.getpid(), flush=True)
-        time.sleep(60)
-    time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    path = tmp_path / "run.lock"
-    done = subprocess.Popen(
-        [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    child = int(done.stdout.readline())
-    done.wait(60)
-    try:
-        os.kill(child, 0)  # it lives
-        with held(path):
-            assert path.read_text().startswith(f"process {os.getpid()} ")
-    finally:
-        os.kill(child, signal.SIGKILL)
 
 
 def test_a_resumption_by_another_recipe_is_refused(tmp_path):

@@ -34,7 +34,7 @@ def show(table: Table) -> None:
 
 def options_of(method: type[Method], changes: list[str]) -> dict[str, Any]:
     """``["c=16", "order=index"]`` as keyword arguments of a method."""
-    from pliant.train.values import literal
+    from pliant._options import literal
 
     known = inspect.signature(method).parameters
     options = {}

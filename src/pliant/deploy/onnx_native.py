@@ -242,7 +242,6 @@ def _put(model: onnx.ModelProto, blocks: Mapping[str, FusedMoDBlock], size: int)
             dilation=block.dilation,
             order=block.order,
             fusion=block.fusion,
-            gate=block.gate,
         )
         node.CopyFrom(new)
     if left:

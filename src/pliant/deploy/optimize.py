@@ -19,7 +19,6 @@ from pliant.methods.adaptive_depth.switch import Depth
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.methods.mixture_of_depths.ops import building
 from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable
-from pliant.methods.mixture_of_depths.selectors import StaticSelector
 from pliant.threaded import passes_along, take_over
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -55,9 +54,6 @@ def optimize(model: Network, example: Tensor, *, fused: bool = True, channels_la
         True
     """
     network = fold_norms(model, example).requires_grad_(False)
-    for block in _blocks(network).values():
-        if isinstance(block.selector, StaticSelector):  # what is constant need not be ranked each time
-            block.selector = block.selector.constant()
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
         if example.dim() == 4:

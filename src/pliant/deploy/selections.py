@@ -62,8 +62,7 @@ def run_eager(network: nn.Module, images: Tensor, choose: Choose | None = None) 
         channels = choose(path, logits)
         if selector.order == "index":
             channels = channels.sort(1).values
-        scores = logits.gather(1, channels).sigmoid() if selector.gate == "output" else given[0]
-        return scores, channels
+        return logits.gather(1, channels).sigmoid(), channels
 
     handles = [m.register_forward_hook(partial(note, path)) for path, m in selectors(network).items()]
     try:

@@ -63,11 +63,18 @@ def register(
     if timm.is_model(name):
         raise ValueError(f"timm already has a model named {name!r}; choose another name")
     indices = tuple(range(feature_levels)) if isinstance(feature_levels, int) else feature_levels
-    options = [(method, inspect.signature(method).parameters.keys()) for method in methods]
+    # Options that are gone too, so that the method reads or refuses them, and not the network.
+    options = [
+        (method, {*inspect.signature(method).parameters, *(old.name for old in method.gone)})
+        for method in methods
+    ]
 
     def parts(**kwargs: Any) -> tuple[nn.Module, tuple[Method, ...]]:
         told = method_defaults | kwargs
-        chosen = tuple(method(**{k: told[k] for k in names & told.keys()}) for method, names in options)
+        chosen = tuple(
+            method(**method.current_options({k: told[k] for k in names & told.keys()}))
+            for method, names in options
+        )
         theirs = {k for _, names in options for k in names}
         return build(**{k: v for k, v in kwargs.items() if k not in theirs}), chosen
 

@@ -145,39 +145,9 @@ def for_cifar100(recipe: Recipe) -> Recipe:
     return replace(recipe, name=name, data="cifar100", path="data/cifar100")
 
 
-def gated(network: str = "resnet20_mod") -> Recipe:
-    """`controls` with ``gate="map"``, the variant of Mixture-of-Depths that did best. Ours.
-
-    Of those that have the three seeds that decide its mean over these is the furthest above that of no
-    block, and it adds no parameter. It is not shown to beat no block (``docs/variants.md``), so nothing
-    else takes it.
-
-    Args:
-        network: a short name of a Mixture-of-Depths network, such as ``"resnet20_mod"``.
-
-    Raises:
-        ValueError: another network.
-
-    Example:
-        >>> recipe = gated()
-        >>> recipe.name, recipe.model_args
-        ('cifar10.resnet20_mod.gated', {'gate': 'map'})
-    """
-    if not network.endswith("_mod"):
-        raise ValueError(f"the gate is of Mixture-of-Depths networks (resnet20_mod), not of {network!r}")
-    base = controls(network)
-    return replace(
-        base,
-        name=f"{base.name.removesuffix('.controls')}.gated",
-        note="ours; the best variant tried, not shown to beat no block",
-        model_args={**base.model_args, "gate": "map"},
-    )
-
-
 FORMS: dict[str, Callable[[str], Recipe]] = {
     "short": short,
     "controls": controls,
-    "gated": gated,
     "recover": recover,
     "paper": paper,
     **ablation_forms(short),

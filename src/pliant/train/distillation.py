@@ -19,13 +19,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant import anatomy
+from pliant._options import NotNegative, Positive, Probability, check
 from pliant.objectives import Feature, ManyPasses, channel_dim, divergence, stage_numbers
 
 Match = Literal["maps", "attention"]
@@ -56,31 +57,20 @@ class Distillation:
         2.0
     """
 
-    alpha: float = 0.9
-    temperature: float = 4.0
-    features: float = 0.0
+    alpha: Probability = 0.9
+    temperature: Positive = 4.0
+    features: NotNegative = 0.0
     match: Match = "maps"
     stages: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "temperature", "features"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} must be a number, not {value!r}")
-            object.__setattr__(self, name, float(value))
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], not {self.alpha}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a positive number, not {self.temperature}")
-        if not 0 <= self.features < float("inf"):
-            raise ValueError(f"features must be a number of at least 0, not {self.features}")
-        if self.match not in get_args(Match):
-            raise ValueError(f"match must be maps or attention, not {self.match!r}")
+        if self.stages is not None:
+            object.__setattr__(self, "stages", stage_numbers(self.stages))
+        check(self)
         if not (self.alpha or self.features):
             raise ValueError("alpha=0 with features=0 leaves nothing to learn from the teacher")
         if self.stages is None:
             return
-        object.__setattr__(self, "stages", stage_numbers(self.stages))
         if not self.stages:
             raise ValueError("stages=() compares no features: name some (numbers from 0), or none for all")
         if not self.features:

@@ -26,7 +26,8 @@ def warn_of_narrow_convolutions(network: nn.Module) -> None:
     Example:
         >>> warn_of_narrow_convolutions(nn.Conv2d(8, 16, 1, stride=2))  # wide enough: no warning
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX2" or not torch.backends.mkldnn.is_available():
+    avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if not avx2 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     if paths := narrow_strided(network):
         logging.getLogger(__name__).warning(

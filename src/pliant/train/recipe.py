@@ -6,14 +6,16 @@ Nothing heavy is imported here, so recipes are listed and changed at once.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from pliant import _options
+from pliant._options import Arguments, Count, NotNegative, PathText, Positive, Probability, Text, Whole
 from pliant.train.distillation import make_distillation
 from pliant.train.objectives import make_objective
-from pliant.train.values import checked, literal, parsed
 
 DataName = Literal["digits", "cifar10", "cifar100", "folder", "imagenet", "shards"]
 Optimizer = Literal["sgd", "adamw"]
@@ -23,6 +25,8 @@ Accelerator = Literal["auto", "cpu", "gpu"]
 OnUnreadable = Literal["skip", "stop"]
 MeanStd = Literal["data", "imagenet", "inception", "clip"]
 Strategy = Literal["auto", "ddp", "fsdp"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 AUGMENTATIONS = ("none", "crop", "flip_crop")
 # The starts of timm's configuration strings, each with its own options after a dash.
@@ -132,99 +136,66 @@ class Recipe:
         {'drop_rate': 0.1}
     """
 
-    name: str
-    model: str
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    weights: str | None = None
+    name: Text
+    model: Text
+    model_args: Arguments = field(default_factory=dict)
+    weights: PathText | None = None
     teacher: str | None = None
-    teacher_args: Mapping[str, Any] = field(default_factory=dict)
-    teacher_weights: str | None = None
-    distill_args: Mapping[str, Any] = field(default_factory=dict)
+    teacher_args: Arguments = field(default_factory=dict)
+    teacher_weights: PathText | None = None
+    distill_args: Arguments = field(default_factory=dict)
     note: str = ""
     data: DataName = "digits"
-    path: str | None = None
+    path: PathText | None = None
     download: bool = False
-    pixels: int = 32
-    resize: int | None = None
+    pixels: Count = 32
+    resize: Count | None = None
     mean_std: MeanStd = "data"
-    val_fraction: float | None = 0.1
-    test_fraction: float = 0.1
-    split_seed: int = 0
-    epochs: int = 10
-    batch: int = 64
+    val_fraction: Fraction | None = 0.1
+    test_fraction: Share = 0.1
+    split_seed: Whole = 0
+    epochs: Count = 10
+    batch: Count = 64
     optimizer: Optimizer = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
+    lr: Positive = 0.1
+    momentum: Share = 0.9
     nesterov: bool = False
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     decay_all: bool = True
     schedule: Schedule = "cosine"
-    step_size: int = 30
-    gamma: float = 0.1
-    warmup: float = 0.0
-    clip: float | None = None
+    step_size: Count = 30
+    gamma: Positive = 0.1
+    warmup: NotNegative = 0.0
+    clip: Positive | None = None
     objective: str = "cross_entropy"
-    objective_args: Mapping[str, Any] = field(default_factory=dict)
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    objective_args: Arguments = field(default_factory=dict)
+    smoothing: Share = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
     augmentation: str = "none"
-    erasing: float = 0.0
-    ema: float | None = None
+    erasing: Probability = 0.0
+    ema: Fraction | None = None
     precision: Precision = "fp32"
-    seed: int = 0
-    workers: int = 2
-    threads: int | None = None
+    seed: Whole = 0
+    workers: Whole = 2
+    threads: Count | None = None
     channels_last: bool = False
     accelerator: Accelerator = "auto"
-    devices: int = 1
-    nodes: int = 1
+    devices: Count = 1
+    nodes: Count = 1
     strategy: Strategy = "auto"
     unreadable: OnUnreadable = "skip"
     test_each: bool = False
-    checkpoint_minutes: float | None = 5.0
+    checkpoint_minutes: NotNegative | None = 5.0
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for name in ("path", "weights", "teacher_weights"):
-            place: Any = getattr(self, name)
-            if isinstance(place, os.PathLike):
-                object.__setattr__(self, name, os.fspath(place))
-        for f in fields(self):
-            object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name), hints[f.name]))
-        for name in ("name", "model"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty; a recipe needs one")
-        least = {"pixels": 1, "epochs": 1, "batch": 1, "step_size": 1, "resize": self.pixels}
-        least |= {"devices": 1, "nodes": 1, "threads": 1, "workers": 0, "seed": 0, "split_seed": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"{name} must be at least {bound}, not {value}")
-        for name in ("lr", "clip", "gamma"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive number, not {value}")
-        for name in ("weight_decay", "warmup", "mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a number of at least 0, not {getattr(self, name)}")
-        for name in ("momentum", "smoothing", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        if self.checkpoint_minutes is not None and not 0 <= self.checkpoint_minutes < float("inf"):
-            raise ValueError(
-                f"checkpoint_minutes must be at least 0, or none, not {self.checkpoint_minutes}"
-            )
-        if not 0 <= self.erasing <= 1:
-            raise ValueError(f"erasing is a probability, in [0, 1], not {self.erasing}")
-        for name in ("val_fraction", "ema"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name} must be between 0 and 1, or none, not {value}")
+        _options.check(self)
         self._agree()
 
     def _agree(self) -> None:
         """Refuse options that contradict one another."""
+        if self.resize is not None and self.resize < self.pixels:
+            raise ValueError(f"resize must be at least pixels = {self.pixels}, not {self.resize}")
         kind = self.augmentation.split("-")[0]
         if self.augmentation not in AUGMENTATIONS and kind not in AUTO_AUGMENTATIONS:
             raise ValueError(
@@ -326,9 +297,8 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
         >>> changed.epochs, changed.clip, changed.model_args
         (5, 1.0, {'c': 16})
     """
-    hints = get_type_hints(Recipe)
-    values: dict[str, Any] = {}
-    mappings = {name: dict(getattr(recipe, name)) for name in _MAPPINGS}
+    texts: dict[str, str] = {}
+    mappings: dict[str, Any] = {name: dict(getattr(recipe, name)) for name in _MAPPINGS}
     for change in changes:
         key, equals, text = change.partition("=")
         key, text = key.strip(), text.strip()
@@ -339,13 +309,12 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
         if head in mappings:
             if not dot or not argument:
                 raise ValueError(f"{head} is set one by one: {_MAPPINGS[head]}")
-            mappings[head][argument] = literal(text)
+            mappings[head][argument] = _options.literal(text)
         elif dot:
             raise ValueError(f"{head} has no part {argument!r}; write {head}=...")
         else:
-            values[key] = parsed(key, text, hints[key])
-    values |= mappings
-    return replace(recipe, **values)
+            texts[key] = text
+    return replace(recipe, **_options.parse(Recipe, texts), **mappings)
 
 
 # Options with parts, and how one is set.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 
 import pytest
 import timm
@@ -74,7 +73,6 @@ def operator(library, tmp_path, args, *, block=16, threads=1, inplace=True, **at
         "dilation": 1,
         "order": "score",
         "fusion": "first",
-        "gate": "output",
         "block": block,
         **attributes,
     }
@@ -105,9 +103,9 @@ def operator(library, tmp_path, args, *, block=16, threads=1, inplace=True, **at
     return run
 
 
-def expected(x, args, dilation=1, order="score", fusion="first", gate="output"):
+def expected(x, args, dilation=1, order="score", fusion="first"):
     want = x.contiguous().clone()
-    in_pytorch(want, *args, dilation, order, fusion, gate)
+    in_pytorch(want, *args, dilation, order, fusion)
     return want
 
 
@@ -131,20 +129,6 @@ def test_the_operator_is_the_block_in_each_layout(library, tmp_path, kind, fusio
                 if batch:
                     assert error(y, expected(x, args, **how)) < 4e-7
                     assert error(y, x) > 1e-3
-
-
-@pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("block", LAYOUTS)
-def test_other_gates_in_each_layout(library, tmp_path, fusion, block, threads):
-    for kind, gate in itertools.product(("bottleneck", "basic"), ("map", "none")):
-        args = arguments(48, 12, 8, kind, logits=torch.randperm(48) / 48 - 0.3)
-        how = {"fusion": fusion, "gate": gate}
-        run = operator(library, tmp_path, args, block=block, threads=threads, **how)
-        for batch in (1, 5):
-            x = image(batch, 48, 12, 13).contiguous()
-            y, *_ = run(x)
-            assert error(y, expected(x, args, **how)) < 4e-7
-            assert error(y, expected(x, args, fusion=fusion)) > 1e-3
 
 
 @pytest.mark.parametrize(

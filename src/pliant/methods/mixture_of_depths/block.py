@@ -2,91 +2,68 @@
 
 Shapes in this file::
 
-    B  batch             x       [B, C, H, W]  feature map
-    C  channels          scores  [B, k], [k]   sigmoid scores, best first; of a gate [B, C]
-    k  processed, C // c index   [B, k] or [k] channels that are processed
-    r  reduction         y       [B, k, H, W]  the core's output
+    B  batch             x       [B, C, H, W]    feature map
+    C  channels          scores  [B, k]          sigmoids of the selected channels' logits
+    k  processed         index   [B, k] or [k]   channels that are processed
+                         y       [B, k, H, W]    the core's output
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pliant.anatomy import Block, RemovedBlock
-from pliant.methods.mixture_of_depths import training as routed
-from pliant.methods.mixture_of_depths.cores import last_activation
-from pliant.methods.mixture_of_depths.selectors import (
-    SELECTION,
-    ChannelSelector,
-    ConstantSelector,
-    Gate,
-    Scorer,
-    SharedSelection,
-    StaticSelector,
-    relaxed,
-)
-from pliant.threaded import thread
-
-if TYPE_CHECKING:
-    from pliant.methods.mixture_of_depths.method import MixtureOfDepths
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector
+from pliant.methods.mixture_of_depths.training import At, fuse, gather, pool, usual
 
 Network = TypeVar("Network", bound=nn.Module)
 
 Fusion = Literal["first", "last", "original", "replace"]
-
-# Whose scores or channels the native operator of training cannot be given.
-_NOT_NATIVE = (StaticSelector, ConstantSelector, SharedSelection)
 
 
 class MoDBlock(Block):
     """One Mixture-of-Depths block: select, process, scale, fuse (sections 3.1 to 3.3).
 
     Args:
-        replaced: the block whose place it takes; gives device, dtype, drop path and, if asked
-            for, its last activation.
         core: the narrow block, [B, k, H, W] to [B, k, H, W].
+        selector: gives scores [B, k] or None, and index [B, k] or [k], for a feature map or its
+            means; None processes the first k channels, without scores.
         channels: C.
-        k: channels that are processed.
-        config: the method's options.
-        shared: takes the selection that comes with the feature map, and has no selector of its own.
-        passes_on: threads its selection to the blocks that follow.
+        k: number of channels that are processed.
+        fusion: where the core's output goes; see `pliant.MixtureOfDepths`.
+        inner_shortcut: add the core's input to its output.
+        last_act: activation behind that sum; None: none.
+        drop_path: drops whole samples of the core's output in training; None: none.
     """
 
     selector: nn.Module | None
 
     def __init__(
         self,
-        replaced: nn.Module,
         core: nn.Module,
+        selector: nn.Module | None,
         channels: int,
         k: int,
-        config: MixtureOfDepths,
         *,
-        shared: bool = False,
-        passes_on: bool = False,
+        fusion: Fusion = "first",
+        inner_shortcut: bool = False,
+        last_act: nn.Module | None = None,
+        drop_path: nn.Module | None = None,
     ) -> None:
         super().__init__(channels)
-        self.k = k
-        self.fusion: Fusion = config.fusion
-        self.gate: Gate = config.gate
-        self.straight_through = config.straight_through
-        self.inner_shortcut, self.passes_on = config.inner_shortcut, passes_on
-        like = next(replaced.parameters())
-        with torch.device(like.device):
-            selector = SharedSelection() if shared else config.selector(channels, k)
-        self.selector = None if selector is None else selector.to(like.dtype)
+        self.k, self.fusion, self.inner_shortcut = k, fusion, inner_shortcut
+        self.selector = selector
         self.core = core
-        self.last_act = last_activation(replaced) if config.last_act else nn.Identity()
-        drop_path = getattr(replaced, "drop_path", None)
-        self.drop_path = nn.Identity() if drop_path is None else copy.deepcopy(drop_path)
+        self.last_act = nn.Identity() if last_act is None else last_act
+        self.drop_path = nn.Identity() if drop_path is None else drop_path
 
     def forward(self, x: Tensor) -> Tensor:
         """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
-        return self._trained(x) if routed.usual() else self.written(x)
+        return self._trained(x) if usual() else self.written(x)
 
     def written(self, x: Tensor) -> Tensor:
         """`forward` as the paper has it, in plain operators: what compilers and exporters see."""
@@ -94,87 +71,25 @@ class MoDBlock(Block):
             return self._fuse(x, self._process(x[:, : self.k]), None)
         scores, index = self.selector(x)
         picked = x.index_select(1, index) if index.dim() == 1 else x.gather(1, _spread(index, x))
-        y = self._process(self._straight(picked, x, x, index))
-        if scores is not None and self.gate == "output":
-            y = y * scores.to(y.dtype)[..., None, None]
-        return self._pass_on(self._gated(self._fuse(x, y, index), scores), scores, index)
+        y = self._process(picked)
+        if scores is not None:
+            y = y * scores.to(y.dtype)[:, :, None, None]
+        return self._fuse(x, y, index)
 
     def _trained(self, x: Tensor) -> Tensor:
-        """The same, by operators whose gradients take fewer passes over `x`."""
-        if (native := self._native(x)) is not None:
-            return native
-        scores, index, means, at = None, None, x, cast("routed.At", 0)
-        if isinstance(self.selector, Scorer):
-            means, x = routed.pool(x)
+        """`forward` in operators whose gradients take fewer passes over `x`."""
+        at: At = 0
+        scores, means = None, x
+        if isinstance(self.selector, ChannelSelector):
+            means, x = pool(x)
         if self.selector is not None:
             scores, index = self.selector(means)
             at = index.expand(x.shape[0], self.k)
-        picked, x = routed.gather(x, at, self.k)
-        y = self._process(self._straight(picked, x, means, at))
+        picked, x = gather(x, at, self.k)
+        y = self._process(picked)
         if self.fusion in ("first", "last"):
             at = 0 if self.fusion == "first" else self.channels - self.k
-        of_core = scores if self.gate == "output" else None
-        if of_core is not None:
-            of_core = of_core.expand(x.shape[0], self.k)
-        fused = self._gated(routed.fuse(x, y, of_core, at, self.fusion == "replace"), scores)
-        return fused if index is None else self._pass_on(fused, scores, index)
-
-    def _straight(self, picked: Tensor, x: Tensor, seen: Tensor, index: routed.At) -> Tensor:
-        """`picked`, with the gradient of a soft ranking where that is wanted.
-
-        The soft ranking minus itself is zero, times `x`: nothing is added but a gradient.
-        """
-        selector, wanted = self.selector, self.straight_through and self.training
-        if not (wanted and torch.is_grad_enabled() and isinstance(selector, (Scorer, StaticSelector))):
-            return picked
-        logits = selector.logits(seen)
-        ranked = cast("Tensor", index).view(-1, self.k)[: len(logits)]
-        soft = relaxed(logits, ranked)
-        nothing = (soft - soft.detach()).to(x.dtype).expand(x.shape[0], -1, -1)
-        return picked + torch.einsum("bkc,bchw->bkhw", nothing, x.detach()).to(picked.dtype)
-
-    def _gated(self, fused: Tensor, scores: Tensor | None) -> Tensor:
-        """Every channel times its gate, if there are gates."""
-        if scores is None or self.gate != "map":
-            return fused
-        return fused * scores.to(fused.dtype)[:, :, None, None]
-
-    def _pass_on(self, fused: Tensor, scores: Tensor | None, index: Tensor) -> Tensor:
-        return thread(fused, SELECTION, (scores, index)) if self.passes_on else fused
-
-    def _native(self, x: Tensor) -> Tensor | None:
-        """The same by one operator, where it is there and knows this block."""
-        from pliant.methods.mixture_of_depths.ops import (
-            mod_training as native,  # on use: few processes train on a CPU
-        )
-
-        selector: Any = self.selector
-        learned = type(selector) is ChannelSelector
-        if (
-            native.unfit(x)
-            or self.gate != "output"
-            or self.passes_on
-            or (self.straight_through and self.training)
-            or isinstance(selector, _NOT_NATIVE)
-            or (learned and selector.fc2.bias is not None)
-            or self.inner_shortcut
-            or type(self.last_act) is not nn.Identity
-            or type(self.drop_path) is not nn.Identity
-            or isinstance(layers := native.layers_of(self.core), str)
-            or (learned and selector.fc1.weight.dtype != torch.float32)
-            or native.watched([self.core, *self.core.children(), *([] if selector is None else [selector])])
-            or not native.ready()
-        ):
-            return None
-        index = down = up = None
-        if learned:
-            down, (up, _) = selector.fc1.weight, selector.upper()
-        elif selector is None:
-            index = torch.arange(self.k).expand(x.shape[0], self.k)
-        else:
-            index = selector(x)[1].expand(x.shape[0], self.k)
-        order = selector.order if learned else "score"
-        return native.train_block(x, index, down, up, layers, order, self.fusion)
+        return fuse(x, y, scores, at, self.fusion == "replace")
 
     def _process(self, picked: Tensor) -> Tensor:
         y = self.core(picked)
@@ -199,12 +114,17 @@ class MoDBlock(Block):
 
 
 def without_mod_blocks(model: Network) -> Network:
-    """A copy of a network with its Mixture-of-Depths blocks removed.
+    """Return a copy of a network with its Mixture-of-Depths blocks removed.
 
-    The base line of the MoD tax: no MoD block can be cheaper than none.
+    It is the control of the MoD tax: no MoD block can be cheaper than none.
 
     Raises:
         ValueError: the network has no Mixture-of-Depths block.
+
+    Example:
+        >>> import timm
+        >>> without_mod_blocks(timm.create_model("resnet20_cifar_mod")).layer1[1]
+        RemovedBlock(channels=16)
     """
     model = copy.deepcopy(model)
     blocks = [(path, m) for path, m in model.named_modules() if isinstance(m, MoDBlock)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from timm.models import resnet
 from torch import nn
@@ -19,40 +19,35 @@ from torch import nn
 from pliant.anatomy import BlockInfo
 
 Layers = list[tuple[str, nn.Module]]
-Core = Literal["block", "separable"]
 
 
-def narrow_core(
-    block: nn.Module, channels: int, k: int, *, kind: Core = "block", zero_init_last: bool = False
-) -> nn.Sequential:
-    """A copy of `block` on k of its channels, without its shortcut and what follows that.
+def narrow_core(block: nn.Module, channels: int, k: int, *, zero_init_last: bool = False) -> nn.Sequential:
+    """Return a copy of `block` on k of its channels, without its shortcut and what follows that.
 
     Args:
-        block: one for which `unfit` has nothing to say.
+        block: a block that `unfit` has no objection to.
         channels: C, the block's width.
-        k: the core's.
-        kind: ``"block"``, or ``"separable"``: a depthwise 3x3, norm, activation, 1x1 k -> k, norm.
-        zero_init_last: start its last norm at zero.
+        k: the core's width.
+        zero_init_last: start the core's last norm at zero.
 
     Example:
         >>> block = resnet.BasicBlock(64, 64)
         >>> list(dict(narrow_core(block, 64, 4).named_children()))
         ['conv1', 'bn1', 'act1', 'conv2', 'bn2']
     """
-    make = _separable_core if kind == "separable" else _CORES[type(block)]
-    layers = make(block, channels, k, zero_init_last)
+    layers = _CORES[type(block)](block, channels, k, zero_init_last)
     kept = [(name, layer) for name, layer in layers if not isinstance(layer, nn.Identity)]
     return nn.Sequential(OrderedDict(kept))
 
 
 def last_activation(block: nn.Module) -> nn.Module:
-    """A copy of the activation that ends `block`, behind its shortcut."""
+    """Return a copy of the activation that ends `block`, behind its shortcut."""
     last: nn.Module = block.get_submodule("act3" if isinstance(block, resnet.Bottleneck) else "act2")
     return copy.deepcopy(last)
 
 
 def unfit(block: BlockInfo) -> str:
-    """Why no core can stand in for this block; empty when one can."""
+    """Say why no core can take the place of this block; empty when one can."""
     m: Any = block.module
     if type(m) not in _CORES:
         known = ", ".join(f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in _CORES)
@@ -71,7 +66,7 @@ def unfit(block: BlockInfo) -> str:
 
 
 def core_width(block: nn.Module, channels: int, k: int) -> int:
-    """Width inside the core: the block's own, shrunk with k (1x1 k -> k // 4)."""
+    """Return the width inside the core: the block's own, shrunk with k (1x1 k -> k // 4)."""
     if isinstance(block, resnet.Bottleneck):
         return int(k * block.conv1.out_channels // channels)
     return k
@@ -105,20 +100,6 @@ def _basic_core(block: resnet.BasicBlock, _channels: int, k: int, zero_init_last
     ]
 
 
-def _separable_core(block: Any, _channels: int, k: int, zero_init_last: bool) -> Layers:
-    """Depthwise 3x3, norm, act, 1x1 k -> k, norm (MobileNetV1's unit, without its last activation)."""
-    three = block.conv2 if isinstance(block, resnet.Bottleneck) else block.conv1
-    pointwise = nn.Conv2d(1, 1, 1, bias=three.bias is not None, device=three.weight.device)
-    return [
-        ("conv1", _narrow_conv(three, k, k, groups=k)),
-        ("bn1", _narrow_norm(block.bn1, k)),
-        ("drop_block", copy.deepcopy(block.drop_block)),
-        ("act1", copy.deepcopy(block.act1)),
-        ("conv2", _narrow_conv(pointwise.to(three.weight.dtype), k, k)),
-        ("bn2", _narrow_norm(block.bn2, k, zero=zero_init_last)),
-    ]
-
-
 # A core for another family: its builder here, its shape in anatomy.
 _CORES: dict[type[nn.Module], Callable[..., Layers]] = {
     resnet.Bottleneck: _bottleneck_core,
@@ -126,7 +107,7 @@ _CORES: dict[type[nn.Module], Callable[..., Layers]] = {
 }
 
 
-def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int, groups: int = 1) -> nn.Conv2d:
+def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
     """A convolution as `conv`, its padding and dilation kept, of other widths, fresh."""
     new = nn.Conv2d(
         in_channels,
@@ -134,7 +115,6 @@ def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int, groups: i
         conv.kernel_size,  # type: ignore[arg-type]
         padding=conv.padding,  # type: ignore[arg-type]
         dilation=conv.dilation,  # type: ignore[arg-type]
-        groups=groups,
         bias=conv.bias is not None,
         padding_mode=conv.padding_mode,
         device=conv.weight.device,

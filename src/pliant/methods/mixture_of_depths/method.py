@@ -13,48 +13,23 @@ Shapes in this file: a feature map has C channels, of which k = C // c are proce
 
 from __future__ import annotations
 
-import itertools
-import math
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import nn
 
 from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
 from pliant.methods.mixture_of_depths.block import Fusion, MoDBlock, without_mod_blocks
-from pliant.methods.mixture_of_depths.cores import Core, core_width, narrow_core, unfit
-from pliant.methods.mixture_of_depths.selectors import (
-    SELECTION,
-    ChannelSelector,
-    FirstSelector,
-    Gate,
-    Order,
-    RandomSelector,
-    Scorer,
-    SharedSelection,
-    StaticSelector,
-)
-from pliant.surgery import Method, PassedOver, Site, Survey
-from pliant.threaded import pass_along
+from pliant.methods.mixture_of_depths.cores import core_width, last_activation, narrow_core, unfit
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Order, RandomSelector
+from pliant.surgery import Gone, Method, PassedOver, Site, Survey
 
-__all__ = [
-    "ChannelSelector",
-    "Fusion",
-    "MixtureOfDepths",
-    "MoDBlock",
-    "Order",
-    "RandomSelector",
-    "Selection",
-    "without_mod_blocks",
-]
+Selection = Literal["learned", "random", "fixed", "first", "none"]
 
-Selection = Literal["learned", "static", "random", "fixed", "first", "none"]
-
-_SWITCHES = (
-    *("straight_through", "selector_bias", "share_selection"),
-    *("inner_shortcut", "last_act", "zero_init_last"),
-)
+_TAG = "before-house"  # the last commit that has the variants below; see docs/variants.md
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,64 +40,39 @@ class MixtureOfDepths(Method):
     reading that reproduces its parameter and MAC counts.
 
     Args:
-        c: k = C // c channels of C are processed (section 3.2). None: the width of
-            the network's first block, the largest that is legal (64 for ResNet-50). Several:
-            one for each stage of the network; 0 removes that stage's blocks.
+        c: k = C // c channels of C are processed (section 3.2). None: the width of the
+            network's first block, the largest that is legal (64 for ResNet-50). A tuple has one
+            value for each stage of the network; 0 removes that stage's blocks.
         reduction: r of the selector, C -> C // r -> C (section 3.1; 16 in the paper). A
-            selector with one hidden unit ranks the channels alike for every input (or, silent, not at all).
-        selection: which channels. ``"learned"`` by the selector; ``"random"`` fresh
-            for each sample and forward, from torch's default generator, in evaluation
-            too (the paper's MoD50-rand); ``"fixed"`` random, drawn once; ``"first"``
-            the first k; ``"none"`` removes the block, the control that the paper
-            leaves out; ``"static"`` is learned without looking at the input, one logit for
-            each channel, so that it is constant in the deployed network (ours).
-            ``"learned"`` and ``"static"`` have scores, and ``"first"`` with ``gate="map"``; options of
-            scores are refused for the others.
-        order: in which order the channels reach the core. ``"score"`` best first, the
-            literal reading; ``"index"`` as they stand in `x`, a steadier input for
-            each filter of the core.
-        fusion: where the core's output goes. ``"first"`` is added to the first k
-            channels (equation 1); ``"last"`` to the last k (Table 8); ``"original"``
-            to the channels it came from (Table 9); ``"replace"`` overwrites those
-            (appendix E, where it did worse).
-        blocks: ``"odd"``: 0-based odd blocks of every stage (section 3.4); ``"all"``:
-            all but each stage's first; or the paths of the blocks, ``("layer3.1",)``.
-        stages: numbers of the stages to change, 0-based; None is all of them. Not
-            together with paths in `blocks`.
-        gate: what the scores multiply. ``"output"`` what the core gives; ``"map"`` the whole
-            feature map, the core's output added: each channel by twice its own sigmoid, so
-            that every channel's score learns (ours; squeeze-and-excitation, arXiv 1709.01507,
-            by the selector that is there already). With ``selection="first"`` it has a selector
-            too, which does not select. ``"none"`` nothing; needs `straight_through`.
-        temperature: logits are divided by it. A low one makes more of small differences: with
-            one of 1, scores of a network that has just begun to learn are all nearly a half.
-        straight_through: in training, the ranking's gradient is that of a soft one (SoftSort,
-            arXiv 2006.16038), so that channels that were not selected learn too. Off: gradients
-            reach the selector through the scores alone.
-        selector_bias: one learned number is added to each channel's logit.
-        share_selection: a stage's first block of this method selects and scores for those that
-            follow: a residual stage's channels are the same from block to block, and one selector
-            is paid for (ours). For selections that are made for each input, ``"learned"`` and
-            ``"random"``.
-        core: ``"block"`` a narrow copy of the replaced block; ``"separable"`` a depthwise 3x3 and
-            a 1x1 convolution, k (9 + k) multiplications for each position in place of 18 k^2 of
-            a basic block (ours).
-        inner_shortcut: add the core's input to its output. Off: equation 1 adds
-            `x` already.
-        last_act: end with the replaced block's activation, behind the inner shortcut if
-            there is one, as in the block itself. Off for residual families.
-        zero_init_last: start the core's last norm at zero (and with ``gate="map"`` the selector's
-            last layer, so that all gates are one), so that the converted network begins as the
-            network without these blocks; the useful start for a trained network. (Not with
-            ``fusion="replace"``, which then overwrites k channels by zeros, nor with
-            `inner_shortcut`, which adds them again.) Refused with `last_act` alone: gradients would
-            be zero for ever.
+            selector with one hidden unit ranks the channels alike for every input.
+        selection: which channels are processed. ``"learned"``: the selector's choice;
+            ``"random"``: drawn for each sample and forward from torch's default generator, in
+            evaluation too (the paper's MoD50-rand); ``"fixed"``: drawn once; ``"first"``: the
+            first k; ``"none"`` removes the block, the control that the paper leaves out.
+        order: in which order the channels reach the core. ``"score"``: best first, the
+            literal reading; ``"index"``: as they stand in `x`, a steadier input for each
+            filter of the core.
+        fusion: where the core's output goes. ``"first"``: added to the first k channels
+            (equation 1); ``"last"``: added to the last k (Table 8); ``"original"``: added to
+            the channels it came from (Table 9); ``"replace"`` overwrites those (appendix E,
+            where it did worse).
+        blocks: ``"odd"``: 0-based odd blocks of every stage (section 3.4); ``"all"``: all
+            but each stage's first; or the paths of the blocks, ``("layer3.1",)``.
+        stages: numbers of the stages to change, 0-based; None: all. Not together with paths
+            in `blocks`.
+        inner_shortcut: add the core's input to its output. Off: equation 1 adds `x` already.
+        last_act: end with the replaced block's activation, behind the inner shortcut if there
+            is one, as in the block itself. Off for residual families.
+        zero_init_last: start the core's last norm at zero, so that the converted network
+            begins as the network without these blocks; the useful start for a trained
+            network. (Not with ``fusion="replace"``, which then overwrites k channels by zeros,
+            nor with `inner_shortcut`, which adds them again.) Refused with `last_act` alone:
+            gradients would be zero for ever.
 
     Raises:
-        ValueError: an option is out of its range. When applied: `c` leaves a block
-            without a channel (named with C and c), a block named in `blocks`
-            changes width or resolution, or has no core, or blocks of the stage share a
-            selection already.
+        ValueError: an option is out of its range, or is one of `gone`. When applied: `c` leaves
+            a block without a channel (named with C and c), or a block named in `blocks` changes
+            width or resolution, or has no core.
 
     Example:
         >>> import timm
@@ -137,6 +87,15 @@ class MixtureOfDepths(Method):
     narrow: ClassVar[Mapping[str, Any]] = {"reduction": 4}
     # Blocks start as no blocks, so that nothing untrained is added.
     start: ClassVar[Mapping[str, Any]] = {"zero_init_last": True}
+    gone: ClassVar[tuple[Gone, ...]] = (
+        Gone("gate", "output", _TAG),
+        Gone("temperature", 1.0, _TAG),
+        Gone("straight_through", False, _TAG),
+        Gone("selector_bias", False, _TAG),
+        Gone("share_selection", False, _TAG),
+        Gone("core", "block", _TAG),
+        Gone("selection", "learned", _TAG, values=("static",)),
+    )
 
     c: int | tuple[int, ...] | None = None
     reduction: int = 16
@@ -145,12 +104,6 @@ class MixtureOfDepths(Method):
     fusion: Fusion = "first"
     blocks: Literal["odd", "all"] | tuple[str, ...] = "odd"
     stages: tuple[int, ...] | None = None
-    gate: Gate = "output"
-    temperature: float = 1.0
-    straight_through: bool = False
-    selector_bias: bool = False
-    share_selection: bool = False
-    core: Core = "block"
     inner_shortcut: bool = False
     last_act: bool = False
     zero_init_last: bool = False
@@ -165,12 +118,12 @@ class MixtureOfDepths(Method):
         for name, value in (("c", one), ("reduction", self.reduction)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        kinds = {"selection": Selection, "order": Order, "fusion": Fusion, "gate": Gate, "core": Core}
+        kinds = {"selection": Selection, "order": Order, "fusion": Fusion}
         for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
-        for name in _SWITCHES:
+        for name in ("inner_shortcut", "last_act", "zero_init_last"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.blocks not in ("odd", "all"):
@@ -191,41 +144,6 @@ class MixtureOfDepths(Method):
                 "last_act with zero_init_last and without inner_shortcut gives the core and the "
                 "selector a gradient of zero for ever; drop one of the two"
             )
-        self._check_selection()
-
-    def _check_selection(self) -> None:
-        """Refuse what no selector of this kind can do."""
-        t, ranked = self.temperature, self.selection in ("learned", "static")
-        if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t < math.inf:
-            raise ValueError(f"temperature must be a positive number, not {t!r}")
-        gated = self.selection == "first" and self.gate == "map"
-        learned = self.selection == "learned" or gated
-        for name, idle, what in (
-            ("straight_through", self.straight_through and not ranked, "a ranking"),
-            ("temperature", t != 1 and not (ranked or gated), "scores"),
-            ("selector_bias", self.selector_bias and not learned, "a learned selector"),
-        ):
-            if idle:
-                raise ValueError(f"{name} is for {what}; selection={self.selection!r} has none")
-        if self.gate == "map" and self.selection not in ("learned", "first", "none"):
-            raise ValueError(
-                f"gate='map' takes the scores of all channels of an input, which selection="
-                f"{self.selection!r} has not; 'learned' and 'first' have"
-            )
-        if self.share_selection and self.selection not in ("learned", "random"):
-            raise ValueError(
-                f"share_selection is for selections that are made for each input, 'learned' and 'random'; "
-                f"selection={self.selection!r} makes none"
-            )
-        if self.share_selection and self.straight_through:
-            raise ValueError(
-                "straight_through takes a block's own ranking, and with share_selection a stage's later "
-                "blocks have none; drop one of the two"
-            )
-        if self.gate == "none" and ranked and not self.straight_through:
-            raise ValueError(
-                "gate='none' leaves the selector without a gradient for ever; straight_through gives it one"
-            )
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the blocks to replace; see `Method.survey`."""
@@ -238,7 +156,6 @@ class MixtureOfDepths(Method):
         c = self._by_stage(found, type(model).__name__)
         sites, passed_over = [], []
         for n, stage in enumerate(found):
-            here = []
             for i, block in enumerate(stage.blocks):
                 if wanted is not None:
                     take, why = block.path in wanted, "not named in blocks"
@@ -254,10 +171,9 @@ class MixtureOfDepths(Method):
                     if why and wanted is not None:
                         raise ValueError(f"blocks names {block.path}, which cannot be replaced: {why}")
                 if take:
-                    here.append(Site(block.path, self._detail(block, c[n])))
+                    sites.append(Site(block.path, self._detail(block, c[n])))
                 else:
                     passed_over.append(PassedOver(block.path, why))
-            sites += _sharing(here, stage) if self.share_selection else here
         notes = []
         begins_without = self.zero_init_last and self.fusion != "replace" and not self.inner_shortcut
         if self.selection != "none" and not begins_without:
@@ -266,10 +182,8 @@ class MixtureOfDepths(Method):
                 "again; zero_init_last=True starts as the network without them (but not with "
                 "fusion='replace' or inner_shortcut)"
             )
-        if self.share_selection and not any("shared" in site.detail for site in sites):
-            notes.append("share_selection changes nothing: no stage has two such blocks of one width")
-        constant = [s.path for s in sites if self.selection == "learned" and s.detail.get("hidden") == 1]
-        if constant and not self.selector_bias:
+        constant = [site.path for site in sites if site.detail.get("hidden") == 1]
+        if constant:
             notes.append(
                 f"one hidden unit ranks the channels alike for every input, so the selection of "
                 f"{', '.join(constant)} is constant; choose a smaller reduction than {self.reduction}"
@@ -281,18 +195,20 @@ class MixtureOfDepths(Method):
         if "k" not in site.detail:
             return RemovedBlock(site.detail["C"])
         channels, k = site.detail["C"], site.detail["k"]
-        core = narrow_core(module, channels, k, kind=self.core, zero_init_last=self.zero_init_last)
-        shared, passes_on = ("shared" in site.detail), ("passes_on" in site.detail)
-        return MoDBlock(module, core, channels, k, self, shared=shared, passes_on=passes_on)
-
-    def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
-        """Let the blocks between pass selections along; see `Method.finish`."""
-        sharing = {site.path for site in sites if site.detail.keys() & {"shared", "passes_on"}}
-        for stage in stages(model) if sharing else ():
-            paths = [block.path for block in stage.blocks]
-            at = [n for n, path in enumerate(paths) if path in sharing]
-            between = paths[at[0] : at[-1]] if at else []
-            pass_along([model.get_submodule(path) for path in between if path not in sharing], SELECTION)
+        core = narrow_core(module, channels, k, zero_init_last=self.zero_init_last)
+        like = next(module.parameters())
+        with torch.device(like.device):
+            selector = self._selector(channels, k)
+        return MoDBlock(
+            core,
+            None if selector is None else selector.to(like.dtype),
+            channels,
+            k,
+            fusion=self.fusion,
+            inner_shortcut=self.inner_shortcut,
+            last_act=last_activation(module) if self.last_act else None,
+            drop_path=copy.deepcopy(getattr(module, "drop_path", None)),
+        )
 
     def without(self, model: nn.Module) -> nn.Module | None:
         """The network without its blocks, the base line of the MoD tax; see `Method.without`."""
@@ -335,58 +251,24 @@ class MixtureOfDepths(Method):
         if self.selection == "none" or c == 0:
             return {"C": channels}
         k = channels // c
-        narrowest = k if self.core == "separable" else min(k, core_width(block.module, channels, k))
+        narrowest = min(k, core_width(block.module, channels, k))
         if narrowest < 1:
             raise ValueError(
                 f"{block.path}: C = {channels} channels with c = {c} leave k = {k} for the selector "
                 f"and {narrowest} inside its core; choose a smaller c"
             )
         detail = {"C": channels, "c": c, "k": k}
-        if self.selection == "learned" or (self.selection == "first" and self.gate == "map"):
+        if self.selection == "learned":
             detail["hidden"] = max(1, channels // self.reduction)
         return detail
 
-    def selector(self, channels: int, k: int) -> nn.Module | None:
+    def _selector(self, channels: int, k: int) -> nn.Module | None:
         """What chooses k of C channels, and scores them; None: the first k, without scores."""
-        hidden, t, bias = max(1, channels // self.reduction), self.temperature, self.selector_bias
-        if self.selection == "learned":
-            made = ChannelSelector(channels, k, hidden, self.order, self.gate, bias=bias, temperature=t)
-            return self._begun(made)
-        if self.selection == "static":
-            scored = self.gate == "output"
-            return StaticSelector(channels, k, self.order, scored=scored, temperature=t)
         if self.selection == "first":
-            if self.gate != "map":
-                return None
-            return self._begun(FirstSelector(channels, k, hidden, bias=bias, temperature=t))
+            return None
+        if self.selection == "learned":
+            return ChannelSelector(channels, k, max(1, channels // self.reduction), self.order)
         return RandomSelector(channels, k, self.selection == "fixed", self.order)
-
-    def _begun(self, scorer: Scorer) -> Scorer:
-        """The same, its gates all one if the network is to begin as that without the blocks."""
-        if self.gate == "map" and self.zero_init_last:
-            nn.init.zeros_(scorer.fc2.weight)
-        return scorer
-
-
-def _sharing(sites: list[Site], stage: Stage) -> list[Site]:
-    """Sites of one stage, of which the first of a width selects for those that follow.
-
-    Raises:
-        ValueError: others of the stage share a selection already; they would take this one.
-    """
-    for block in stage.blocks if sites else ():
-        old = block.module
-        if isinstance(old, MoDBlock) and (old.passes_on or isinstance(old.selector, SharedSelection)):
-            raise ValueError(
-                f"{block.path} shares a selection with others of its stage already; blocks that share one "
-                f"are converted at once, so {sites[0].path} comes too late"
-            )
-    told = [{**site.detail} for site in sites]
-    for before, here in itertools.pairwise(told):
-        if "k" in here and (here["C"], here["k"]) == (before["C"], before.get("k")):
-            before["passes_on"] = here["shared"] = True
-            here.pop("hidden", None)
-    return [Site(site.path, detail) for site, detail in zip(sites, told, strict=True)]
 
 
 def _all_of(kind: type, values: object) -> bool:

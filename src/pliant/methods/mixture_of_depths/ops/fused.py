@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pliant.anatomy import Block
 from pliant.methods.mixture_of_depths.block import MoDBlock
 from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch, mod_block_
-from pliant.methods.mixture_of_depths.selectors import ChannelSelector, SharedSelection
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector
 
 _NATIVE = (torch.float32, torch.bfloat16)
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -34,7 +34,6 @@ class FusedMoDBlock(Block):
         k: channels that are processed.
         order: ``"score"`` or ``"index"``.
         fusion: ``"first"``, ``"last"``, ``"original"`` or ``"replace"``.
-        gate: ``"output"``, ``"map"`` or ``"none"``; on a GPU only the first is a fused kernel.
         dilation: of the 3x3 convolutions.
         down: and all other parameters: as the operator's arguments (`mod_block`).
 
@@ -62,11 +61,11 @@ class FusedMoDBlock(Block):
             raise ValueError(f"this block cannot be fused: {reason}")
         selector = cast("ChannelSelector", block.selector)
         convs = _convolutions(block.core)
-        self.k, self.fusion, self.order, self.gate = block.k, block.fusion, selector.order, block.gate
+        self.k, self.fusion, self.order = block.k, block.fusion, selector.order
         self.dilation = int(convs[1].dilation[0])
         self.inplace = inplace
         # The operator reads both matrices along their outputs.
-        values = [selector.fc1.weight.t(), selector.upper()[0].t()]
+        values = [selector.fc1.weight.t(), selector.fc2.weight.t()]
         for conv in convs:
             bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
             values += [conv.weight, bias]
@@ -78,18 +77,17 @@ class FusedMoDBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
         """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
         weights = self._parameters
-        arguments: Any = (*weights.values(), self.dilation, self.order, self.fusion, self.gate)
+        arguments: Any = (*weights.values(), self.dilation, self.order, self.fusion)
         kept = torch.channels_last
         differentiable = torch.is_grad_enabled() and (x.requires_grad or self.down.requires_grad)
         if differentiable or x.dtype not in _NATIVE or x.dtype != self.down.dtype:
             x = x.clone(memory_format=kept)
             in_pytorch(x, *arguments)
             return x
-        # Triton is imported only where there is a GPU; its kernels know no other gate.
-        if x.is_cuda and self.gate == "output":
+        if x.is_cuda:  # Triton is imported only where there is a GPU
             from pliant.methods.mixture_of_depths.ops.triton_mod import mod_block
 
-            return mod_block(x, *arguments[:-1], inplace=self.inplace)
+            return mod_block(x, *arguments, inplace=self.inplace)
         x = x.contiguous(memory_format=kept) if self.inplace else x.clone(memory_format=kept)
         mod_block_(x, *arguments)
         return x
@@ -98,7 +96,7 @@ class FusedMoDBlock(Block):
         """What `print` shows."""
         return (
             f"{super().extra_repr()}, k={self.k}, order={self.order!r}, fusion={self.fusion!r}, "
-            f"gate={self.gate!r}, dilation={self.dilation}, inplace={self.inplace}"
+            f"dilation={self.dilation}, inplace={self.inplace}"
         )
 
 
@@ -110,14 +108,8 @@ def fusable(block: MoDBlock) -> str:
         >>> fusable(timm.create_model("resnet18_mod", selection="random").layer1[1])
         'its channels are not chosen by a learned selector'
     """
-    if isinstance(block.selector, SharedSelection):
-        return "it takes another block's selection (share_selection)"
     if not isinstance(block.selector, ChannelSelector):
         return "its channels are not chosen by a learned selector"
-    if block.passes_on:
-        return "other blocks take its selection (share_selection)"
-    if block.selector.upper()[1] is not None:
-        return "its selector has a bias"
     if block.inner_shortcut:
         return "inner_shortcut adds the core's input to its output"
     if not isinstance(block.last_act, nn.Identity):

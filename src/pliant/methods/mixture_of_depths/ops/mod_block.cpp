@@ -28,7 +28,6 @@ using at::Tensor;
 using pliant::bf16;
 using pliant::Block;
 using pliant::Fusion;
-using pliant::Gate;
 using pliant::i64;
 using pliant::LAST;
 using pliant::Team;
@@ -79,13 +78,6 @@ Fusion fusion_of(std::string_view name) {
   if (name == "original") return Fusion::original;
   TORCH_CHECK(name == "replace", "fusion must be first, last, original or replace; not ", std::string(name));
   return Fusion::replace;
-}
-
-Gate gate_of(std::string_view name) {
-  if (name == "output") return Gate::output;
-  if (name == "map") return Gate::map;
-  TORCH_CHECK(name == "none", "gate must be output, map or none; not ", std::string(name));
-  return Gate::none;
 }
 
 bool by_index(std::string_view order) {
@@ -140,8 +132,7 @@ void mod_block_(
     const std::optional<Tensor>& bias3,
     i64 dilation,
     std::string_view order,
-    std::string_view fusion,
-    std::string_view gate) {
+    std::string_view fusion) {
   TORCH_CHECK(x.dim() == 4, "x must be [B, C, H, W], not ", x.sizes());
   TORCH_CHECK(
       x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "x must be float32 or bfloat16, not ", x.scalar_type());
@@ -162,12 +153,11 @@ void mod_block_(
     check(*bias3, x, {k}, "bias3");
   }
   const auto fusion_ = fusion_of(fusion);
-  const auto gate_ = gate_of(gate);
   const bool by_index_ = by_index(order);
   if (x.numel() == 0) return;
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) {
     const Tensor last = x.contiguous(at::MemoryFormat::ChannelsLast);
-    mod_block_(last, down, up, weight1, bias1, weight2, bias2, weight3, bias3, dilation, order, fusion, gate);
+    mod_block_(last, down, up, weight1, bias1, weight2, bias2, weight3, bias3, dilation, order, fusion);
     x.copy_(last);
     return;
   }
@@ -175,7 +165,7 @@ void mod_block_(
   if (bottleneck) weights.insert(weights.end(), {*weight3, *bias3});
   for (Tensor& w : weights) w = w.contiguous();
   const auto with = [&](auto type) {
-    Block<decltype(type), LAST> p{x.size(0), C, x.size(2), x.size(3), r, k, m, dilation, bottleneck, by_index_, fusion_, gate_};
+    Block<decltype(type), LAST> p{x.size(0), C, x.size(2), x.size(3), r, k, m, dilation, bottleneck, by_index_, fusion_};
     call(p, x, weights);
   };
   x.scalar_type() == at::kFloat ? with(float{}) : with(bf16{});
@@ -194,8 +184,7 @@ void mod_block_autograd(
     const std::optional<Tensor>& bias3,
     i64 dilation,
     std::string_view order,
-    std::string_view fusion,
-    std::string_view gate) {
+    std::string_view fusion) {
   if (at::GradMode::is_enabled()) {
     bool wanted = false;
     for (const Tensor* t : {&x, &down, &up, &weight1, &bias1, &weight2, &bias2}) wanted |= t->requires_grad();
@@ -206,7 +195,7 @@ void mod_block_autograd(
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("pliant::mod_block_", "").typed<decltype(mod_block_)>();
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    op.call(x, down, up, weight1, bias1, weight2, bias2, weight3, bias3, dilation, order, fusion, gate);
+    op.call(x, down, up, weight1, bias1, weight2, bias2, weight3, bias3, dilation, order, fusion);
   }
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
 }

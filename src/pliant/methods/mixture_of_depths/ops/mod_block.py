@@ -24,14 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from pliant.methods.mixture_of_depths.selectors import gates
 from pliant.precision import full_precision, pooled
 
 _LIBRARY = cast("Any", torch.library).Library("pliant", "FRAGMENT")
 _LIBRARY.define(
     "mod_block_(Tensor(a!) x, Tensor down, Tensor up, Tensor weight1, Tensor bias1, Tensor weight2, "
-    "Tensor bias2, Tensor? weight3, Tensor? bias3, int dilation, str order, str fusion, "
-    "str gate='output') -> ()",
+    "Tensor bias2, Tensor? weight3, Tensor? bias3, int dilation, str order, str fusion) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 mod_block_: Any = torch.ops.pliant.mod_block_.default
@@ -50,7 +48,6 @@ def in_pytorch(
     dilation: int,
     order: str,
     fusion: str,
-    gate: str = "output",
 ) -> None:
     """The block in PyTorch's own operators, on any device: what the fused forms compute.
 
@@ -71,7 +68,6 @@ def in_pytorch(
         dilation: of the 3x3 convolutions, and their padding.
         order: ``"score"`` or ``"index"``, as for `MixtureOfDepths`.
         fusion: ``"first"``, ``"last"``, ``"original"`` or ``"replace"``, likewise.
-        gate: ``"output"``, ``"map"`` or ``"none"``, likewise.
 
     Example:
         >>> x = torch.zeros(1, 2, 4, 4)
@@ -99,9 +95,7 @@ def in_pytorch(
     y = F.conv2d(y, weight2, bias2, **three)
     if weight3 is not None:
         y = F.conv2d(F.relu(y), weight3, bias3)
-    if gate == "output":
-        y = y * top.sigmoid().to(y.dtype)[:, :, None, None]
-    y = y.to(x.dtype)
+    y = (y * top.sigmoid().to(y.dtype)[:, :, None, None]).to(x.dtype)
     if fusion == "first":
         x[:, :k] += y
     elif fusion == "last":
@@ -110,8 +104,6 @@ def in_pytorch(
         x.scatter_add_(1, where, y)
     else:
         x.scatter_(1, where, y)
-    if gate == "map":
-        x *= gates(logits).to(x.dtype)[:, :, None, None]
 
 
 def _fake(x: Tensor, *_: Any) -> None:

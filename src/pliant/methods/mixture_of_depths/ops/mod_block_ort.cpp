@@ -4,8 +4,7 @@
 // inputs   x [B, C, H, W], laid out in blocks of `block` channels (1: as it says); then constants:
 //          down [C, r]  up [r, C]  weight1 bias1 weight2 bias2 and, of a bottleneck, weight3 bias3
 // outputs  x, processed; if asked for, logits [B, C] and channels [B, k], in the core's order
-// attributes  block, dilation, order (score, index), fusion (first, last, original, replace),
-//             gate (output, map, none)
+// attributes  block, dilation, order (score, index), fusion (first, last, original, replace)
 //
 // No thread may wait for another in ONNX Runtime, so each step of a block is a loop of its own.
 
@@ -24,7 +23,6 @@ using ort::KernelInfo;
 using ort::Status;
 using pliant::Block;
 using pliant::Fusion;
-using pliant::Gate;
 using pliant::i64;
 
 constexpr int FIRST_WEIGHT = 1, WEIGHTS = 8;
@@ -57,7 +55,6 @@ class Kernel {
     dilation_ = api.number(info, "dilation");
     by_index_ = text(info, "order") == "index";
     fusion_ = fusion(text(info, "fusion"));
-    gate_ = gate(text(info, "gate"));
     bottleneck_ = weights_.size() == WEIGHTS;
     if (!bottleneck_ && weights_.size() != WEIGHTS - 2) refuse("it takes 7 or 9 inputs");
     check();
@@ -90,13 +87,6 @@ class Kernel {
     return Fusion::replace;
   }
 
-  Gate gate(const std::string& name) const {
-    if (name == "output") return Gate::output;
-    if (name == "map") return Gate::map;
-    if (name != "none") refuse("gate must be output, map or none, not " + name);
-    return Gate::none;
-  }
-
   void check() {
     if (weights_[0].sizes.size() != 2 || weights_[2].sizes.size() != 4) refuse("down is no matrix or weight1 no kernel");
     C_ = weights_[0].sizes[0], r_ = weights_[0].sizes[1];
@@ -119,7 +109,7 @@ class Kernel {
     const float* from = api_.data<float>(x);
     float* to = api_.data<float>(api_.output(context, 0, sizes, 4));
     const i64 B = sizes[0], image = C_ * sizes[2] * sizes[3];
-    Block<float, L> p{B, C_, sizes[2], sizes[3], r_, k_, m_, dilation_, bottleneck_, by_index_, fusion_, gate_, to};
+    Block<float, L> p{B, C_, sizes[2], sizes[3], r_, k_, m_, dilation_, bottleneck_, by_index_, fusion_, to};
     p.down = weights_[0].data, p.up = weights_[1].data;
     for (size_t i = 2; i < weights_.size(); ++i) (i % 2 ? p.b : p.w)[i / 2 - 1] = weights_[i].data;
     const size_t outputs = api_.outputs(context);
@@ -157,7 +147,6 @@ class Kernel {
   i64 C_ = 0, r_ = 0, k_ = 0, m_ = 0, block_ = 0, dilation_ = 0;
   bool bottleneck_ = false, by_index_ = false;
   Fusion fusion_ = Fusion::first;
-  Gate gate_ = Gate::output;
 };
 
 // What goes wrong, as ONNX Runtime wants it.

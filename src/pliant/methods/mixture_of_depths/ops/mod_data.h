@@ -38,7 +38,6 @@ inline i64 rounded_up(i64 n) { return (n + LANES - 1) / LANES * LANES; }
 inline float relu(float v) { return v < 0 ? 0 : v; }  // NaN stays NaN
 
 enum class Fusion { first, last, original, replace };
-enum class Gate { output, map, none };  // what the scores multiply
 enum class Step { pool, down, up, gather, middle, end };
 constexpr Step STEPS[] = {Step::pool, Step::down, Step::up, Step::gather, Step::middle, Step::end};
 
@@ -48,7 +47,6 @@ struct Block {
   i64 B, C, H, W, r, k, m, dilation;
   bool bottleneck, by_index;
   Fusion fusion;
-  Gate gate;
   T* x = nullptr;               // [B, C / L, H, W, L]
   const T* down = nullptr;      // [C, r]
   const T* up = nullptr;        // [r, C]
@@ -78,7 +76,7 @@ struct Shared {
   uint64_t* candidates;                                     // [n, k]
 };
 struct Own {
-  float *hidden, *scores, *gates, *picked, *row, *last, *last_bias, *y;
+  float *hidden, *scores, *picked, *row, *last, *last_bias, *y;
   uint64_t* keys;
   i64 *index, *places, *offsets;
 };
@@ -113,7 +111,6 @@ struct Team {
       Own o;
       o.hidden = from.take<float>(p.r);
       o.scores = from.take<float>(p.k);
-      o.gates = from.take<float>(p.gate == Gate::map ? p.C : 0);
       o.picked = from.take<float>(p.k * LANES);
       o.row = from.take<float>(p.inside() * LANES);
       o.last = from.take<float>(p.inside() * wide_k);

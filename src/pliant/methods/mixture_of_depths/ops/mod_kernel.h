@@ -156,7 +156,7 @@ void best_of_share(const Block<T, L>& p, const Shared& s, Range channels, uint64
 
 inline float sigmoid(float v) { return 1.0f / (1.0f + std::exp(-v)); }
 
-// The k channels, their scores, the gates of all, and what ends the core with the scores in it.
+// The k channels, their scores, and what ends the core with the scores in it.
 template <class T, int L>
 void choose(const Block<T, L>& p, const Shared& s, i64 n, const Own& o) {
   std::copy(s.candidates, s.candidates + n * p.k, o.keys);
@@ -167,10 +167,8 @@ void choose(const Block<T, L>& p, const Shared& s, i64 n, const Own& o) {
   for (i64 j = 0; j < p.k; ++j) {
     o.index[j] = static_cast<i64>(o.keys[j]);
     o.places[j] = p.place(o.index[j]);
-    o.scores[j] = p.gate == Gate::output ? sigmoid(s.logits[o.index[j]]) : 1.0f;
+    o.scores[j] = sigmoid(s.logits[o.index[j]]);
   }
-  if (p.gate == Gate::map)
-    for (i64 c = 0; c < p.C; ++c) o.gates[c] = 2 * sigmoid(s.logits[c]);
   for (i64 j = 0; j < wide_k; ++j) {
     const bool there = j < p.k;
     o.last_bias[j] = there && p.bottleneck ? p.b[2][j] * o.scores[j] : 0;
@@ -325,18 +323,6 @@ void fuse(const Block<T, L>& p, T* x, i64 h, i64 w, const Own& o) {
   }
 }
 
-// All channels of a row times their gates.
-template <class T, int L>
-void gate_row(const Block<T, L>& p, T* x, i64 h, const float* __restrict__ gates) {
-  constexpr i64 l = L + !L;
-  const i64 width = L == LAST ? p.C : l;
-  for (i64 c = 0; c < p.C; c += width) {
-    T* __restrict__ to = x + p.place(c) + h * p.W * p.stride();
-    for (i64 w = 0; w < p.W; ++w, to += width)
-      for (i64 i = 0; i < width; ++i) to[i] = narrow<T>(wide(to[i]) * gates[c + i]);
-  }
-}
-
 // Share t of n of one step on image b.
 template <class T, int L>
 void run_step(Step step, const Block<T, L>& p, i64 b, const Team& team, i64 t, i64 n) {
@@ -371,13 +357,11 @@ void run_step(Step step, const Block<T, L>& p, i64 b, const Team& team, i64 t, i
       pad(p, rows, s.planes2);
       break;
     case Step::end:
-      for (i64 h = rows.begin; h < rows.end; ++h) {
+      for (i64 h = rows.begin; h < rows.end; ++h)
         for (i64 w = 0; w < p.W; w += LANES) {
           conv3x3(p, p.bottleneck ? s.planes : s.planes2, h, w, 1, o);
           fuse(p, x, h, w, o);
         }
-        if (p.gate == Gate::map) gate_row(p, x, h, o.gates);
-      }
   }
 }
 

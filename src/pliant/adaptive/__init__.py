@@ -1,0 +1,1 @@
+"""What is done with an adaptive network: depths profiled, scored, and exported."""
