@@ -1,7 +1,7 @@
 """How many images a second are read, decoded and augmented: folders beside shards, in turn.
 
-A GPU that waits for images is an expensive heater, so what a step takes has to be held against what
-the loader gives (docs/imagenet.md does).
+A GPU that waits for images is an expensive heater, so the time of a step has to be compared with the
+rate of the loader (docs/imagenet.md does).
 
 Shapes: images are decoded to [H, W, 3] bytes; ``train`` gives batches float32 [B, 3, S, S].
 """
@@ -332,7 +332,7 @@ def run_loader_bench(
 
 
 _PREFACE = """\
-Written by `python -m research bench --suite loader`, from the CSV file beside it. `decode`: read and decoded
-to RGB; `train`: also a random resized crop, a flip, normalised, in batches. All ways are timed in turn in
-each round, and ratios are taken within a round; files are in the system's cache, so no disk is measured.
-Workers 0: the main process. In brackets: interquartile range over rounds."""
+Written by `python -m research bench --suite loader`, from the CSV file beside it. `decode`: read and
+decoded to RGB; `train`: also a random resized crop, a flip, normalised, in batches. All ways are timed in
+turn in each round, and ratios are taken within a round; files are in the system's cache, so no disk is
+measured. Workers 0: the main process. In brackets: interquartile range over rounds."""

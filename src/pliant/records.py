@@ -92,7 +92,7 @@ def write_records(
     number: str = "",
     called: str = "",
 ) -> None:
-    """Write rows to a CSV file, whole or not at all; no row is written twice.
+    """Write rows to a CSV file, whole or not at all.
 
     Args:
         path: the file; its folder is made if it is missing.
@@ -124,11 +124,11 @@ def write_records(
                 f"{path} has the columns {first}, which are not those of {called or f'a {kind.__name__}'}; "
                 f"name another file"
             )
-    found = dict.fromkeys(map(tuple, [*old, *(cells(row, number) for row in rows)]))
+    new = [cells(row, number) for row in rows]
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(found)
+        writer.writerows([*old, *(row for row in new if row not in old)])
 
 
 def read_records(path: str | Path, kind: type[T], *, called: str = "") -> list[T]:

@@ -49,13 +49,18 @@ def terminal(
         title: above the table.
         caption: below it.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, caption=caption)
-    for heading in headings:
-        left = heading in (headings[:1] if text is None else text)
-        table.add_column(heading, justify="left" if left else "right")
-    for row in rows:
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    lines = list(rows)
+    for number, heading in enumerate(headings):
+        if heading in (headings[:1] if text is None else text):
+            words = [word for row in (headings, *lines) for word in row[number].split()]
+            table.add_column(heading, overflow="fold", min_width=min(20, max(map(len, words))))
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for row in lines:
         table.add_row(*row)
     return table
 
