@@ -8,7 +8,6 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import TYPE_CHECKING, Any
 
 from pliant import tables
-
 from research.published.printed import PublishedRow
 
 if TYPE_CHECKING:

@@ -234,4 +234,4 @@ def test_the_command(plain, tmp_path, monkeypatch, capsys):
     assert text.count("| resnet20_cifar_mod |") == 2
     assert "`tiny` (1 epochs, learning rate 0.02)" in text
     told = _cli.fails(monkeypatch, capsys, "recover", "tiny", "--page", page, app=app)
-    assert "add --rows" in told
+    assert "add --rows FILE" in told
