@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
-from pliant import CondConv, plan
+from pliant import CondConv
 
 NARROW = {"channels": (8, 16, 24, 32), "num_classes": 5}
 
@@ -48,6 +50,13 @@ LATE = {"begin": 13}  # of MobileNetV1's 15 units: cheap
 
 def small(name: str) -> nn.Module:
     """An instance whose every layer bears on its output."""
+    network = copy.deepcopy(_settled(name))
+    torch.manual_seed(0)
+    return network
+
+
+@cache
+def _settled(name: str) -> nn.Module:
     torch.manual_seed(0)
     return settled(timm.create_model(name, **FAMILIES[name]))
 
@@ -76,7 +85,9 @@ def images(batch: int = 4, size: int = 32) -> torch.Tensor:
 
 
 def meta(name, **kwargs) -> nn.Module:
-    return timm.create_model(name, **kwargs).to("meta")
+    """A network without weights."""
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
 
 
 def mobilenet(**kwargs) -> nn.Module:
@@ -85,4 +96,4 @@ def mobilenet(**kwargs) -> nn.Module:
 
 
 def reasons(model, **options) -> dict[str, str]:
-    return {p.path: p.reason for _, p in plan(model, CondConv(experts=2, **options)).passed_over}
+    return {p.path: p.reason for p in CondConv(experts=2, **options).survey(model).passed_over}

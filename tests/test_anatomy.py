@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from _small import meta
 from pliant import CondConv, MixtureOfDepths, convert, plan
 from pliant.anatomy import (
     Block,
@@ -21,11 +22,6 @@ from pliant.anatomy import (
     stem_and_head,
     take_dropout,
 )
-
-
-def meta(name, **kwargs):
-    """Moved there, because older versions of timm cannot build every family there."""
-    return timm.create_model(name, **kwargs).to("meta")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import timm
 import torch
 from torch import nn
 
+from _small import meta
 from pliant.anatomy import stages
 from pliant.methods.adaptive_depth.depth import at_depth, get_depth
 from pliant.methods.condconv import CondConvBlock
@@ -61,11 +62,6 @@ COSTLY = [
     )
     for name in NETWORKS
 ]
-
-
-def meta(name, **kwargs) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
 
 
 def images(name, batch=2, channels=3, size=None):

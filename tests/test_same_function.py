@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pliant.deploy.engines import ENGINES, FileEngine
 from pliant.deploy.folding import fold_norms
 from pliant.deploy.optimize import optimize
-from pliant.measuring.entrants import fresh
+from pliant.measuring.candidates import fresh
 from pliant.methods.mixture_of_depths.ops import building
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pliant.measuring.rows import (
     AS_IS,
     LOWER_RESOLUTION,
-    OF_BLOCKS,
+    OF_PARTS,
     OPTIMIZED,
     ORIGINS,
     Measurement,
@@ -62,7 +62,7 @@ def speed_table(rows: Sequence[Measurement]) -> str:
         cells += [_cell([r for r in group if r.label == name]) for name in lower]
         cells += [_cell([r for r in group if (r.model, r.variant) == (n, AS_IS)]) for n in names]
         lines.append(cells)
-    steps = " → ".join(form for form in OF_BLOCKS if any(row.form == form for row in rows)) or OPTIMIZED
+    steps = " → ".join(form for form in OF_PARTS if any(row.form == form for row in rows)) or OPTIMIZED
     told = [_machine(rows), f"speed-up over {against} (MoD tax); plain blocks → {steps}"]
     for heading, text in ORIGINS.values():
         if found := sorted({text(r) for r in rows} - {""}):

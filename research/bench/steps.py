@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant._files import atomic_path
-from pliant.measuring.entrants import Model, Size, by_name, variants
+from pliant.measuring.candidates import Model, Size, by_name, variants
 from pliant.measuring.latency import median, spread
 from pliant.measuring.running import setting_of
 from pliant.methods.adaptive_depth import Joint, Specialization

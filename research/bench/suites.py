@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pliant._files import atomic_path, put_between
 from pliant.deploy.engines import ENGINES
-from pliant.measuring.entrants import fresh
+from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure
 from pliant.measuring.rows import (
     AS_BUILT,

@@ -10,8 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pliant._files import atomic_path
-from pliant.compare import BASE_ALONE, MOD_CONTROLS, PLAIN, REMOVED, Score
+from pliant.compare import PLAIN, Score
 from pliant.measuring.rows import Measurement, read_rows
+from pliant.methods.adaptive_depth.recipes import BASE_ALONE
+from pliant.methods.mixture_of_depths.recipes import CONTROLS as MOD_CONTROLS
+from pliant.methods.mixture_of_depths.recipes import REMOVED
 from pliant.tables import markdown
 from research.experiments.claims import FEWEST, MISSING, answer, mean_and_spread, sentence, spoken
 from research.experiments.evidence import Evidence, Timing, gather

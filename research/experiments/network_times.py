@@ -19,13 +19,14 @@ from torch import nn
 from pliant.compare import PLAIN
 from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import ENGINES, named
-from pliant.measuring.entrants import fresh
+from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure, median, spread
 from pliant.measuring.rows import OPTIMIZED, Measurement, read_rows, write_rows
 from pliant.measuring.rows import PLAIN as PLAIN_FORM
+from pliant.methods.adaptive_depth import AdaptiveDepth
 from pliant.methods.adaptive_depth.depth import get_depth, subnet
+from pliant.models._build import methods_of
 from pliant.provenance import provenance
-from pliant.recipes.adaptive_depth import is_adaptive
 from pliant.train.objectives import make_objective
 from pliant.train.recipe import Recipe
 from research.bench.rounds import in_turn
@@ -140,7 +141,7 @@ def _networks(run: PlannedRun) -> dict[str, nn.Module]:
     """The networks of a run by label, with random weights; of an adaptive one its two ends."""
     r = run.recipe
     whole = fresh(r.model, **{"in_chans": r.in_chans, **r.model_args})
-    if not is_adaptive(r.model):
+    if AdaptiveDepth not in methods_of(r.model):
         return {run.label: whole}
     flags = len(get_depth(whole))
     return {

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from pliant.compare import REMOVED
+from pliant.methods.mixture_of_depths.recipes import REMOVED
 from pliant.tables import markdown
 from research.experiments.claims import FEWEST, MISSING, any_of
 from research.experiments.evidence import Evidence, Timing

@@ -3,20 +3,19 @@
 The project's MAC figure is that of convolutions and matrix products (kernel mixing
 included), for one image: `torch.utils.flop_counter` divided by two. Norms,
 activations, pools and additions count nothing. What a rule about speed chooses does not
-enter: a CondConv layer with ``form="auto"`` counts as fused. Papers count differently; their
+enter: such a part says which of its forms counts. Papers count differently; their
 conventions live where their tables are reproduced and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pliant.methods.condconv.layers import CondConv2d, CondLinear
+from pliant.parts import parts
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -32,9 +31,8 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image, on whatever device the model is.
 
-    `CondConv2d` and `CondLinear` with ``form="auto"`` are counted in their fused form, the
-    method's own cost: the mixing of a kernel, and one convolution (section 3 of arXiv
-    1904.04971). With a form that somebody chose they are counted as they run.
+    A part that chooses among forms of the same function by their speed says which of them counts
+    (`pliant.parts.Part.counted`).
 
     Args:
         model: any network, also on the meta device (no arithmetic is done there).
@@ -47,21 +45,11 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), (3, 10, 10))
         21600
     """
-    with _auto_as_fused(model), FlopCounterMode(display=False) as counter:
+    with ExitStack() as counted, FlopCounterMode(display=False) as counter:
+        for part in parts(model).values():
+            counted.enter_context(part.counted())
         run_once(model, input_size)
     return int(counter.get_total_flops()) // 2
-
-
-@contextmanager
-def _auto_as_fused(model: nn.Module) -> Iterator[None]:
-    layers = [m for m in model.modules() if isinstance(m, (CondConv2d, CondLinear)) and m.form == "auto"]
-    for layer in layers:
-        layer.form = "fused"
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.form = "auto"
 
 
 def run_once(model: nn.Module, input_size: tuple[int, int, int]) -> None:

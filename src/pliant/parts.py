@@ -94,8 +94,8 @@ class Part(nn.Module):
             changes its input in place.
         inplace: of a fast form: it changes its input instead of a copy; `pliant.deploy.optimize`
             sets it where nobody else reads the input. None: it never does.
-        operators: name of the Python module (`Operators`) with the native operators that it, or
-            its fast form, runs; empty: it needs none.
+        operators: name of the Python module (`Operators`) with the native operators of its fast
+            form and of its `onnx_operator`; empty: they need none.
 
     Example:
         >>> class Scaled(Part):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from _engines import RUNTIMES, conv
 from _measure import SMALL
 from pliant.deploy.engines import ENGINES, named
-from pliant.measuring.entrants import fresh
+from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure
 
 

@@ -210,11 +210,11 @@ def test_weights_too_large_for_one_message_lie_beside_the_graph(made, tmp_path, 
     files = onnx_file.write(ir.load(str(path)), tmp_path / "net.onnx", read_facts(path))
     assert [file.name for file in files] == ["net.onnx", "net.onnx.data"]
     assert files[0].stat().st_size < path.stat().st_size / 2
-    result = onnx_file.runner(files[0], ["layer1.1", "layer2.1"])(x := images(2))
+    result = onnx_file.runner(files[0], ["layer1.1.selector", "layer2.1.selector"])(x := images(2))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
     assert {b: s.channels.shape for b, s in result.selections.items()} == {
-        "layer1.1": (2, 4),
-        "layer2.1": (2, 6),
+        "layer1.1.selector": (2, 4),
+        "layer2.1.selector": (2, 6),
     }
     with torch.no_grad():
         torch.testing.assert_close(result.outputs[0], network(x), rtol=1e-4, atol=1e-4)

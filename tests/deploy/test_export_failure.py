@@ -306,7 +306,7 @@ def test_the_command_fails_in_one_sentence(monkeypatch, capsys, tmp_path):
     for arguments, message in [
         (("resnet_none", path), "no model named 'resnet_none'"),
         (("resnet20_cifar", tmp_path / "n.tf"), "the ending must be"),
-        (("resnet20_cifar_adn", path), "switches its depth"),
+        (("resnet20_cifar_adn", path), "switches the network's depth"),
         (("resnet20_cifar_adn", path, "--depth", "TX"), "'TX' is no depth"),
         (("resnet20_cifar_adn", path, "--depth", "T", "--depths", "all"), "not both"),
         (("resnet20_cifar", path, "--resize-from", "40"), "not of the form HEIGHTxWIDTH"),

@@ -10,7 +10,7 @@ import torch
 from _engines import RUNTIMES
 from pliant.deploy.engines import ENGINES
 from pliant.deploy.int8 import CALIBRATED_ON, random_images
-from pliant.measuring.entrants import fresh
+from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure
 
 needs_onnx_runtime = pytest.mark.skipif("onnxruntime" not in RUNTIMES, reason="it makes the files")

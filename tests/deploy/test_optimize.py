@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, convert, set_depth, subnet
 from pliant.counting import count_macs
 from pliant.deploy.optimize import optimize, unfused
-from pliant.measuring.entrants import fresh
+from pliant.measuring.candidates import fresh
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock
 

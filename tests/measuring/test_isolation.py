@@ -14,7 +14,7 @@ import torch
 
 from _engines import conv, use
 from _measure import SMALL
-from pliant.measuring.entrants import EngineError
+from pliant.measuring.candidates import EngineError
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.latency import measure
 

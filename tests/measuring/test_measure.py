@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from _measure import SMALL, conv
 from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import ENGINES
-from pliant.measuring import entrants
+from pliant.measuring import candidates
 from pliant.measuring.clock import clock as clock_of
 from pliant.measuring.clock import warm
 from pliant.measuring.latency import NOT_FASTER, PERHAPS_FASTER, measure
-from pliant.measuring.rows import LOWER_RESOLUTION, NO_BLOCKS, Measurement
+from pliant.measuring.rows import LOWER_RESOLUTION, Measurement
 from pliant.methods.mixture_of_depths import without_mod_blocks
+from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 
 
 def test_a_clock_warms_up_with_two_calls_or_one_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +312,7 @@ def test_threads_are_in_force_and_gradients_off_while_timed() -> None:
 
 
 def test_random_networks_have_no_zero_branches() -> None:
-    network = entrants.fresh("resnet20_cifar_mod")
+    network = candidates.fresh("resnet20_cifar_mod")
     assert all(p.any() for n, p in network.named_parameters() if n.endswith("weight"))
 
 

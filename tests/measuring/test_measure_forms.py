@@ -18,17 +18,17 @@ from pliant import cli
 from pliant.deploy.engines import ENGINES
 from pliant.deploy.engines.eager import Eager
 from pliant.measuring import latency
-from pliant.measuring.entrants import fresh
+from pliant.measuring.candidates import fresh
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.latency import NOT_FASTER, measure
 from pliant.measuring.rows import (
     LOWER_RESOLUTION,
-    NO_BLOCKS,
     Measurement,
     markdown_table,
     read_rows,
     write_rows,
 )
+from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 
 
 def test_forms_stand_beside_each_other(clock: SimpleNamespace) -> None:
@@ -231,7 +231,7 @@ def test_the_command_takes_engines_batches_and_forms(
     assert "<h2>eager, batch 2, float32</h2>" in page
     assert f"{NOT_FASTER[0].upper()}{NOT_FASTER[1:]}: resnet20_cifar_mod (eager, batch 1, float32)" in page
     assert page.count("<svg") == 1
-    assert ">Mixture-of-Depths, optimized<" in page  # the figure's legend
+    assert ">converted, optimized<" in page  # the figure's legend
 
     # Rows of a run that is over are kept when the next takes the process down.
     runs = iter(range(1, 9))

@@ -20,13 +20,13 @@ from pliant.measuring.figure import plot_against_latency
 from pliant.measuring.latency import NOT_FASTER, measure
 from pliant.measuring.rows import (
     LOWER_RESOLUTION,
-    NO_BLOCKS,
     Measurement,
     markdown_table,
     read_rows,
     terminal_table,
     write_rows,
 )
+from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 
 ROW = Measurement(
     model="resnet50_mod",
@@ -192,8 +192,8 @@ def test_plot_names_networks_axes_and_settings(tmp_path: Path) -> None:
         "multiply-accumulates an image, G",
         "cpu, eager, float32, channels_last, batch 16, 2 threads",
         "baseline",
-        "Mixture-of-Depths",
-        "its MoD blocks removed",
+        "converted",
+        NO_BLOCKS,
         "Some CPU @ 2.0 GHz, 2 cores · torch 2.15.0",
     ):
         assert told.count(text) == 1, text

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pliant.deploy.engines import ENGINES, FileEngine
 from pliant.deploy.engines.base import torch_threads
 from pliant.measuring import worker
-from pliant.measuring.entrants import Entrant
+from pliant.measuring.candidates import Candidate
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.latency import measure
 from pliant.measuring.writing import FEW, Files, Writing
@@ -221,12 +221,12 @@ def test_how_many_children_write(
     count: int, device: str, cores: int, ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pliant.measuring.writing.os.cpu_count", lambda: cores)
-    entrants = [Entrant(str(i), "network") for i in range(count)]
-    entrants += [Entrant("refused", "network", error="no"), Entrant("there", "network")]
+    candidates = [Candidate(str(i), "network") for i in range(count)]
+    candidates += [Candidate("refused", "network", error="no"), Candidate("there", "network")]
     files = Files(tmp_path, written={("there", "network", "as built", "file"): tmp_path})
     how = {"precision": "float32", "threads": 1}
     engine = Shared()
-    with Writing(files, engine, Isolated(engine, 1), entrants, how, device, 1) as writing:
+    with Writing(files, engine, Isolated(engine, 1), candidates, how, device, 1) as writing:
         assert writing.ahead == ahead
 
 

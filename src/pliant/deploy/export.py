@@ -23,14 +23,11 @@ from pliant.deploy import onnx_file, onnx_native, openvino_file, placing, progra
 from pliant.deploy.extras import require
 from pliant.deploy.facts import ExportReport, Facts, digest_of, report_path
 from pliant.deploy.folding import fold_norms
-from pliant.deploy.forms import Target, use_export_forms
+from pliant.deploy.forms import check_exportable, use_export_forms
 from pliant.deploy.inputs import Preparation, Prepared, Takes
 from pliant.deploy.parity import TOLERANCE, Parity, ParityError, check_parity
-from pliant.deploy.selections import Run, run_eager, selectors
-from pliant.methods.adaptive_depth.switch import Depth
-from pliant.methods.mixture_of_depths import MoDBlock
-from pliant.methods.mixture_of_depths.exported import refuse_random
-from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock
+from pliant.deploy.selections import Run, rankings, run_eager
+from pliant.parts import Target
 from pliant.surgery import conversions
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -86,12 +83,12 @@ def export(
     tolerance: float | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a network as a file that an engine runs, after holding the file against the network.
+    """Write a network as a file that an engine runs, after comparing the file with the network.
 
     The file is written under another name, run in its own engine on random and on real images,
     at each of `batches`, and compared with the network in eager mode: outputs, best class, and
-    for Mixture-of-Depths the channels that each block selects. Only then it gets its name, and
-    beside it a report, ``FILE.json`` (`pliant.deploy.facts.read_report`).
+    the channels that each ranking part (the selector of a Mixture-of-Depths block) selects. Only
+    then it gets its name, and beside it a report, ``FILE.json`` (`pliant.deploy.facts.read_report`).
 
     Args:
         model: a network, plain or converted, on any device; it stays as it is. Norms are folded
@@ -103,7 +100,7 @@ def export(
         dynamic_batch: the file takes any number of images; otherwise the example's.
         opset: of an ONNX file, and of what an OpenVINO file is made from.
         precision: that the file computes in, ``float32``, ``float16``, or in a program
-            ``bfloat16``; held against the network in float32.
+            ``bfloat16``; compared with the network in float32.
         takes: ``"normalised"`` images, as the network does; ``"float"`` in [0, 1] or
             ``"uint8"``, normalised in the file.
         image_size: height and width of the images, which the file then resizes to the
@@ -112,10 +109,10 @@ def export(
         std: of each channel.
         classes: their names, stated in the file.
         compiled: of a ``.pt2``: machine code by AOTInductor, for this kind of machine. It does
-            not tell what it selected, so its outputs alone are compared, with those of the network
-            or of the network with channels exchanged whose scores tie. Of an ``.onnx``: the
-            graph as ONNX Runtime optimises it here, each learned Mixture-of-Depths block one
-            operator, whose library, ``FILE.so``, is written beside it (`onnx_native`); in float32.
+            not tell what it selected, so its outputs alone are compared; images whose scores tie
+            may differ, and are counted. Of an ``.onnx``: the graph as ONNX Runtime optimises
+            it here, each learned Mixture-of-Depths block one operator, whose library, ``FILE.so``,
+            is written beside it (`onnx_native`); in float32.
         portable: of an ``.onnx`` that is not compiled: only what TensorRT's parser documents may
             be in the graph.
         batches: sizes to check at (of a fixed batch, that alone).
@@ -229,14 +226,7 @@ def _target(path: Path, precision: str, opset: int, compiled: bool) -> Target:
 def _plain_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in float32, for inference, of a network that a file can hold."""
     model = unwrap_model(model)
-    if any(isinstance(m, Depth) for m in model.modules()):
-        raise ValueError(
-            "this network switches its depth, and a file has one: export pliant.subnet(model, skip), or "
-            "several depths by pliant.adaptive.manifest.export_depths"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, MoDBlock):
-            refuse_random(name, module)
+    check_exportable(model)
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise ValueError(f"the {type(model).__name__} has no weights: it is on the meta device")
     network: nn.Module = copy.deepcopy(model).to("cpu", torch.float32).eval()
@@ -293,29 +283,30 @@ def _weight(order: _Order) -> int:
 def _write(order: _Order, place: Path) -> tuple[list[Path], Run]:
     """Write the files, the main one first, and say how they are run for the check."""
     path, facts, network = place / order.path.name, order.facts, order.network
-    native: dict[str, FusedMoDBlock] = {}
+    native: onnx_native.Native | None = None
     if order.target == "onnx" and order.compiled:
         network = fold_norms(network, _as_seen(order.preparation, order.example))
-        native = onnx_native.take_blocks(network)
+        native = onnx_native.take_parts(network)
     made = trace(network, order.preparation, order.example, order.target, order.batch, order.precision)
-    blocks = list(selectors(network))
+    ranking = list(rankings(network))
     if order.target == "program":
         write = program.write_compiled if order.compiled else program.write
         write(made, path, facts)
-        return [path], program.runner(path, blocks, order.compiled)
-    graph = onnx_file.build(made, facts.outputs, order.opset, blocks, native)
-    if native:
+        return [path], program.runner(path, ranking, order.compiled)
+    places = () if native is None else native.operators
+    graph = onnx_file.build(made, facts.outputs, order.opset, ranking, places)
+    if native is not None:
         files = onnx_native.write(graph, native, path, facts)
-        return files, onnx_native.runner(path, list(native), blocks)
+        return files, onnx_native.runner(path, native, ranking)
     if order.target == "onnx":
         if order.portable:
             onnx_file.check_portable(graph)
         files = onnx_file.write(graph, path, facts)
-        return files, onnx_file.runner(path, blocks)
+        return files, onnx_file.runner(path, ranking)
     between = path.with_suffix(".onnx")
     onnx_file.write(graph, between, None)
     files = openvino_file.write(between, path, facts)
-    return files, openvino_file.runner(path, blocks)
+    return files, openvino_file.runner(path, ranking)
 
 
 def trace(

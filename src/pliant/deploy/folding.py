@@ -5,8 +5,9 @@ convolution before it can do itself: ``s (W x + b - m) + t = (s W) x + s (b - m)
 ``s = weight / sqrt(var + eps)``. Which norms follow which convolutions is watched in one
 forward, so no family of networks has to be known.
 
-Shapes: O output channels of a layer; weights [O, ...], of a CondConv layer [E, O, ...] for
-E experts; a norm's tensors [O].
+Parts of methods say themselves whether and how they take a norm up (`pliant.parts.Part.takes_norm`).
+
+Shapes: O output channels of a layer; weights [O, ...]; a norm's tensors [O].
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -24,18 +25,15 @@ from timm.layers.conv2d_same import Conv2dSame, Conv2dSameExport
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pliant.methods.adaptive_depth import SwitchableNorm
-from pliant.methods.condconv.layers import CondConv2d, CondLinear
+from pliant.parts import Network, Part, parts
 from pliant.threaded import passes_along, take_over
-
-Network = TypeVar("Network", bound=nn.Module)
 
 # By exact type: a subclass may do something to its weight first (weight standardisation).
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Conv2dSameExport, nn.Linear)
-_CONDITIONAL = (CondConv2d, CondLinear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
 
 
@@ -44,9 +42,9 @@ def fold_norms(model: Network, example: Tensor) -> Network:
 
     A norm goes if all that it reads is what one convolution or linear layer wrote, and
     nobody else reads that. It leaves an `nn.Identity`, or the activation that timm's norms
-    carry. What stays as it is: norms after anything else, those that adaptive depth
-    switches (its `subnet` has plain ones), norms and layers that are used twice, and
-    whatever the forward of `example` does not reach.
+    carry. What stays as it is: norms after anything else, those that a part switches
+    (`Part.switches`; the `subnet` of an adaptive network has plain ones), norms and layers
+    that are used twice, and whatever the forward of `example` does not reach.
 
     Args:
         model: any network; it stays as it is.
@@ -72,7 +70,7 @@ def fold_norms(model: Network, example: Tensor) -> Network:
         _fold(layer, norm)
         left = _what_is_left(norm)
         take_over(left, norm)
-        _replace(folded, norm, left)
+        folded.set_submodule(_path_of(norm, folded), left.eval())
     return folded
 
 
@@ -102,7 +100,7 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def after_layer(self, module: nn.Module, _args: Any, output: Any) -> None:
         """A hook behind a layer. It keeps the output, so that no other tensor gets its id."""
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and not (isinstance(module, Part) and not module.takes_norm(output)):
             self.readers[id(output)] = 0
             self.layers.append((module, output, output._version))
 
@@ -130,7 +128,7 @@ def _hooked(model: nn.Module, seen: _Seen) -> Iterator[None]:
     for module in model.modules():
         if _hooks(module):
             continue  # what they do to inputs and outputs is not known
-        if type(module) in (*_PLAIN, *_CONDITIONAL):
+        if type(module) in _PLAIN or (isinstance(module, Part) and not is_parametrized(module)):
             handles.append(module.register_forward_hook(seen.after_layer))
         elif type(module) in _NORMS:
             handles.append(module.register_forward_pre_hook(seen.before_norm))
@@ -151,7 +149,7 @@ def _pairs(model: nn.Module, seen: _Seen) -> list[tuple[_BatchNorm, nn.Module]]:
     calls = Counter(id(module) for module, _, _ in (*seen.layers, *seen.norms))
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for m in set(model.modules()) for p in m._parameters.values() if p is not None)
-    switched = {id(n) for m in model.modules() if isinstance(m, SwitchableNorm) for n in (m.full, m.base)}
+    switched = {id(m) for part in parts(model).values() if part.switches for m in part.modules()}
     # By what they wrote; of layers that wrote one tensor (they call each other) none is right.
     written = Counter(id(tensor) for _, tensor, _ in seen.layers)
     writer = {id(t): (m, version) for m, t, version in seen.layers if written[id(t)] == 1}
@@ -165,7 +163,7 @@ def _pairs(model: nn.Module, seen: _Seen) -> list[tuple[_BatchNorm, nn.Module]]:
             and seen.readers[id(read)] == 1
             and calls[id(layer)] == calls[id(norm)] == 1
             and places[id(layer)] == places[id(norm)] == 1
-            and all(owners[id(p)] == 1 for p in layer.parameters(recurse=False))
+            and all(owners[id(p)] == 1 for p in layer.parameters())
             and id(norm) not in switched
             and _fits(layer, norm, read)
         ):
@@ -177,39 +175,26 @@ def _fits(layer: nn.Module, norm: _BatchNorm, read: Tensor) -> bool:
     """Whether the norm works on the layer's output channels, by statistics that it has."""
     if norm.running_mean is None or norm.running_var is None:
         return False
-    bias = getattr(layer, "bias", None)
-    if type(layer) in _CONDITIONAL and bias is not None and bias.dim() > 1:
-        return False  # the routing mixes the experts' biases, but not what a norm adds
     # A linear layer works on the last dimension, a norm on the second.
-    return read.dim() == 2 or not isinstance(layer, (nn.Linear, CondLinear))
+    return read.dim() == 2 or not isinstance(layer, nn.Linear)
 
 
 def _fold(layer: Any, norm: _BatchNorm) -> None:
     """Give `layer` the weight and the bias that make `norm` superfluous."""
 
-    def wide(tensor: Tensor | None) -> Tensor | None:
+    def wide(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor.detach().double()
 
-    weight = wide(layer.weight)
-    conditional = type(layer) in _CONDITIONAL
     mean, var = wide(norm.running_mean), wide(norm.running_var)
-    assert weight is not None
-    assert mean is not None
-    assert var is not None
-    # torch.nn.utils.fusion wants the output channels first.
-    weight, bias = fuse_conv_bn_weights(
-        weight.transpose(0, 1) if conditional else weight,
-        wide(layer.bias),
-        mean,
-        var,
-        norm.eps,
-        wide(norm.weight),
-        wide(norm.bias),
-    )
-    if conditional:
-        weight = weight.transpose(0, 1).contiguous()
-    for name, value in (("weight", weight), ("bias", bias)):
-        value = value.detach().to(layer.weight.dtype)
+    after = (mean, var, norm.eps, wide(norm.weight), wide(norm.bias))
+    if isinstance(layer, Part):
+        # Of a weight of one and no bias, what is left is the norm's own scale and shift.
+        scale, shift = fuse_conv_bn_weights(torch.ones_like(mean)[:, None], None, *after)
+        layer.take_norm(scale.detach()[:, 0], shift.detach())
+        return
+    weight, bias = fuse_conv_bn_weights(wide(layer.weight), wide(layer.bias), *after)
+    for name, wide_value in (("weight", weight), ("bias", bias)):
+        value = wide_value.detach().to(layer.weight.dtype)
         setattr(layer, name, nn.Parameter(value, requires_grad=layer.weight.requires_grad))
 
 
@@ -220,7 +205,6 @@ def _what_is_left(norm: nn.Module) -> nn.Module:
     return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    path = next(path for path, module in model.named_modules() if module is old)
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new.eval())
+def _path_of(module: nn.Module, model: nn.Module) -> str:
+    path: str = next(path for path, other in model.named_modules() if other is module)
+    return path

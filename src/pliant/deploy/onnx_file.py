@@ -3,8 +3,8 @@
 What the exporter leaves otherwise than engines like it is rewritten: means over all positions
 become `GlobalAveragePool` (a blocked layout goes through it), shapes that are known but for the
 batch become constants, and reshapes of reshapes one. Notes of the exporter, among them this
-machine's paths, are taken out. A selector's logits and channels get the names
-``BLOCK.selector.logits`` and ``BLOCK.selector.index``.
+machine's paths, are taken out. The logits and channels of a part that ranks get the names
+``PATH.logits`` and ``PATH.index``.
 
 Shapes: as in the network; the batch is a symbol where it is open.
 """
@@ -64,7 +64,7 @@ def build(
     program: ExportedProgram,
     outputs: tuple[str, ...],
     opset: int,
-    blocks: list[str],
+    ranking: list[str],
     places: Collection[str] = (),
 ) -> ir.Model:
     """The ONNX graph of a program.
@@ -73,7 +73,7 @@ def build(
         program: what `torch.export` made.
         outputs: names of the outputs.
         opset: version of the operators.
-        blocks: paths of Mixture-of-Depths blocks with a selector, to name their tensors.
+        ranking: paths of the parts that rank, to name their tensors.
         places: paths of modules that are a pool, and in the graph a node of their name.
 
     Raises:
@@ -102,7 +102,7 @@ def build(
         raise ValueError(
             f"opset {opset} is not supported for this network: PyTorch wrote {model.opset_imports.get('')}"
         )
-    _name_selections(model, blocks)
+    _name_selections(model, ranking)
     _name_places(model, places)
     _simplify(model)
     _name_batch(model)
@@ -178,12 +178,12 @@ def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], tup
     return run
 
 
-def runner(path: Path, blocks: list[str], tell: Callable[[Any], None] | None = None) -> Run:
+def runner(path: Path, ranking: list[str], tell: Callable[[Any], None] | None = None) -> Run:
     """Runs the file, its selections as further outputs; these change nothing else in it.
 
     Args:
         path: of the file.
-        blocks: those with a selector; where the graph lacks a tensor of one, nothing is told.
+        ranking: paths of the parts that rank; where the graph lacks a tensor of one, nothing is told.
         tell: makes nodes of the model give more of what they compute.
     """
     import onnx
@@ -192,7 +192,7 @@ def runner(path: Path, blocks: list[str], tell: Callable[[Any], None] | None = N
     if tell is not None:
         tell(model)
     outputs = len(model.graph.output)
-    names = [name for block in blocks for name in selection_names(block)]
+    names = [name for part in ranking for name in selection_names(part)]
     there = {name for node in model.graph.node for name in node.output}
     told = there.issuperset(names)
     names = names if told else []
@@ -209,15 +209,15 @@ def runner(path: Path, blocks: list[str], tell: Callable[[Any], None] | None = N
         if not told:
             return Result(found, None)
         pairs = zip(found[outputs::2], found[outputs + 1 :: 2], strict=True)
-        chosen = {b: Selection(x.flatten(1), i.flatten(1)) for b, (x, i) in zip(blocks, pairs, strict=True)}
-        return Result(found[:outputs], chosen)
+        chosen = [Selection(x.flatten(1), i.flatten(1)) for x, i in pairs]
+        return Result(found[:outputs], dict(zip(ranking, chosen, strict=True)))
 
     return run
 
 
-def selection_names(block: str) -> tuple[str, str]:
-    """What a block's logits and channels are called in a graph."""
-    return f"{block}.selector.logits", f"{block}.selector.index"
+def selection_names(path: str) -> tuple[str, str]:
+    """What the logits and channels of the part at `path` are called in a graph."""
+    return f"{path}.logits", f"{path}.index"
 
 
 def open_session(path: Path, threads: int | None, library: Path | None = None) -> Any:
@@ -280,22 +280,22 @@ def _drop_idle_dtypes(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def _name_selections(model: ir.Model, blocks: list[str]) -> None:
-    """Name the tensors of selectors, by the modules that the exporter noted at each node."""
+def _name_selections(model: ir.Model, ranking: list[str]) -> None:
+    """Name the tensors of rankings, by the modules that the exporter noted at each node."""
     named = set()
     for node in model.graph:
         if node.op_type != "TopK":
             continue
         scopes = _scopes(node)
-        for block in blocks:
-            if any(scope.endswith(f"{block}.selector") for scope in scopes):
-                logits, index = selection_names(block)
+        for path in ranking:
+            if f"network.{path}" in scopes:
+                logits, index = selection_names(path)
                 seen = node.inputs[0]
                 assert seen is not None
                 seen.name, node.outputs[1].name = logits, index
-                named.add(block)
-    if named != set(blocks):
-        missing = sorted(set(blocks) - named)
+                named.add(path)
+    if named != set(ranking):
+        missing = sorted(set(ranking) - named)
         raise ValueError(f"the graph has no selection for {', '.join(missing)}, so it cannot be checked")
 
 

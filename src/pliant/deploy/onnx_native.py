@@ -1,20 +1,21 @@
-"""ONNX files for this machine: Mixture-of-Depths blocks as one operator in ONNX Runtime's layout.
+"""ONNX files for this machine: parts as one operator each in ONNX Runtime's own layout.
 
 ONNX Runtime lays feature maps out in blocks of channels (NCHWc; 16 with AVX512, else 8). An
-operator that works in place on such a block costs a tenth of the graph that does the same. So
-each block that has a fused form is written as a pool of one position, which ONNX Runtime
-keeps in its layout, fuses with nothing and does not drop; ONNX Runtime optimises that graph and
-writes it; and the pools become the operator ``pliant.MoDBlock``, whose library stands beside the
-file (``ops/mod_block_ort.cpp``). A block whose channels do not come in whole blocks of the
-layout gets the operator for planes.
+operator that works in place on such a block may cost a tenth of the graph that does the same. So
+each part that can be an operator (`pliant.parts.Part.onnx_operator`) is written as a pool of one
+position, which ONNX Runtime keeps in its layout, fuses with nothing and does not drop; ONNX
+Runtime optimises that graph and writes it; and the pools become the operators, whose library
+stands beside the file. A part whose channels do not come in whole blocks of the layout gets the
+operator for planes.
 
-Shapes: x [B, C, H, W]; a block's logits [B, C] and channels [B, k].
+Shapes: x [B, C, H, W]; a part's logits [B, C] and channels [B, k].
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,23 +27,20 @@ from pliant.deploy import onnx_file
 from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts
 from pliant.deploy.selections import Run
-from pliant.methods.mixture_of_depths import MoDBlock
-from pliant.methods.mixture_of_depths.ops import building
-from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable
+from pliant.parts import OnnxOperator, Part, named_operators, replace_parts
 from pliant.provenance import cpu_model
-from pliant.threaded import take_over
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-DOMAIN, OPERATOR = "pliant", "MoDBlock"
+DOMAIN = "pliant"
 BLOCKED = "com.microsoft.nchwc"  # ONNX Runtime's domain of operators in blocks of channels
 _PROBED = 64  # channels
 
 
 class Place(nn.Module):
-    """Stands for a block in a graph: the identity, as a pool of one position.
+    """Stands for a part in a graph: the identity, as a pool of one position.
 
     Example:
         >>> import torch
@@ -57,19 +55,15 @@ class Place(nn.Module):
 
 
 def machine() -> str:
-    """What a file made here is tied to; builds the operator's library if need be.
+    """What a file made here is tied to.
 
     Raises:
-        ValueError: no compiler, or one that fails; no blocks of channels on this processor.
+        ValueError: no blocks of channels on this processor.
 
     Example:
         >>> machine()  # doctest: +SKIP
         'AMD EPYC, blocks of 16 channels'
     """
-    try:
-        building.library(building.ORT_SOURCE)
-    except building.BuildError as error:
-        raise ValueError(f"the operator for ONNX Runtime cannot be built: {error}") from error
     return f"{cpu_model()}, blocks of {block_size()} channels"
 
 
@@ -103,49 +97,74 @@ def block_size() -> int:
     return size
 
 
-def take_blocks(network: nn.Module) -> dict[str, FusedMoDBlock]:
-    """Put a `Place` where each block is that has a fused form, in `network` itself.
+@dataclass(frozen=True)
+class Native:
+    """The parts of a network that are operators.
+
+    Attributes:
+        operators: by path.
+        library: that holds them.
+    """
+
+    operators: Mapping[str, OnnxOperator]
+    library: Path
+
+    @property
+    def rankings(self) -> dict[str, str]:
+        """Paths of the parts that rank, by the path of the operator that they are in."""
+        found = self.operators.items()
+        return {path: f"{path}.{op.ranking}" for path, op in found if op.ranking is not None}
+
+
+def take_parts(network: nn.Module) -> Native:
+    """Put a `Place` where each part is that can be an operator, in `network` itself.
 
     Args:
         network: in evaluation mode, its norms folded.
 
     Returns:
-        The blocks, by path.
+        The operators, their library built.
 
     Raises:
-        ValueError: there is none; says why.
-
-    Example:
-        >>> import timm, torch
-        >>> from pliant.deploy.folding import fold_norms
-        >>> model = timm.create_model("resnet20_cifar_mod").eval()
-        >>> list(take_blocks(fold_norms(model, torch.randn(1, 3, 32, 32))))
-        ['layer1.1', 'layer2.1', 'layer3.1']
+        ValueError: no part can be an operator, they are of two libraries, or theirs cannot be
+            built; says why.
     """
-    blocks = {path: m for path, m in network.named_modules() if isinstance(m, MoDBlock)}
-    reasons = {path: fusable(block) for path, block in blocks.items()}
-    taken = {path: FusedMoDBlock(blocks[path]) for path, reason in reasons.items() if not reason}
+    taken: dict[str, OnnxOperator] = {}
+    reasons: list[str] = []
+    libraries: set[str] = set()
+
+    def place(path: str, part: Part) -> nn.Module | None:
+        operator = part.onnx_operator()
+        if isinstance(operator, OnnxOperator):
+            taken[path] = operator
+            libraries.add(part.operators)
+            return Place()
+        reasons.extend([operator] if operator else [])
+        return None
+
+    replace_parts(network, place)
     if not taken:
-        found = "; ".join(dict.fromkeys(reasons.values())) or "it has none"
+        why = "; ".join(dict.fromkeys(reasons)) or "it has no part of such a method"
         raise ValueError(
-            f"compiled=True of an .onnx is for Mixture-of-Depths blocks that one operator can do, and of "
-            f"this network's none can: {found}"
+            f"compiled=True of an .onnx is for parts that can be one operator, such as "
+            f"Mixture-of-Depths blocks, and of this network's none can: {why}"
         )
-    for path in taken:
-        parent, _, name = path.rpartition(".")
-        place = Place()
-        setattr(network.get_submodule(parent), name, place)
-        take_over(place, blocks[path])
-    return taken
+    if len(libraries) > 1:
+        raise ValueError(
+            f"a compiled .onnx has operators of one library, and this network's are of "
+            f"{', '.join(sorted(libraries))}; write it with compiled=False"
+        )
+    (operators,) = named_operators(libraries)
+    return Native(taken, operators.onnx_library())
 
 
-def write(graph: ir.Model, blocks: Mapping[str, FusedMoDBlock], path: Path, facts: Facts) -> list[Path]:
-    """Optimise a graph for this machine, put the operator in its places, and write it.
+def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Path]:
+    """Optimise a graph for this machine, put the operators in their places, and write it.
 
     Args:
-        graph: with a pool of its name for each block.
-        blocks: by path.
-        path: of the file; the operator's library is written beside it.
+        graph: with a pool of its name for each operator.
+        native: the operators.
+        path: of the file; their library is written beside it.
         facts: of the file.
 
     Returns:
@@ -162,12 +181,12 @@ def write(graph: ir.Model, blocks: Mapping[str, FusedMoDBlock], path: Path, fact
     model = onnx.load(str(after))
     before.unlink()
     after.unlink()
-    _put(model, blocks, block_size())
+    _put(model, native.operators, block_size())
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, facts.to_metadata())
     onnx.save(model, str(path))
     library = onnx_file.library_path(path)
-    shutil.copyfile(building.library(building.ORT_SOURCE), library)
+    shutil.copyfile(native.library, library)
     return [path, library]
 
 
@@ -187,22 +206,22 @@ def check_here(path: Path, facts: Facts) -> None:
         )
 
 
-def runner(path: Path, native: list[str], others: list[str]) -> Run:
-    """Runs the file for a check, what blocks selected as further outputs.
+def runner(path: Path, native: Native, others: list[str]) -> Run:
+    """Runs the file for a check, what its parts selected as further outputs.
 
     Args:
         path: of the file.
-        native: paths of the blocks that are the operator.
-        others: of those with a selector in the graph; where ONNX Runtime left no tensor of that
-            name, nothing is told of any selection.
+        native: the operators in it.
+        others: paths of the parts that rank in the graph; where ONNX Runtime left no tensor of
+            that name, nothing is told of any selection.
     """
 
     def tell(model: onnx.ModelProto) -> None:
         for node in model.graph.node:
-            if node.op_type == OPERATOR:
-                node.output.extend(onnx_file.selection_names(node.name))
+            if node.domain == DOMAIN and node.name in native.rankings:
+                node.output.extend(onnx_file.selection_names(native.rankings[node.name]))
 
-    return onnx_file.runner(path, [*native, *others], tell)
+    return onnx_file.runner(path, [*native.rankings.values(), *others], tell)
 
 
 def _optimise(before: Path, after: Path) -> None:
@@ -218,30 +237,29 @@ def _optimise(before: Path, after: Path) -> None:
         raise ValueError(f"ONNX Runtime cannot optimise the graph: {error}") from error
 
 
-def _put(model: onnx.ModelProto, blocks: Mapping[str, FusedMoDBlock], size: int) -> None:
-    """The operator in the places of the pools."""
+def _put(model: onnx.ModelProto, operators: Mapping[str, OnnxOperator], size: int) -> None:
+    """The operators in the places of the pools."""
     from onnx import helper, numpy_helper
 
-    left = dict(blocks)
+    left = dict(operators)
     for node in model.graph.node:
         path = node.name.removesuffix("_nchwc")  # ONNX Runtime's name of a node in its layout
-        block = left.pop(path, None) if node.op_type == "MaxPool" else None
-        if block is None:
+        operator = left.pop(path, None) if node.op_type == "MaxPool" else None
+        if operator is None:
             continue
-        weights = {f"{path}.{name}": p for name, p in block.named_parameters()}
+        weights = {f"{path}.{name}": p for name, p in operator.weights.items()}
         model.graph.initializer.extend(
             numpy_helper.from_array(p.detach().numpy(), name) for name, p in weights.items()
         )
+        attributes: dict[str, Any] = {**operator.attributes}
         new = helper.make_node(
-            OPERATOR,
+            operator.name,
             [node.input[0], *weights],
             list(node.output),
             name=path,
             domain=DOMAIN,
             block=size if node.domain == BLOCKED else 1,
-            dilation=block.dilation,
-            order=block.order,
-            fusion=block.fusion,
+            **attributes,
         )
         node.CopyFrom(new)
     if left:

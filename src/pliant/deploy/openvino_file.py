@@ -58,7 +58,7 @@ def load(
         precision: that it computes in, ``f32``, ``bf16`` or ``f16``. OpenVINO's own default on
             a CPU with bfloat16 is that, which changes which channels are selected.
     """
-    compiled = _compile(require("openvino").Core().read_model(str(path)), threads, precision)
+    compiled = compile_model(require("openvino").Core().read_model(str(path)), threads, precision)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         found = compiled(images.numpy())
@@ -67,32 +67,45 @@ def load(
     return run
 
 
-def runner(path: Path, blocks: list[str]) -> Run:
+def runner(path: Path, ranking: list[str]) -> Run:
     """Runs the file, its selections as further outputs; these change nothing else in it."""
     model = require("openvino").Core().read_model(str(path))
     outputs = len(model.outputs)
-    for block in blocks:
-        model.add_outputs(list(selection_names(block)))
-    compiled = _compile(model, 1, "f32")
+    for part in ranking:
+        model.add_outputs(list(selection_names(part)))
+    compiled = compile_model(model, 1, "f32")
 
     def run(images: Tensor) -> Result:
         found = compiled(images.numpy())
         tensors = [torch.from_numpy(found[n].copy()) for n in range(len(compiled.outputs))]
         chosen = {}
-        for n, block in enumerate(blocks):
+        for n, part in enumerate(ranking):
             logits, index = tensors[outputs + 2 * n : outputs + 2 * n + 2]
-            chosen[block] = Selection(logits.flatten(1), index.flatten(1).to(torch.int64))
+            chosen[part] = Selection(logits.flatten(1), index.flatten(1).to(torch.int64))
         return Result(tuple(tensors[:outputs]), chosen)
 
     return run
 
 
-def _compile(model: Any, threads: int | None, precision: str) -> Any:
+def compile_model(model: Any, threads: int | None, precision: str) -> Any:
+    """What OpenVINO makes of a model on the CPU, for latency.
+
+    Args:
+        model: read by OpenVINO.
+        threads: of OpenVINO; None: as many as it takes.
+        precision: ``f32``, ``bf16`` or ``f16``; OpenVINO's own default depends on the processor.
+
+    Raises:
+        ValueError: OpenVINO would run on other threads, or has no bfloat16 on this processor.
+    """
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
         settings["ENABLE_HYPER_THREADING"] = True  # or half of the threads are left out
     compiled = require("openvino").Core().compile_model(model, "CPU", settings)
-    if threads is not None and (held := compiled.get_property("INFERENCE_NUM_THREADS")) != threads:
-        raise ValueError(f"OpenVINO runs on {held} threads on this machine, not on {threads}")
+    if threads is not None and (given := compiled.get_property("INFERENCE_NUM_THREADS")) != threads:
+        raise ValueError(f"OpenVINO runs on {given} threads on this machine, not on {threads}")
+    given = compiled.get_property("INFERENCE_PRECISION_HINT")
+    if precision == "bf16" and "bfloat16" not in str(given):
+        raise ValueError(f"OpenVINO has no bfloat16 on this machine: it would compute in {given}")
     return compiled

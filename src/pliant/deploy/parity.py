@@ -1,13 +1,15 @@
-"""Is an exported file the network? Outputs, top-1 and selected channels, held against eager.
+"""Is an exported file the network? Its outputs, top-1 and selections are compared with eager mode.
 
 Two engines add in different orders, so outputs differ by rounding. Where two channels' scores
 are nearer to each other than they are off, rounding may exchange the two: such a *flip* is
 nobody's fault, but all that follows it is another computation. So a flip is excused only if the
 scores of the exchanged channels are no further apart than those two were measured to be off, and
 from there on the network is made to process the channels that the file processed: whatever
-follows is compared as well, and every image counts. Of a file that does not tell what it selected,
-outputs that are not the network's must be those of the network with tied channels exchanged
-(`pliant.deploy.exchanges`). Flips are counted.
+follows is compared as well, and every image counts. Flips are counted.
+
+A file of machine code does not tell what it selected. Its outputs alone are compared; an image
+whose outputs differ must be a *tie*: two channels whose ranks matter have scores that are no
+further apart than scores are off. Ties are counted, and most images must be none.
 
 Shapes in this file::
 
@@ -25,16 +27,15 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from pliant.deploy.exchanges import explain, score_noise
 from pliant.deploy.selections import (
     Result,
     Run,
     Selection,
     admissible,
     errors,
+    rankings,
     relative_error,
     run_eager,
-    selectors,
     worst,
 )
 
@@ -54,15 +55,15 @@ class Parity:
         top1_differs: images with another best class.
         top1_ties: of these, images whose two best classes are no further apart than twice the
             error.
-        selections: decisions that were compared, one for each image and MoD block.
-        score_error: largest error of a selector's logits, relative; where the file does not tell
-            them, that of the network in the file's precision, measured if outputs had to be explained.
-        flips: decisions for other channels, scores being nearer than they are off; where the file
-            does not tell, exchanges of such channels that explain its outputs.
+        selections: decisions that were compared, one for each image and part that ranks.
+        score_error: largest error of a part's logits, relative; where the file does not tell
+            them, that of the network in the file's precision, measured if outputs differed.
+        flips: decisions for other channels, scores being nearer than they are off.
         wrong_selections: decisions for other channels that this does not excuse.
         told: the file tells its selections, or has none; otherwise its outputs alone were compared.
-        unexplained: images whose outputs are not those of the network, whatever channels tie, of a
-            file that does not tell.
+        unexplained: of a file that does not tell, images with other outputs that are no ties.
+        ties: of a file that does not tell, images with other outputs whose scores tie; the
+            errors and the top-1 are those of all other images.
     """
 
     batches: tuple[int, ...]
@@ -78,6 +79,7 @@ class Parity:
     wrong_selections: int
     told: bool = True
     unexplained: int = 0
+    ties: int = 0
 
     @property
     def holds(self) -> bool:
@@ -87,6 +89,7 @@ class Parity:
             and (self.score_error <= self.tolerance or not self.told)
             and self.top1_differs == self.top1_ties
             and self.wrong_selections == self.unexplained == 0
+            and 2 * self.ties <= self.images
         )
 
     def __str__(self) -> str:
@@ -103,13 +106,13 @@ class Parity:
             )
         if not self.told:
             text += "; the file does not tell its selections"
-        if self.flips and not self.told:
+        if self.ties or self.unexplained:
             text += (
-                f", and {self.flips} exchanges of channels with nearly the same score (measured error: "
-                f"{self.score_error:.2e}) explain its outputs"
+                f"; other outputs for {self.ties + self.unexplained} images, {self.ties} of them with "
+                f"scores that tie (measured error: {self.score_error:.2e})"
             )
-        if self.unexplained:
-            text += f"; no such exchange explains those for {self.unexplained} images"
+        if 2 * self.ties > self.images:
+            text += ", which are too many to tell whether it is the network"
         return text
 
 
@@ -134,6 +137,7 @@ class _Tally:
     wrong: int = 0
     told: bool = True
     unexplained: int = 0
+    ties: int = 0
 
 
 def check_parity(
@@ -163,16 +167,16 @@ def check_parity(
         found = run(images)
         expected = run_eager(network, images, _as_told(found))
         if not all(bool(y.isfinite().all()) for y in expected.outputs):
-            raise ValueError(
-                "the network's own outputs are not finite, so nothing can be held against them"
-            )
-        wanted = expected.outputs
+            raise ValueError("the network's own outputs are not finite, so no file can be compared")
+        wanted, seen = expected.outputs, found.outputs
         if found.selections is not None:
             _compare_selections(network, expected, found, tally, tolerance)
         elif expected.selections:
             tally.told = False
-            wanted = _explained(network, images, wanted, found, tally, tolerance, noise)
-        _compare_outputs(wanted, found.outputs, tally)
+            keep = _no_ties(network, expected, found, tally, tolerance, noise)
+            wanted, seen = tuple(y[keep] for y in wanted), tuple(y[keep] for y in seen)
+        tally.images += len(images)
+        _compare_outputs(wanted, seen, tally)
     return Parity(
         batches=tuple(sorted({len(images) for images in batches})),
         images=tally.images,
@@ -187,6 +191,7 @@ def check_parity(
         wrong_selections=tally.wrong,
         told=tally.told,
         unexplained=tally.unexplained,
+        ties=tally.ties,
     )
 
 
@@ -203,9 +208,9 @@ def _compare_selections(
 ) -> None:
     """Compare decision by decision, each made by both after the same ones before it."""
     assert found.selections is not None
-    blocks = selectors(network)
+    by_path = rankings(network)
     for path, wanted in (expected.selections or {}).items():
-        seen, by_index = found.selections[path], blocks[path].order == "index"
+        seen, by_index = found.selections[path], by_path[path].by_index
         relative = relative_error(seen.logits, wanted.logits)
         tally.selections += len(relative)
         tally.score_error = max([tally.score_error, *_numbers(relative)])
@@ -220,35 +225,68 @@ def _in_order(selection: Selection, by_index: bool) -> Tensor:
     return selection.channels.sort(1).values if by_index else selection.channels
 
 
-def _explained(
+def _no_ties(
     network: nn.Module,
-    images: Tensor,
-    wanted: tuple[Tensor, ...],
+    expected: Result,
     found: Result,
     tally: _Tally,
     tolerance: float,
     noise: Callable[[], Mapping[str, float]],
-) -> tuple[Tensor, ...]:
-    """The network's outputs, with tied channels exchanged where that gives those of the file."""
-    off = (~(worst(wanted, found.outputs) <= tolerance)).nonzero()[:, 0].tolist()
-    if not off:
-        return wanted
+) -> Tensor:
+    """Images [B] to compare: all but those with other outputs whose scores tie, which are counted."""
+    off = ~(worst(expected.outputs, found.outputs) <= tolerance)
+    if not off.any():
+        return ~off
     tally.score_error = max(noise().values())
-    outputs = tuple(y.clone() for y in wanted)
-    for n in off:
-        given = tuple(y[n : n + 1] for y in found.outputs)
-        explanation = explain(network, images[n : n + 1], given, noise(), tolerance)
-        if explanation is None:
-            tally.unexplained += 1
-            continue
-        tally.flips += len(explanation.exchanges)
-        for y, explained in zip(outputs, explanation.outputs, strict=True):
-            y[n] = explained[0]
-    return outputs
+    tied = torch.zeros_like(off)
+    for path, ranking in rankings(network).items():
+        logits = (expected.selections or {})[path].logits
+        tied |= ties(logits, ranking.k, ranking.by_index, noise()[path])
+    # What is no number is no rounding.
+    tied &= torch.stack([y.isfinite().flatten(1).all(1) for y in found.outputs]).all(0)
+    tally.ties += int((off & tied).sum())
+    tally.unexplained += int((off & ~tied).sum())
+    return ~(off & tied)
+
+
+def ties(logits: Tensor, k: int, by_index: bool, error: float) -> Tensor:
+    """Images [B] for which rounding may select or order other channels.
+
+    Args:
+        logits: [B, C].
+        k: channels that are selected.
+        by_index: only which channels are selected matters, not their order.
+        error: of the logits, relative to the largest of an image.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.99], [3.0, 2.99, 1.0]])
+        >>> ties(logits, 2, False, 0.01), ties(logits, 2, True, 0.01)
+        (tensor([False,  True,  True]), tensor([False,  True, False]))
+    """
+    ranked = logits.topk(min(k + 1, logits.shape[1]), dim=1, sorted=True).values
+    gaps = ranked[:, :-1] - ranked[:, 1:]
+    if by_index:
+        gaps = gaps[:, k - 1 :]  # none where all channels are selected
+    # Each of two scores may be off by the error, in the network and in the file.
+    return (gaps <= 4 * error * logits.abs().amax(1, keepdim=True)).any(1)
+
+
+def score_noise(network: nn.Module, other: nn.Module, images: Tensor) -> dict[str, float]:
+    """How far the logits of each part are off by rounding, relative to the largest of an image.
+
+    Args:
+        network: the truth.
+        other: the same in another precision; it processes the channels that `network` selects.
+        images: to measure with.
+    """
+    true = run_eager(network, images).selections or {}
+    seen = run_eager(other, images, lambda path, _: true[path].channels).selections or {}
+    return {path: float(relative_error(seen[path].logits, true[path].logits).max()) for path in true}
 
 
 def _compare_outputs(wanted: tuple[Tensor, ...], found: tuple[Tensor, ...], tally: _Tally) -> None:
-    tally.images += len(wanted[0])
+    if not len(wanted[0]):
+        return
     for (absolute, relative), true, seen in zip(errors(wanted, found), wanted, found, strict=True):
         tally.max_abs = max([tally.max_abs, *_numbers(absolute)])
         tally.max_rel = max([tally.max_rel, *_numbers(relative)])

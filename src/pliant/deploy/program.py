@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from pliant._files import NotWrittenError
+from pliant.compiling import torch_threads
 from pliant.deploy import placing
-from pliant.deploy.engines.base import torch_threads
 from pliant.deploy.facts import Facts
 from pliant.deploy.selections import Result, Run, Selection, as_tuple
 
@@ -36,7 +36,20 @@ def write(program: ExportedProgram, path: Path, facts: Facts) -> None:
 
 
 def write_compiled(program: ExportedProgram, path: Path, facts: Facts) -> None:
-    """Compile a program ahead of time, and write it with its facts.
+    """Compile a program ahead of time, and write it with its facts; raises as `package`."""
+    package(program, path, facts.to_metadata())
+
+
+def package(
+    program: ExportedProgram, path: Path, metadata: Mapping[str, str], freezing: bool = True
+) -> None:
+    """Compile a program ahead of time by AOTInductor, and write the package of machine code.
+
+    Args:
+        program: what `torch.export` made.
+        path: of the package.
+        metadata: kept in it.
+        freezing: let weights be constants of the code; for CPUs.
 
     Raises:
         ValueError: this machine cannot compile it; says what the compiler says.
@@ -45,7 +58,7 @@ def write_compiled(program: ExportedProgram, path: Path, facts: Facts) -> None:
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import InductorError
 
-    options = {"aot_inductor.metadata": facts.to_metadata(), "freezing": True}
+    options = {"aot_inductor.metadata": dict(metadata), "freezing": freezing}
     packed = io.BytesIO()
     try:
         with torch.no_grad():
@@ -119,8 +132,8 @@ def facts_of(path: str | Path) -> Facts:
     return Facts.from_metadata(json.loads(text))
 
 
-def runner(path: Path, blocks: list[str], compiled: bool) -> Run:
-    """Runs the program in `path`; tells what `blocks` selected, unless it is compiled."""
+def runner(path: Path, ranking: list[str], compiled: bool) -> Run:
+    """Runs the program in `path`; tells what the parts `ranking` selected, unless it is compiled."""
     if compiled:
         from torch._inductor import aoti_load_package
 
@@ -134,7 +147,7 @@ def runner(path: Path, blocks: list[str], compiled: bool) -> Run:
     program = torch.export.load(str(path))
 
     def run(images: Tensor) -> Result:
-        watching = _Watching(program, blocks)
+        watching = _Watching(program, ranking)
         with torch.no_grad():
             outputs = watching.run(images)
         return Result(as_tuple(outputs), watching.selections)
@@ -143,21 +156,21 @@ def runner(path: Path, blocks: list[str], compiled: bool) -> Run:
 
 
 class _Watching(torch.fx.Interpreter):
-    """Runs a program's graph, and keeps what the selectors of `blocks` saw and chose."""
+    """Runs a program's graph, and keeps what the parts `ranking` saw and chose."""
 
-    def __init__(self, program: ExportedProgram, blocks: list[str]) -> None:
+    def __init__(self, program: ExportedProgram, ranking: list[str]) -> None:
         super().__init__(program.module())
-        self.blocks = blocks
+        self.ranking = ranking
         self.selections: dict[str, Selection] = {}
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
         if n.target is torch.ops.aten.topk.default:
             scopes = [scope for scope, _ in n.meta.get("nn_module_stack", {}).values()]
-            for block in self.blocks:
-                if any(scope.endswith(f"network.{block}.selector") for scope in scopes):
+            for path in self.ranking:
+                if any(scope.endswith(f"network.{path}") for scope in scopes):
                     seen = n.args[0]
                     assert isinstance(seen, torch.fx.Node)
                     logits = self.env[seen]
-                    self.selections[block] = Selection(logits, value[1])
+                    self.selections[path] = Selection(logits, value[1])
         return value

@@ -1,4 +1,4 @@
-"""Forwards whose selections are seen, and may be told: what parity of exported files is held by.
+"""Forwards whose selections are seen, and may be told: what the parity check compares.
 
 Shapes in this file::
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pliant.methods.mixture_of_depths.selectors import ChannelSelector
+from pliant.parts import Ranking, parts
 
 
 class Selection(NamedTuple):
@@ -31,7 +31,7 @@ class Result(NamedTuple):
 
     Attributes:
         outputs: the network's.
-        selections: of its Mixture-of-Depths blocks by path; None where an engine does not tell.
+        selections: by the paths of the parts that rank; None where an engine does not tell.
     """
 
     outputs: tuple[Tensor, ...]
@@ -39,32 +39,32 @@ class Result(NamedTuple):
 
 
 Run = Callable[[Tensor], Result]
-# From a block's path and its logits [B, C] to the channels [B, k] that it processes, best first.
+# From the path of a ranking part and its logits [B, C] to the channels [B, k] to process, best first.
 Choose = Callable[[str, Tensor], Tensor]
 
 
 def run_eager(network: nn.Module, images: Tensor, choose: Choose | None = None) -> Result:
-    """The network's outputs, and what its selectors saw and would choose.
+    """The network's outputs, and what its ranking parts saw and would choose.
 
     Args:
         network: in evaluation mode.
         images: [B, ...].
-        choose: which channels the blocks process; None: those that their selectors choose. What
-            the selectors would have chosen is what stands in the result all the same.
+        choose: which channels the network processes; None: those that its parts choose. The
+            result holds what the parts would have chosen all the same.
     """
     seen: dict[str, Selection] = {}
 
-    def note(path: str, selector: ChannelSelector, args: tuple[Tensor, ...], given: Any) -> Any:
-        logits = selector.logits(args[0])
-        seen[path] = Selection(logits, logits.topk(selector.k, dim=1, sorted=True).indices)
+    def note(path: str, ranking: Ranking, _: nn.Module, args: tuple[Tensor, ...], given: Any) -> Any:
+        logits = ranking.logits(args[0])
+        seen[path] = Selection(logits, logits.topk(ranking.k, dim=1, sorted=True).indices)
         if choose is None:
             return given
         channels = choose(path, logits)
-        if selector.order == "index":
-            channels = channels.sort(1).values
-        return logits.gather(1, channels).sigmoid(), channels
+        return ranking.outcome(logits, channels.sort(1).values if ranking.by_index else channels)
 
-    handles = [m.register_forward_hook(partial(note, path)) for path, m in selectors(network).items()]
+    found = rankings(network)
+    modules = {_plain(path): part for path, part in parts(network).items()}
+    handles = [modules[p].register_forward_hook(partial(note, p, ranking)) for p, ranking in found.items()]
     try:
         with torch.no_grad():
             outputs = network(images)
@@ -74,13 +74,18 @@ def run_eager(network: nn.Module, images: Tensor, choose: Choose | None = None) 
     return Result(as_tuple(outputs), seen)
 
 
-def selectors(network: nn.Module) -> dict[str, ChannelSelector]:
-    """The selectors of a network's Mixture-of-Depths blocks, by the paths of the blocks in it."""
-    return {
-        path.removesuffix(".selector").removeprefix("network."): module
-        for path, module in network.named_modules()
-        if isinstance(module, ChannelSelector)
-    }
+def rankings(network: nn.Module) -> dict[str, Ranking]:
+    """How the parts of a network select channels, by the paths of the parts that do.
+
+    The paths are those in the network itself, also where `network` prepares images for it
+    (`pliant.deploy.inputs.Prepared`).
+    """
+    found = {_plain(path): part.ranking() for path, part in parts(network).items()}
+    return {path: ranking for path, ranking in found.items() if ranking is not None}
+
+
+def _plain(path: str) -> str:
+    return path.removeprefix("network.")
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:

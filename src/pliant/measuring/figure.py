@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pliant.figures import check_suffix, write_figure
-from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION, NO_BLOCKS, OF_BLOCKS, Measurement
+from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION, OF_PARTS, Measurement, controls, is_control
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,13 +29,13 @@ QUANTITIES: dict[str, tuple[str, float]] = {
 KINDS: dict[str, tuple[str, str]] = {
     "baseline": ("s", "#000000"),
     "baseline, lower resolution": ("D", "#E69F00"),
-    "Mixture-of-Depths": ("o", "#0072B2"),
-    "Mixture-of-Depths, optimized": ("o", "#D55E00"),
-    "Mixture-of-Depths, native": ("o", "#CC79A7"),
-    "its MoD blocks removed": ("o", "#56B4E9"),
+    "converted": ("o", "#0072B2"),
+    "converted, optimized": ("o", "#D55E00"),
+    "converted, native": ("o", "#CC79A7"),
+    "control": ("o", "#56B4E9"),
     "other": ("^", "#009E73"),
 }
-HOLLOW = ("baseline, lower resolution", "its MoD blocks removed")
+HOLLOW = ("baseline, lower resolution", "control")
 
 
 def plot_against_latency(
@@ -47,8 +47,7 @@ def plot_against_latency(
 
     Rows of one engine, batch, dtype, device and memory format share a panel. The bar of
     a point is the interquartile range of its time; a dotted line leads from a
-    Mixture-of-Depths network to itself without its blocks: its length is the tax. A
-    vertical line marks the baseline's time.
+    converted network to its control: its length is the tax. A vertical line marks the baseline's time.
 
     Args:
         rows: measurements; those without a time or without `y` are left out.
@@ -80,7 +79,7 @@ def plot_against_latency(
         axes = figure.add_subplot(down, across, i + 1)
         _draw(axes, members, y)
         axes.set_title(setting, fontsize=10)
-    _legend(figure)
+    _legend(figure, rows)
     figure.suptitle(_machine(rows), fontsize=9, color="#555555")
     figure.draw_without_rendering()  # settles the layout, on which labels depend
     figure.set_layout_engine("none")
@@ -103,13 +102,13 @@ def check_figure(path: str | Path, y: str) -> Path:
 def _kind(row: Measurement) -> str:
     if row.variant == LOWER_RESOLUTION:
         return "baseline, lower resolution"
-    if row.variant == NO_BLOCKS:
-        return "its MoD blocks removed"
+    if is_control(row.variant):
+        return "control"
     if row.model == row.against:
         return "baseline"
-    if row.form in OF_BLOCKS:
-        return f"Mixture-of-Depths, {row.form}"
-    return "Mixture-of-Depths" if row.tax is not None or "_mod" in row.model else "other"
+    if row.form in OF_PARTS:
+        return f"converted, {row.form}"
+    return "converted" if row.tax is not None else "other"
 
 
 def _setting(row: Measurement) -> str:
@@ -158,7 +157,7 @@ def _draw(axes: Axes, rows: Sequence[Measurement], y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure: Figure) -> None:
+def _legend(figure: Figure, rows: Sequence[Measurement]) -> None:
     """One legend for all panels, of the kinds that occur."""
     from matplotlib.lines import Line2D
 
@@ -168,22 +167,23 @@ def _legend(figure: Figure) -> None:
         if (marker, colour) in drawn:
             face = "white" if kind in HOLLOW else colour
             style = {"marker": marker, "color": colour, "markerfacecolor": face, "linestyle": ""}
-            handles.append(Line2D([], [], label=kind, **style))  # type: ignore[arg-type]
+            label = ", ".join(controls(rows)) if kind == "control" else kind
+            handles.append(Line2D([], [], label=label, **style))  # type: ignore[arg-type]
     columns = min(len(handles), 2 * len(figure.axes))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 def _bare(row: Measurement, rows: Sequence[Measurement]) -> Measurement | None:
-    """The row of the same network without its MoD blocks; None for such a row itself."""
+    """The control's row of the same network; None for such a row itself."""
     if row.variant != AS_IS:
         return None
-    return next((r for r in rows if (r.model, r.variant) == (row.model, NO_BLOCKS)), None)
+    return next((r for r in rows if r.model == row.model and is_control(r.variant)), None)
 
 
 def _label(axes: Axes, rows: Sequence[Measurement], y: str) -> None:
     """Name the points, each where its name meets fewest other names, points and lines.
 
-    Networks without their blocks have no name where a line leads to the whole network.
+    Controls have no name where a line leads to the whole network.
     """
 
     def on_page(row: Measurement, to: Measurement, t: float = 0.0) -> tuple[float, float]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pliant.deploy.engines import FileEngine
-from pliant.measuring.entrants import EngineError
+from pliant.measuring.candidates import EngineError
 
 STARTING = 120.0  # seconds that a child may take to begin: it imports PyTorch
 COMMAND = (sys.executable, "-m", "pliant.measuring.worker")

@@ -3,8 +3,8 @@
 Absolute times of a shared machine drift by more than the effects that matter here. So
 all networks of a run are timed in turn (A B C A B C ...), a ratio is taken within each
 round, and the median over rounds is reported with its spread. A network is compared
-with the same network at a lower resolution, and a Mixture-of-Depths network with itself
-without its blocks: no block can be cheaper than none.
+with the same network at a lower resolution, and a converted network with its control,
+itself without the parts of its method: no part can be cheaper than none.
 
 `clock` times, by `torch.utils.benchmark` (which waits for a GPU, and sets the threads). Engines
 that may crash or hang write their files (`writing`) and run them in processes of their own
@@ -28,13 +28,12 @@ from typing import Any
 import torch
 
 from pliant.deploy.engines import named
-from pliant.measuring.entrants import Entrant, Model, Size, add_baseline, attempt, by_name, variants
+from pliant.measuring.candidates import Candidate, Model, Size, add_baseline, attempt, by_name, variants
 from pliant.measuring.rows import (
     AS_BUILT,
     AS_IS,
     FORMS,
     NATIVE,
-    NO_BLOCKS,
     OPTIMIZED,
     PLAIN,
     Measurement,
@@ -84,9 +83,10 @@ def measure(
     not changed.
 
     With `engines`, networks are as one would deploy them, all equally optimised: norms
-    folded, channels_last; and a Mixture-of-Depths network is there twice, with its blocks
-    as they are written (``plain``) and in the engine's best form (``optimized``), in ONNX
-    Runtime a third time, compiled for this machine (``native``).
+    folded, channels_last. A network whose parts have forms for engines (Mixture-of-Depths
+    blocks have) is timed twice, with its parts as they are written (``plain``) and in the
+    engine's best form (``optimized``), in ONNX Runtime a third time, compiled for this machine
+    (``native``).
 
     Args:
         models: names that ``timm.create_model`` knows (random weights), or networks,
@@ -119,8 +119,8 @@ def measure(
             a network, or for one round of one.
         write_timeout: seconds that it may take there to write the file of a network: to export
             or compile it. AOTInductor takes some 10 s for a ResNet-50, and minutes for large networks.
-        tax: time each Mixture-of-Depths network without its blocks too, for its tax.
-        lower_resolution: pixels at which the baseline is timed too, as a rival.
+        tax: time the control of each converted network too (`Method.without`), for its tax.
+        lower_resolution: pixels at which the baseline is timed too, for comparison.
         seed: of random weights and images; the caller's generators are left alone.
         progress: called with steps done, steps in all, and what comes next.
         done: called with the rows of a run as soon as it is over, so that they can be kept
@@ -163,12 +163,12 @@ def measure(
     gpus = [s.device for s in settings[:1] if s.device.type == "cuda"]
     with torch.random.fork_rng(gpus):
         torch.manual_seed(seed)
-        lineup: list[Entrant] = []
+        lineup: list[Candidate] = []
         for name, model in models_by_name.items():
             low = lower_resolution if name == base else None
             lineup += variants(name, model, input_size, low, tax, wanted)
-        for entrant in lineup:
-            attempt(entrant, count)
+        for candidate in lineup:
+            attempt(candidate, count)
         steps = len(lineup) * (1 + rounds)
         report = progress or (lambda _done, _total, _what: None)
         # What an engine has mapped cannot be removed everywhere.
@@ -176,14 +176,14 @@ def measure(
             files = Files(Path(folder))
             for n, setting in enumerate(settings):
                 told = partial(_told, report, len(settings) * steps, n * steps)
-                entrants = [
-                    replace(entrant, seconds=[])
-                    for entrant in lineup
-                    if entrant.form != NATIVE or setting.has_native
+                candidates = [
+                    replace(candidate, seconds=[])
+                    for candidate in lineup
+                    if candidate.form != NATIVE or setting.has_native
                 ]
-                run(entrants, setting, limits, files, told)
+                run(candidates, setting, limits, files, told)
                 origin = provenance(setting.device)
-                rows = [_row(e, entrants, base, setting, origin) for e in entrants]
+                rows = [_row(e, candidates, base, setting, origin) for e in candidates]
                 found += rows
                 if done is not None:
                     done(rows)
@@ -217,27 +217,34 @@ def _check(limits: Limits, forms: Sequence[str], settings: Sequence[Setting]) ->
 
 
 def _row(
-    entrant: Entrant, entrants: list[Entrant], base: str | None, setting: Setting, origin: Provenance
+    candidate: Candidate,
+    candidates: list[Candidate],
+    base: str | None,
+    setting: Setting,
+    origin: Provenance,
 ) -> Measurement:
-    """All that is known of one entrant beside the others."""
-    baseline = _find(entrants, base, AS_IS, entrant.rival)
-    stripped = _find(entrants, entrant.model, NO_BLOCKS, entrant.rival)
-    ms = [1000 * s for s in entrant.seconds]
-    ratios = _paired(entrant, baseline)
-    taxes = [r - 1 for r in _paired(entrant, stripped)] if entrant.variant == AS_IS else []
-    macs = entrant.macs / baseline.macs if baseline and baseline.macs and entrant.macs else None
-    notes = [entrant.note] if entrant.note else []
+    """All that is known of one candidate beside the others."""
+    form = candidate.reference_form
+    baseline = _find(candidates, base, AS_IS, form)
+    control = next(
+        (c for c in candidates if c.is_control and (c.model, c.form) == (candidate.model, form)), None
+    )
+    ms = [1000 * s for s in candidate.seconds]
+    ratios = _paired(candidate, baseline)
+    taxes = [r - 1 for r in _paired(candidate, control)] if candidate.variant == AS_IS else []
+    macs = candidate.macs / baseline.macs if baseline and baseline.macs and candidate.macs else None
+    notes = [candidate.note] if candidate.note else []
     if macs is not None and macs < 1 and ratios:
         _, middle, high = _quartiles(ratios)
         notes += [NOT_FASTER] if middle >= 1 else [PERHAPS_FASTER] if high >= 1 else []
-    if baseline and baseline.error and not entrant.error:
+    if baseline and baseline.error and not candidate.error:
         notes.append("the baseline failed: no ratio")
     return Measurement(
-        model=entrant.model,
-        variant=entrant.variant,
-        parameters=entrant.parameters,
-        macs=entrant.macs,
-        input_size=entrant.size,
+        model=candidate.model,
+        variant=candidate.variant,
+        parameters=candidate.parameters,
+        macs=candidate.macs,
+        input_size=candidate.size,
         batch=setting.batch,
         device=setting.device.type,
         engine=setting.engine.name,
@@ -256,22 +263,22 @@ def _row(
         tax=median(taxes),
         tax_iqr=spread(taxes),
         note="; ".join(notes),
-        error=entrant.error,
-        form=entrant.form,
+        error=candidate.error,
+        form=candidate.form,
         runtime=setting.engine.version,
         **origin,
     )
 
 
-def _find(entrants: Sequence[Entrant], model: str | None, variant: str, form: str) -> Entrant | None:
-    return next((e for e in entrants if (e.model, e.variant, e.form) == (model, variant, form)), None)
+def _find(candidates: Sequence[Candidate], model: str | None, variant: str, form: str) -> Candidate | None:
+    return next((e for e in candidates if (e.model, e.variant, e.form) == (model, variant, form)), None)
 
 
-def _paired(entrant: Entrant, other: Entrant | None) -> list[float]:
+def _paired(candidate: Candidate, other: Candidate | None) -> list[float]:
     """Times over the other's in the same round; empty if one of the two has none."""
-    if other is None or not entrant.seconds or not other.seconds:
+    if other is None or not candidate.seconds or not other.seconds:
         return []
-    return [a / b for a, b in zip(entrant.seconds, other.seconds, strict=True)]
+    return [a / b for a, b in zip(candidate.seconds, other.seconds, strict=True)]
 
 
 def _quartiles(values: list[float]) -> tuple[float, float, float]:

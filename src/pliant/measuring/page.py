@@ -46,7 +46,7 @@ def write_page(path: str | Path, rows: Sequence[Measurement], command: str = "pl
         figures = []
         if any(r.median_ms is not None and r.macs is not None for r in rows):
             svg = plot_against_latency(rows, "macs", Path(folder) / "macs.svg")
-            said = "A dotted line leads from a network to itself without its MoD blocks: the MoD tax."
+            said = "A dotted line leads from a network to its control: its length is the tax."
             figures.append(FigureBlock("Operations against latency", said, svg))
         return write_report(
             path,

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 AS_IS = "network"
-NO_BLOCKS = "without MoD blocks"
 LOWER_RESOLUTION = "lower resolution"
 
 # Forms: what was done to a network before an engine got it.
@@ -31,7 +30,17 @@ PLAIN = "plain"
 OPTIMIZED = "optimized"
 NATIVE = "native"
 FORMS = (AS_BUILT, PLAIN, OPTIMIZED, NATIVE)
-OF_BLOCKS = (OPTIMIZED, NATIVE)  # which only networks with Mixture-of-Depths blocks have
+OF_PARTS = (OPTIMIZED, NATIVE)  # which only networks have whose parts have such forms
+
+
+def is_control(variant: str) -> bool:
+    """Whether a variant is a network without the parts of its method (`Method.without_label`).
+
+    Example:
+        >>> is_control("without MoD blocks"), is_control(AS_IS)
+        (True, False)
+    """
+    return variant.startswith("without ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +53,8 @@ class Measurement(Origin):
 
     Attributes:
         model: the network's name.
-        variant: ``network``, ``without MoD blocks`` or ``lower resolution``.
+        variant: ``network``, ``lower resolution``, or the control's name, such as
+            ``without MoD blocks``.
         parameters: learnable values.
         macs: multiply-accumulates of one image.
         input_size: channels, height, width.
@@ -63,14 +73,14 @@ class Measurement(Origin):
         time_ratio: time over the baseline's.
         time_ratio_iqr: its spread.
         mac_ratio: multiply-accumulates over the baseline's.
-        tax: time over that of the same network without its MoD blocks, minus one.
+        tax: time over that of the control, minus one.
         tax_iqr: its spread.
         accuracy: top-1 in percent, where somebody has measured it (`dataclasses.replace`).
         note: what a reader must know, for example that operations fell and time did not.
         error: why there are no times.
         form: ``as built``; ``plain``: its norms folded into the layers before them;
-            ``optimized``: that, and its Mixture-of-Depths blocks in the engine's best form; or
-            ``native``: these as an operator in the engine's own layout, for this machine.
+            ``optimized``: that, and the parts of its methods in the engine's best form; or
+            ``native``: these as operators in the engine's own layout, for this machine.
         runtime: the engine and its version, where it is not PyTorch.
     """
 
@@ -116,7 +126,7 @@ class Measurement(Origin):
             'resnet50 at 176 px'
         """
         if self.variant == AS_IS:
-            return f"{self.model}, {self.form}" if self.form in OF_BLOCKS else self.model
+            return f"{self.model}, {self.form}" if self.form in OF_PARTS else self.model
         if self.variant == LOWER_RESOLUTION:
             return f"{self.model} at {_pixels(self.input_size)} px"
         return f"{self.model} {self.variant}"
@@ -229,7 +239,7 @@ COLUMNS: dict[str, tuple[str, Text]] = {
     "time_ratio": ("time ratio", lambda r: _ratio(r.time_ratio, r.time_ratio_iqr)),
     "mac_ratio": ("MAC ratio", lambda r: _ratio(r.mac_ratio, None)),
     "speedup": ("speed-up", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
-    "tax": ("MoD tax", lambda r: _percent(r.tax, r.tax_iqr)),
+    "tax": ("tax", lambda r: _percent(r.tax, r.tax_iqr)),
     "accuracy": ("top-1, %", lambda r: "" if r.accuracy is None else f"{r.accuracy:.2f}"),
     "note": ("note", lambda r: f"not measured: {r.error}" if r.error else r.note),
 }
@@ -357,11 +367,18 @@ def layout(
             shared.append(f"{heading} {', '.join(all_told)}")
     if any(r.iqr_ms is not None for r in rows):
         shared.append(LEGEND)
+    if any(r.tax is not None for r in rows):
+        shared.append(f"tax: time over that {' or '.join(controls(rows)) or 'of the control'}")
     wanted = columns or [n for n, (_, text) in COLUMNS.items() if n == "label" or any(map(text, rows))]
     chosen = [COLUMNS[n] for n in wanted]
     at = list(wanted).index("label") + 1 if "label" in wanted else 0
     chosen[at:at] = differing.values()
     return " · ".join(shared), [h for h, _ in chosen], [[text(r) for _, text in chosen] for r in rows]
+
+
+def controls(rows: Iterable[Measurement]) -> list[str]:
+    """What the controls among rows are called, each once."""
+    return list(dict.fromkeys(r.variant for r in rows if is_control(r.variant)))
 
 
 def _silent(row: Measurement, condition: str) -> bool:

@@ -6,7 +6,6 @@ Shapes: images [B, C, H, W].
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import PRECISIONS, Engine, FileEngine, named
 from pliant.deploy.folding import fold_norms
-from pliant.measuring.clock import clock, warm
-from pliant.measuring.entrants import Entrant, attempt
+from pliant.measuring.candidates import Candidate, attempt
+from pliant.measuring.clock import calls_within, clock, warm
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.rows import AS_BUILT, NATIVE, OPTIMIZED
 from pliant.measuring.writing import Files, Writing
+from pliant.parts import Operators, operators_of
 
 FEWEST_ROUNDS = 3  # that `max_run_time` leaves
 CROWDED = 4  # times as long as alone, at most, a warm-up takes beside files being written
@@ -58,7 +58,7 @@ class Setting:
 
     @property
     def has_native(self) -> bool:
-        """Whether the engine has an operator of its own layout for Mixture-of-Depths blocks."""
+        """Whether the engine runs parts as operators in a layout of its own."""
         return self.precision in self.engine.native_precisions
 
     @property
@@ -122,57 +122,60 @@ class Limits:
 
 
 def run(
-    entrants: list[Entrant],
+    candidates: list[Candidate],
     setting: Setting,
     limits: Limits,
     files: Files,
     report: Callable[[int, str], None],
 ) -> None:
-    """Prepare all entrants, then time them in turn, round after round; each keeps its times.
+    """Prepare all candidates, then time them in turn, round after round; each keeps its times.
 
     Args:
-        entrants: in their order; those with an error stay out.
+        candidates: in their order; those with an error stay out.
         setting: what holds for all.
         limits: of the time that it takes.
         files: of engines that run files; those that serve another run are kept.
-        report: called with steps done and what comes next; an entrant is a step in the
+        report: called with steps done and what comes next; an candidate is a step in the
             preparation, and in each round.
     """
     engine = setting.engine
     on_cpu = setting.device.type == "cpu"
-    for entrant in entrants:
-        entrant.error = entrant.error or setting.unfit
-    if on_cpu and engine.by_pytorch and any(e.form == OPTIMIZED for e in entrants):
-        from pliant.methods.mixture_of_depths.ops import building
-
-        building.ready()  # a minute or two the first time, which are no network's own
-    if any(e.form == NATIVE for e in entrants):
-        from pliant.methods.mixture_of_depths.ops import building
-
-        with suppress(building.BuildError):  # the networks that need it will say so
-            building.library(building.ORT_SOURCE)
+    for candidate in candidates:
+        candidate.error = candidate.error or setting.unfit
+    # Building takes a minute or two the first time, which are no network's own.
+    for native in _operators(candidates, OPTIMIZED) if on_cpu and engine.by_pytorch else ():
+        native.ready()
+    for native in _operators(candidates, NATIVE):
+        with suppress(ValueError):  # the networks that need it will say so
+            native.onnx_library()
     child = writing = None
     if isinstance(engine, FileEngine):
         child = Isolated(engine, limits.timeout)
         kind = setting.device.type
-        writing = Writing(files, engine, child, entrants, setting.how, kind, limits.write_timeout)
+        writing = Writing(files, engine, child, candidates, setting.how, kind, limits.write_timeout)
     with child or nullcontext():
-        _prepare(entrants, setting, limits, child, writing, report)
+        _prepare(candidates, setting, limits, child, writing, report)
         # An engine that quietly compiled anew, or gave up, would spoil the times.
         with torch.compiler.set_stance("fail_on_recompile"):
-            _race(entrants, limits, report)
+            _race(candidates, limits, report)
 
 
-def count(entrant: Entrant) -> None:
+def _operators(candidates: list[Candidate], form: str) -> list[Operators]:
+    """The native operators that candidates of this form need."""
+    networks = [c.network for c in candidates if c.form == form and c.network is not None]
+    return list({id(o): o for network in networks for o in operators_of(network)}.values())
+
+
+def count(candidate: Candidate) -> None:
     """Note its parameters and multiply-accumulates, which are those of the network as built."""
-    assert entrant.network is not None
-    assert entrant.size is not None
-    entrant.parameters = count_parameters(entrant.network)
-    entrant.macs = count_macs(entrant.network, entrant.size)
+    assert candidate.network is not None
+    assert candidate.size is not None
+    candidate.parameters = count_parameters(candidate.network)
+    candidate.macs = count_macs(candidate.network, candidate.size)
 
 
 def _prepare(
-    entrants: list[Entrant],
+    candidates: list[Candidate],
     setting: Setting,
     limits: Limits,
     child: Isolated | None,
@@ -188,105 +191,99 @@ def _prepare(
     least = limits.min_run_time * (CROWDED if ahead else 1)
     rest: dict[int, Callable[[], float]] = {}  # of the preparation of those that are begun
 
-    def begin(entrant: Entrant) -> None:
-        rest[id(entrant)] = _begin(entrant, setting, child, writing)
+    def begin(candidate: Candidate) -> None:
+        rest[id(candidate)] = _begin(candidate, setting, child, writing)
 
-    def finish(entrant: Entrant) -> None:
-        entrant.calls = _calls(least, rest.pop(id(entrant))())
+    def finish(candidate: Candidate) -> None:
+        candidate.calls = calls_within(least, rest.pop(id(candidate))())
 
-    def recount(entrant: Entrant) -> None:
-        if entrant.calls > 1:
-            assert entrant.clock is not None
-            entrant.calls = _calls(limits.min_run_time, entrant.clock(1))
+    def recount(candidate: Candidate) -> None:
+        if candidate.calls > 1:
+            assert candidate.clock is not None
+            candidate.calls = calls_within(limits.min_run_time, candidate.clock(1))
 
     start, begun, most = time.monotonic(), 0, limits.max_prepare_time
     with writing or nullcontext():
-        for i, entrant in enumerate(entrants):
-            report(i, f"preparing {entrant.label}")
-            for other in entrants[begun : i + 1 + ahead]:
+        for i, candidate in enumerate(candidates):
+            report(i, f"preparing {candidate.label}")
+            for other in candidates[begun : i + 1 + ahead]:
                 if begun and most is not None and time.monotonic() - start >= most:
                     other.error = other.error or f"left out: preparing took over {most:g} s"
                 attempt(other, begin)
                 begun += 1
-            attempt(entrant, finish)
-    for entrant in entrants if ahead else []:
-        attempt(entrant, recount)
-
-
-def _calls(least: float, seconds: float) -> int:
-    """How many calls of so many seconds take the least time."""
-    return max(1, math.ceil(least / seconds))
+            attempt(candidate, finish)
+    for candidate in candidates if ahead else []:
+        attempt(candidate, recount)
 
 
 def _begin(
-    entrant: Entrant, setting: Setting, child: Isolated | None, writing: Writing | None
+    candidate: Candidate, setting: Setting, child: Isolated | None, writing: Writing | None
 ) -> Callable[[], float]:
     """Bring into form and begin to write its file, if there is one.
 
     What comes back does the rest: it sets the clock, warms up, and gives the seconds of one call.
     """
-    assert entrant.network is not None
-    assert entrant.size is not None
-    original, entrant.network = entrant.network, None
+    assert candidate.network is not None
+    assert candidate.size is not None
+    original, candidate.network = candidate.network, None
     engine = setting.engine
-    images = engine.images(setting.place(torch.randn(setting.batch, *entrant.size)), setting.precision)
+    images = engine.images(setting.place(torch.randn(setting.batch, *candidate.size)), setting.precision)
 
     def formed() -> nn.Module:
         # Its own copy: the caller's network stays as it is, where it is.
-        return _formed(copy.deepcopy(original).eval(), entrant, setting, images)
+        return _formed(copy.deepcopy(original).eval(), candidate, setting, images)
 
     if child is None or writing is None:
-        return partial(_prepare_here, entrant, setting, formed(), images)
-    return partial(_load, entrant, setting, child, writing.begin(entrant, formed, images), images)
+        return partial(_prepare_here, candidate, setting, formed(), images)
+    return partial(_load, candidate, setting, child, writing.begin(candidate, formed, images), images)
 
 
-def _prepare_here(entrant: Entrant, setting: Setting, network: nn.Module, images: Tensor) -> float:
+def _prepare_here(candidate: Candidate, setting: Setting, network: nn.Module, images: Tensor) -> float:
     run = setting.engine.prepare(network, images, **setting.how)
-    entrant.clock = clock(run, images, setting.threads)
-    return warm(entrant.clock)
+    candidate.clock = clock(run, images, setting.threads)
+    return warm(candidate.clock)
 
 
 def _load(
-    entrant: Entrant, setting: Setting, child: Isolated, written: Callable[[], Path], images: Tensor
+    candidate: Candidate, setting: Setting, child: Isolated, written: Callable[[], Path], images: Tensor
 ) -> float:
     number, seconds = child.load(written(), images, **setting.how)
-    entrant.clock = partial(child.time, number)
+    candidate.clock = partial(child.time, number)
     return seconds
 
 
-def _formed(network: nn.Module, entrant: Entrant, setting: Setting, images: Tensor) -> nn.Module:
+def _formed(network: nn.Module, candidate: Candidate, setting: Setting, images: Tensor) -> nn.Module:
     """The network as the engine gets it: in its form, and in place.
 
     An engine that is not PyTorch's is told of the best blocks when it writes its file.
     """
-    if entrant.form != AS_BUILT:
+    if candidate.form != AS_BUILT:
         like = next(network.parameters(), images)
         network = fold_norms(network, images[:1].to(like.device, like.dtype))
     network = setting.place(network)
-    if entrant.form == OPTIMIZED and setting.engine.by_pytorch:
+    if candidate.form == OPTIMIZED and setting.engine.by_pytorch:
         from pliant.deploy.optimize import optimize, unfused
-        from pliant.methods.mixture_of_depths.ops import building
 
         network = optimize(network, images[:1], channels_last=setting.channels_last)
-        unbuilt = building.why_not() if setting.device.type == "cpu" else ""
-        reasons = dict.fromkeys([*unfused(network).values(), unbuilt])
+        native = operators_of(network) if setting.device.type == "cpu" else ()
+        reasons = dict.fromkeys([*unfused(network).values(), *(o.why_not() for o in native)])
         if told := "; ".join(filter(None, reasons)):
-            entrant.note = f"blocks run in PyTorch's operators: {told}"
+            candidate.note = f"blocks run in PyTorch's operators: {told}"
     return network
 
 
-def _race(entrants: list[Entrant], limits: Limits, report: Callable[[int, str], None]) -> None:
-    """Time all entrants in turn, round after round."""
+def _race(candidates: list[Candidate], limits: Limits, report: Callable[[int, str], None]) -> None:
+    """Time all candidates in turn, round after round."""
     start = time.monotonic()
     for i in range(limits.rounds):
-        for j, entrant in enumerate(entrants):
-            report(len(entrants) * (1 + i) + j, f"round {i + 1} of {limits.rounds}")
-            attempt(entrant, _time)
+        for j, candidate in enumerate(candidates):
+            report(len(candidates) * (1 + i) + j, f"round {i + 1} of {limits.rounds}")
+            attempt(candidate, _time)
         spent = time.monotonic() - start
         if limits.max_run_time is not None and spent >= limits.max_run_time and i + 1 >= FEWEST_ROUNDS:
             return
 
 
-def _time(entrant: Entrant) -> None:
-    assert entrant.clock is not None
-    entrant.seconds.append(entrant.clock(entrant.calls))
+def _time(candidate: Candidate) -> None:
+    assert candidate.clock is not None
+    candidate.seconds.append(candidate.clock(candidate.calls))

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from pliant.measuring.candidates import reason
 from pliant.measuring.clock import Clock, clock, warm
-from pliant.measuring.entrants import reason
 
 LOOK = 5.0  # seconds after which a child that works on notices that its parent is gone
 

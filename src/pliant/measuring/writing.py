@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.deploy.engines import FileEngine
-from pliant.measuring.entrants import EngineError, Entrant, reason
+from pliant.measuring.candidates import Candidate, EngineError, reason
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.rows import NATIVE, OPTIMIZED
 
@@ -66,7 +66,7 @@ class Writing(AbstractContextManager["Writing"]):
         files: of all runs; those that serve this one are not written again.
         engine: that writes.
         child: in which it runs networks.
-        entrants: of the run, to know how many files it needs.
+        candidates: of the run, to know how many files it needs.
         how: ``precision`` and ``threads``, as the engine's ``write`` takes them.
         device: kind of device.
         limit: seconds that a child may take for one file.
@@ -80,14 +80,14 @@ class Writing(AbstractContextManager["Writing"]):
         files: Files,
         engine: FileEngine,
         child: Isolated,
-        entrants: Sequence[Entrant],
+        candidates: Sequence[Candidate],
         how: dict[str, Any],
         device: str,
         limit: float,
     ) -> None:
         self._files, self._engine, self._child = files, engine, child
         self._how, self._limit = how, limit
-        new = sum(not (e.error or self._known(e)) for e in entrants)
+        new = sum(not (e.error or self._known(e)) for e in candidates)
         self.ahead = min(WRITERS, os.cpu_count() or 1) if new > FEW and device == "cpu" else 0
         self._writers = [Isolated(engine, limit) for _ in range(self.ahead)]
         self._idle = queue.SimpleQueue[Isolated]()
@@ -96,12 +96,12 @@ class Writing(AbstractContextManager["Writing"]):
         self._pool = ThreadPoolExecutor(max(1, self.ahead))
 
     def begin(
-        self, entrant: Entrant, formed: Callable[[], nn.Module], images: Tensor
+        self, candidate: Candidate, formed: Callable[[], nn.Module], images: Tensor
     ) -> Callable[[], Path]:
         """Begin to write the file of a network, unless one is there that serves.
 
         Args:
-            entrant: whose file it is.
+            candidate: whose file it is.
             formed: makes the network as the engine gets it; called where a file is to be written.
             images: as the engine gets them, [B, C, H, W].
 
@@ -112,17 +112,17 @@ class Writing(AbstractContextManager["Writing"]):
         Raises:
             EngineError: the file would serve other runs too, and could not be written in one of them.
         """
-        key = self._key(entrant)
+        key = self._key(candidate)
         if why := self._files.failed.get(key):
             raise EngineError(why)
         old = self._files.written.get(key)
-        if old is not None and self._shared(entrant):
+        if old is not None and self._shared(candidate):
             return partial(Path, old)
         if old is not None:  # of another batch
             shutil.rmtree(self._files.written.pop(key).parent, ignore_errors=True)
         network = formed()
         folder = Path(tempfile.mkdtemp(dir=self._files.folder))
-        how = self._how | {name: True for name, wanted in _forms(entrant).items() if wanted}
+        how = self._how | {name: True for name, wanted in _forms(candidate).items() if wanted}
         given = folder.with_suffix(".network")
         write: Callable[[], Path | None]
         if not _saved(network, images, given):
@@ -139,7 +139,7 @@ class Writing(AbstractContextManager["Writing"]):
                     network, images = torch.load(given, weights_only=False)
                     path = self._engine.write(network, images, folder, **how)
             except Exception as e:
-                if self._shared(entrant):
+                if self._shared(candidate):
                     self._files.failed[key] = reason(e)
                 raise
             finally:
@@ -156,17 +156,17 @@ class Writing(AbstractContextManager["Writing"]):
         finally:
             self._idle.put(writer)
 
-    def _known(self, entrant: Entrant) -> bool:
+    def _known(self, candidate: Candidate) -> bool:
         """Whether its file is there, or cannot be written."""
-        key = self._key(entrant)
-        return key in self._files.failed or (key in self._files.written and bool(self._shared(entrant)))
+        key = self._key(candidate)
+        return key in self._files.failed or (key in self._files.written and bool(self._shared(candidate)))
 
-    def _shared(self, entrant: Entrant) -> str:
-        return self._engine.shared(self._how["precision"], **_forms(entrant))
+    def _shared(self, candidate: Candidate) -> str:
+        return self._engine.shared(self._how["precision"], **_forms(candidate))
 
-    def _key(self, entrant: Entrant) -> Key:
-        known_by = self._shared(entrant) or self._engine.name
-        return entrant.model, entrant.variant, entrant.form, known_by
+    def _key(self, candidate: Candidate) -> Key:
+        known_by = self._shared(candidate) or self._engine.name
+        return candidate.model, candidate.variant, candidate.form, known_by
 
     def __exit__(self, *_: object) -> None:
         """End the children that write; what they were writing is not there then."""
@@ -178,8 +178,8 @@ class Writing(AbstractContextManager["Writing"]):
             writer.close()
 
 
-def _forms(entrant: Entrant) -> dict[str, bool]:
-    return {"optimized": entrant.form == OPTIMIZED, "native": entrant.form == NATIVE}
+def _forms(candidate: Candidate) -> dict[str, bool]:
+    return {"optimized": candidate.form == OPTIMIZED, "native": candidate.form == NATIVE}
 
 
 def _saved(network: nn.Module, images: Tensor, path: Path) -> bool:

@@ -14,7 +14,7 @@ from pliant.surgery import conversions
 
 
 def sites(model, **options) -> list[str]:
-    return [r.path for r in plan(model, CondConv(experts=2, **options)).replacements]
+    return [site.path for site in CondConv(experts=2, **options).survey(model).sites]
 
 
 # --- coverage ----------------------------------------------------------------------------------
@@ -68,22 +68,21 @@ def test_the_plan_of_a_network():
     ],
 )
 def test_where_it_begins_unless_told(name, kwargs, first, count):
-    made = plan(meta(name, **kwargs), CondConv(experts=2))
-    details = [r.detail for r in made.replacements]
-    assert (int(details[0].split(",")[0].removeprefix("unit=")), made.replacements[0].path) == first
-    assert len(details) == count
+    found = CondConv(experts=2).survey(meta(name, **kwargs)).sites
+    assert (found[0].detail["unit"], found[0].path) == first
+    assert len(found) == count
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_convolution_is_a_site_or_passed_over_with_a_reason(name):
-    model = timm.create_model(name, **FAMILIES[name])
-    made = plan(model, CondConv(experts=2, begin=3))
-    named = {r.path for r in made.replacements} | {p.path for _, p in made.passed_over}
+    model = meta(name, **FAMILIES[name])
+    found = CondConv(experts=2, begin=3).survey(model)
+    named = {place.path for place in (*found.sites, *found.passed_over)}
     new = convert(model, CondConv(experts=2, begin=3))
     for path, module in new.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, CondConv2d, CondLinear)) and "router" not in path:
             assert any(path == n or path.startswith(f"{n}.") for n in named), path
-        if isinstance(module, nn.Conv2d) and any(path.startswith(f"{r.path}.") for r in made.replacements):
+        if isinstance(module, nn.Conv2d) and any(path.startswith(f"{s.path}.") for s in found.sites):
             assert ".se." in path, f"{path} is left in a block that was replaced"
 
 

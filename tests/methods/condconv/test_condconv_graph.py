@@ -22,7 +22,9 @@ from pliant import CondConv, convert
 FORMS = {"fused": {"form": "fused"}, "experts": {"form": "experts"}}
 ALL = {**VARIANTS, **FORMS, "hard to one": {"active": 1}, "hard and hidden": {"active": 1, "hidden": 1}}
 
-THREADED = ("single", "shared", "hierarchical")
+# Those whose graphs differ in kind; the others differ in a layer or an activation, and are slow tests.
+KINDS = ("block", "hierarchical", "per_channel", "hard", "fused", "experts")
+EACH = [pytest.param(v, marks=() if v in KINDS else pytest.mark.slow) for v in ALL]
 
 
 def network(variant: str) -> nn.Module:
@@ -43,7 +45,7 @@ def _fresh_compiler():
 # --- graphs --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("variant", EACH)
 def test_compiles_without_a_break_and_only_once(variant):
     model = network(variant)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -54,7 +56,7 @@ def test_compiles_without_a_break_and_only_once(variant):
             torch.testing.assert_close(compiled(second), model(second), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["block", "hierarchical", "per_channel", "hard", "experts"])
+@pytest.mark.parametrize("variant", ["hierarchical", "hard"])
 def test_trains_when_compiled(variant):
     model = network(variant).train()
     eager = copy.deepcopy(model)
@@ -68,7 +70,7 @@ def test_trains_when_compiled(variant):
 @pytest.mark.parametrize(
     ("variant", "strict"),
     [
-        pytest.param(v, strict, marks=pytest.mark.slow if strict and v not in THREADED else ())
+        pytest.param(v, strict, marks=() if v in KINDS[: 2 if strict else None] else pytest.mark.slow)
         for v in ALL
         for strict in (False, True)
     ],
@@ -85,14 +87,9 @@ def test_exports_with_a_dynamic_batch(variant, strict):
             torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [
-        "resnet20_cifar",
-        pytest.param("regnetx_002", marks=pytest.mark.slow),
-        pytest.param("convnext_atto", marks=pytest.mark.slow),
-        pytest.param("tf_efficientnet_lite0", marks=pytest.mark.slow),
-    ],
+    "name", ["resnet20_cifar", "regnetx_002", "convnext_atto", "tf_efficientnet_lite0"]
 )
 def test_other_families_compile_and_export(name):
     torch.manual_seed(0)
@@ -225,6 +222,7 @@ PROCESS = """
 """
 
 
+@pytest.mark.slow  # test_an_expert_that_is_never_chosen_keeps_its_weights: every parameter has a gradient
 def test_two_processes_train_without_looking_for_unused_parameters():
     for text in run_two(textwrap.dedent(PROCESS)):
         assert text.count("same gradients") == 10

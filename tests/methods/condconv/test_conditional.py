@@ -86,6 +86,25 @@ def test_dropout_is_on_the_input_and_the_router_sees_none_of_it() -> None:
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize("kind", ["1x1 strided", "3x3", "depthwise", "linear"])
+def test_the_forms_of_a_layer_train_alike(kind: str) -> None:
+    """Outputs and the gradients of input, experts, biases and router."""
+    found = []
+    for form in (*FORMS, "auto"):
+        torch.manual_seed(0)
+        if kind == "linear":
+            layer: nn.Module = CondLinear(8, 16, "experts", router=Router(8, 8), form=form).double()
+        else:
+            layer = layer_of(kind, form=form)
+        x = torch.randn(3, 8, *(() if kind == "linear" else (9, 9)), dtype=torch.double, requires_grad=True)
+        y = layer(x)
+        y.square().sum().backward()
+        found.append({"y": y, "x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}})
+        assert all(value is not None and value.any() for value in found[-1].values())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-12)
+
+
 # Routing
 
 

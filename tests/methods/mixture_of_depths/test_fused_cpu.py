@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -337,9 +338,14 @@ def stand_in(tmp_path: Path, monkeypatch, body: str) -> Path:
     return log
 
 
-def test_the_cache_needs_no_compiler(cache, tmp_path, monkeypatch):
+def test_the_cache_needs_no_compiler(cache, tmp_path, monkeypatch, caplog):
     log = stand_in(tmp_path, monkeypatch, "echo built > $out")
     path = building.library()
+    (said,) = caplog.records  # before the build, and once
+    assert said.levelname == "WARNING"
+    assert re.fullmatch(
+        rf"pliant builds mod_block\.cpp for this machine with .*, once; .* goes to {cache}", said.message
+    )
     assert path.parent == cache
     assert path.read_text() == "built\n"
     assert "-march=native" in log.read_text() or os.uname().machine not in ("x86_64", "aarch64")
@@ -347,6 +353,7 @@ def test_the_cache_needs_no_compiler(cache, tmp_path, monkeypatch):
     assert building.library() == path
     assert len(log.read_text().splitlines()) == 1
     assert [p.name for p in cache.iterdir()] == [path.name]
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from pliant.deploy.facts import read_report
 from pliant.deploy.loading import open_export, read_facts
 from pliant.deploy.onnx_file import library_path, open_session
 from pliant.measuring.latency import measure
-from pliant.measuring.rows import NATIVE, NO_BLOCKS, PLAIN
+from pliant.measuring.rows import NATIVE, PLAIN
+from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 from pliant.methods.mixture_of_depths.ops import building
 from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch
 
@@ -326,7 +327,7 @@ def test_what_cannot_be_compiled_is_refused_by_name(layout, tmp_path, monkeypatc
         assert not list(tmp_path.glob("net*"))
 
     refused(_export.mod(), "for float32, not for float16", precision="float16")
-    refused(_export.plain().eval(), "none can: it has none")
+    refused(_export.plain().eval(), "none can: it has no part of such a method")
     refused(_export.mod(selection="first"), "none can: its channels are not chosen by a learned selector")
     with monkeypatch.context() as patched:
         patched.setattr(onnx_native, "BLOCKED", "com.example.none")

@@ -99,6 +99,8 @@ def test_values_and_gradients_are_the_plain_forms(form, fusion, selection, train
         block.train(train)
         x, g = images(dtype=torch.float64, form=form)
         expected = reference(copy.deepcopy(block), x, g)
+        written = copy.deepcopy(block)  # what compilers and exporters see
+        assert_same(run(written.written, written, x, g)[0], expected, 1e-12)
         found, name = run(block, block, x, g)
         assert "Fuse" in name
         assert_same(found, expected, 1e-12)

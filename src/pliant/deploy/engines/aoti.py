@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from pliant.compiling import torch_threads
 from pliant.deploy.engines.base import (
     PRECISIONS,
     Expected,
@@ -13,10 +15,11 @@ from pliant.deploy.engines.base import (
     Runner,
     evaluated,
     torch_runner,
-    torch_threads,
 )
+from pliant.deploy.program import package
+from pliant.parts import named_operators, parts
 
-OPERATORS = "pliant.operators"  # of a package: whether it calls pliant's own
+OPERATORS = "pliant.operators"  # in a package's metadata: modules of the native operators it calls
 
 
 class AOTInductor(FileEngine):
@@ -42,34 +45,25 @@ class AOTInductor(FileEngine):
         optimized: bool = False,
     ) -> Path:
         """A ``.pt2`` package; see `FileEngine.write`."""
-        import torch._inductor
-
         threads = self._check(example, precision, threads)
         network = evaluated(model, precision)
-        path = folder / "network.pt2"
+        path, on_cpu = folder / "network.pt2", example.device.type == "cpu"
+        # A part with a fast form is not in it, and runs no operator of its own.
+        called = {p.operators for p in parts(network).values() if on_cpu and p.fast_form() is None}
         with torch_threads(threads), torch.no_grad():
             program = torch.export.export(network, (example.to(PRECISIONS[precision]),))
-            torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=str(path),
-                inductor_configs={
-                    "freezing": example.device.type == "cpu",
-                    "aot_inductor.metadata": {OPERATORS: str(_fused(network))},
-                },
-            )
+            package(program, path, {OPERATORS: " ".join(sorted(called))}, freezing=on_cpu)
         return path
 
     def load(
         self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
     ) -> Runner:
         """Load a package; see `FileEngine.load`."""
-        import torch._inductor
+        from torch._inductor import aoti_load_package  # on use: it takes seconds to import
 
         threads = self._check(example, precision, threads)
-        import pliant.methods.mixture_of_depths.ops.building as operators
-
-        network = torch._inductor.aoti_load_package(str(path))
-        if example.device.type == "cpu" and network.get_metadata().get(OPERATORS) == str(True):
+        network = aoti_load_package(str(path))
+        for operators in named_operators(network.get_metadata().get(OPERATORS, "").split()):
             operators.ready()
         last = example.is_contiguous(memory_format=torch.channels_last)
         form = torch.channels_last if last and not example.is_contiguous() else torch.contiguous_format
@@ -79,9 +73,3 @@ class AOTInductor(FileEngine):
             return network(images.contiguous(memory_format=form))
 
         return torch_runner(call, Expected(example, precision), precision, threads)
-
-
-def _fused(network: nn.Module) -> bool:
-    from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock
-
-    return any(isinstance(m, FusedMoDBlock) for m in network.modules())

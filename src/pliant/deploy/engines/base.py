@@ -10,8 +10,7 @@ import importlib.metadata
 import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,8 +41,8 @@ class Engine(ABC):
             the last one runs networks.
         by_pytorch: whether PyTorch runs it, so that images come in the precision and in a
             memory format; other engines take contiguous float32 and do with it what they want.
-        native_precisions: in which its ``write`` knows ``native=True``: Mixture-of-Depths blocks as
-            an operator in its own layout, for this machine.
+        native_precisions: in which its ``write`` knows ``native=True``: parts as an operator in
+            its own layout (`pliant.parts.Part.onnx_operator`), for this machine.
     """
 
     name: str
@@ -133,14 +132,10 @@ class FileEngine(Engine):
     """
 
     def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
-        """What its file is known by, where that serves any batch, in every engine of the same answer.
+        """Cache key of the exported file. Engines with equal keys share it, at any batch.
 
-        Empty where a file is for the batch of its example, and for this engine, alone.
-
-        Args:
-            precision: as for `write`.
-            optimized: likewise.
-            native: likewise.
+        Empty where a file serves only this engine and the batch of its example. The arguments are
+        those of `write`.
         """
         return ""
 
@@ -163,8 +158,8 @@ class FileEngine(Engine):
             folder: where.
             precision: of the engine.
             threads: likewise.
-            optimized: put Mixture-of-Depths blocks into the form that suits the engine. What
-                PyTorch makes has the blocks that `model` has.
+            optimized: put parts into the form that suits the engine. What PyTorch makes has
+                the parts that `model` has.
 
         Returns:
             The path of the file.
@@ -201,17 +196,6 @@ def evaluated(model: nn.Module, precision: str) -> nn.Module:
     if ready and all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
         return model
     return copy.deepcopy(model).to(dtype).eval()
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """So many threads in PyTorch's pool, then as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Expected:

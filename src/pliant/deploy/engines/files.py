@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.deploy.engines.base import FileEngine, evaluated
-from pliant.methods.mixture_of_depths import MoDBlock
+from pliant.parts import parts
 
 
 class ONNXEngine(FileEngine):
@@ -49,20 +49,21 @@ def write_onnx(
 ) -> Path:
     """Write a network as ONNX file for any batch.
 
-    A network with Mixture-of-Depths blocks goes as it is through PyTorch's exporter, unless
-    their best form is asked for; that, and every other network, is what `export` writes.
+    A network with parts that have an export form goes as it is through PyTorch's exporter, unless
+    that form is asked for; that, and every other network, is what `export` writes.
 
     Args:
         model: in evaluation mode.
         example: images [B, C, H, W], float32.
         path: of the file.
-        optimized: bring Mixture-of-Depths blocks into the form that suits the engine.
+        optimized: bring parts into the form that suits the engine.
         compiled: as `export` takes it; that is then the best form.
     """
     from pliant.deploy.export import export  # on use: it is not needed to import pliant
 
     example = example.contiguous()
-    if optimized or compiled or not any(isinstance(m, MoDBlock) for m in model.modules()):
+    formed = any(part.export_form("onnx", None) is not part for part in parts(model).values())
+    if optimized or compiled or not formed:
         return export(model, path, example, batches=(1,), compiled=compiled)
     # What PyTorch makes of it, for any batch.
     images = example[:1].repeat(2, 1, 1, 1)  # of one image it would make a file for one image

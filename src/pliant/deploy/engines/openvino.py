@@ -11,6 +11,7 @@ from torch import Tensor
 from pliant.deploy.engines.base import Expected, Runner, outputs
 from pliant.deploy.engines.files import ONNXEngine
 from pliant.deploy.extras import require
+from pliant.deploy.openvino_file import compile_model
 
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
@@ -45,22 +46,9 @@ class OpenVINO(ONNXEngine):
                 it is told to: this CPU has not so many, or no bfloat16.
         """
         threads = self._check(example, precision, threads)
-        core = require("openvino").Core()
-        model = core.read_model(str(path))
+        model = require("openvino").Core().read_model(str(path))
         model.reshape(list(example.shape))
-        options = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-            "ENABLE_HYPER_THREADING": True,  # or half of the threads are left out
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
-        }
-        compiled = core.compile_model(model, "CPU", options)
-        if (held := compiled.get_property("INFERENCE_NUM_THREADS")) != threads:
-            raise ValueError(f"OpenVINO runs on {held} threads on this machine, not on {threads}")
-        if precision == "bfloat16" and "bfloat16" not in str(
-            held := compiled.get_property("INFERENCE_PRECISION_HINT")
-        ):
-            raise ValueError(f"OpenVINO has no bfloat16 on this machine: it would compute in {held}")
+        compiled = compile_model(model, threads, HINTS[precision])
         request = compiled.create_infer_request()
         expected = Expected(example, precision)
 

@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pliant.anatomy import Block
 from pliant.methods.adaptive_depth.switch import Depth
+from pliant.parts import Part
 from pliant.threaded import Bound, between, thread, threaded
 
 DEPTH = "depth"  # the name under which flags are threaded, by number; None: two depths
 
 
-class SwitchableNorm(nn.Module):
+class SwitchableNorm(Part):
     """A norm for the full stage, and its copy for the stage that skips.
 
     Args:
         norm: of the full stage; the other one starts as its copy, and learns also where
             this one is frozen.
     """
+
+    switches: ClassVar[bool] = True
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

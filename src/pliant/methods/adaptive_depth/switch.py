@@ -13,24 +13,35 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import product
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import nn
+
+from pliant.parts import Part
 
 Skip = tuple[bool, ...]
 SkipLike = str | Sequence[bool]  # "TTFF", or flags
 
 
-class Depth(nn.Module):
+class Depth(Part):
     """The depth that a network's blocks read: one flag for each stage that can skip.
 
     Attributes:
         skip: the default; what holds here and now is `current`. Checkpoints keep it.
     """
 
+    switches: ClassVar[bool] = True
+
     def __init__(self, skip: Skip) -> None:
         super().__init__()
         self.skip = skip
+
+    def no_export(self) -> str:
+        """A file has one depth; see `Part.no_export`."""
+        return (
+            "switches the network's depth, and a file has one: export pliant.subnet(model, skip), or "
+            "several depths by pliant.export_depths"
+        )
 
     def current(self) -> Skip:
         """The flags that hold in this context."""

@@ -13,6 +13,8 @@ Shapes in this file::
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +23,7 @@ from timm.layers import pad_same
 from torch import Tensor, nn
 
 from pliant.methods.condconv.mixing import Form, Geometry, conditional_conv2d, conditional_linear
+from pliant.parts import Part, Target
 from pliant.precision import full_precision, linear, pooled
 from pliant.threaded import arrived, thread
 
@@ -144,7 +147,7 @@ class SharedRouting(nn.Module):
         return routing
 
 
-class _Conditional(nn.Module):
+class _Conditional(Part):
     """What the two layers share: experts' weights, a bias, a router and a form."""
 
     bias: Tensor | None
@@ -205,6 +208,30 @@ class _Conditional(nn.Module):
                 f"{experts} experts want {fits[0]}, or {fits[1]} with a weight for each channel"
             )
         return routing
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """``form="auto"`` counts as fused, the method's own cost; see `Part.counted`."""
+        form = self.form
+        self.form = "fused" if form == "auto" else form
+        try:
+            yield
+        finally:
+            self.form = form
+
+    def takes_norm(self, output: Tensor) -> bool:
+        """Unless each expert has a bias: routing mixes those, but not what a norm adds."""
+        return self.bias is None or self.bias.dim() == 1
+
+    def take_norm(self, scale: Tensor, shift: Tensor) -> None:
+        """Scale every expert's kernels; see `Part.take_norm`."""
+        bias = torch.zeros_like(shift) if self.bias is None else self.bias.detach().double()
+        for name, value in (
+            ("weight", self.weight.detach().double() * scale[:, None]),
+            ("bias", bias * scale + shift),
+        ):
+            new = nn.Parameter(value.to(self.weight.dtype), self.weight.requires_grad)
+            setattr(self, name, new)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         key = f"{prefix}weight"  # timm keeps each expert flat: [E, O C/g h w]
@@ -296,6 +323,12 @@ class CondConv2d(_Conditional):
         y = conditional_conv2d(x, kernels, routing, self.bias, self.geometry, self.form)
         return thread(y, ROUTING, routing) if self.passes_on else y
 
+    def export_form(self, target: Target, batch: int | None) -> nn.Module:
+        """For one image at a time, a convolution with its mixed kernel; see `Part.export_form`."""
+        from pliant.methods.condconv.exported import OneImageConv  # it is made of this layer
+
+        return OneImageConv(self) if batch == 1 else self
+
     def extra_repr(self) -> str:
         """What `print` shows."""
         g = self.geometry
@@ -362,6 +395,10 @@ class CondLinear(_Conditional):
             x = F.dropout(x, self.drop, self.training)
         y = conditional_linear(x, self.weight, routing, self.bias, self.form)
         return thread(y, ROUTING, routing) if self.passes_on else y
+
+    def takes_norm(self, output: Tensor) -> bool:
+        """Not of tokens: a norm works on their second dimension, this layer on the last."""
+        return output.dim() == 2 and super().takes_norm(output)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

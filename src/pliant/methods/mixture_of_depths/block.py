@@ -11,14 +11,15 @@ Shapes in this file::
 from __future__ import annotations
 
 import copy
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pliant.anatomy import Block, RemovedBlock
-from pliant.methods.mixture_of_depths.selectors import ChannelSelector
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector, RandomSelector
 from pliant.methods.mixture_of_depths.training import At, fuse, gather, pool, usual
+from pliant.parts import OnnxOperator, Target
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -40,6 +41,7 @@ class MoDBlock(Block):
         drop_path: drops whole samples of the core's output in training; None: none.
     """
 
+    operators: ClassVar[str] = "pliant.methods.mixture_of_depths.ops.building"
     selector: nn.Module | None
 
     def __init__(
@@ -108,6 +110,33 @@ class MoDBlock(Block):
         where = _spread(index.expand(x.shape[0], k), x)
         return x.scatter_add(1, where, y) if self.fusion == "original" else x.scatter(1, where, y)
 
+    def no_export(self) -> str:
+        """A block that draws anew in each forward cannot be compared; see `Part.no_export`."""
+        if isinstance(self.selector, RandomSelector) and self.selector.index is None:
+            return (
+                "has selection='random': it draws other channels in each forward, so no file can be "
+                "compared with it; selection='fixed' is random too, and drawn once"
+            )
+        return ""
+
+    def export_form(self, target: Target, batch: int | None) -> nn.Module:
+        """The form for what runs the file; see `Part.export_form`."""
+        from pliant.methods.mixture_of_depths.exported import GraphMoD, ProgramMoD  # made of this
+
+        return ProgramMoD(self) if target == "program" else GraphMoD(self, batch)
+
+    def fast_form(self) -> nn.Module | str:
+        """The block as one operator, or why not; see `Part.fast_form`."""
+        from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable  # made of this
+
+        return fusable(self) or FusedMoDBlock(self)
+
+    def onnx_operator(self) -> OnnxOperator | str:
+        """That of its fast form; see `Part.onnx_operator`."""
+        from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable  # made of this
+
+        return fusable(self) or FusedMoDBlock(self).onnx_operator()
+
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"channels={self.channels}, k={self.k}, fusion={self.fusion!r}"
@@ -131,8 +160,7 @@ def without_mod_blocks(model: Network) -> Network:
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no Mixture-of-Depths block to remove")
     for path, block in blocks:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, RemovedBlock(block.channels))
+        model.set_submodule(path, RemovedBlock(block.channels))
     return model
 
 

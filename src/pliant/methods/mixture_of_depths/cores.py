@@ -1,7 +1,7 @@
-"""Narrow copies of blocks: the cores that Mixture-of-Depths puts in their place.
+"""Cores: narrow copies of the blocks that Mixture-of-Depths replaces.
 
-A core is built from the block that it replaces: the same layers on k of C channels,
-stride 1, with the block's padding, dilation and activation, and fresh weights.
+A core has the layers of the replaced block on k of C channels: stride 1, the block's padding,
+dilation and activation, and fresh weights.
 
 Shapes: a core takes and gives [B, k, H, W]; k is at most the block's C channels.
 """

@@ -26,19 +26,6 @@ from pliant.methods.mixture_of_depths.block import MoDBlock
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector, RandomSelector
 
 
-def refuse_random(path: str, block: MoDBlock) -> None:
-    """Refuse a block that draws anew in each forward.
-
-    Raises:
-        ValueError: it does; names it.
-    """
-    if isinstance(block.selector, RandomSelector) and block.selector.index is None:
-        raise ValueError(
-            f"{path} has selection='random': it draws other channels in each forward, so no file can be "
-            f"held against it; selection='fixed' is random too, and drawn once"
-        )
-
-
 class _ExportedMoD(Block):
     """What the forms of a Mixture-of-Depths block share.
 

@@ -5,8 +5,9 @@ ranks the channels of a feature map; the top k go through a narrow copy of the b
 that stood here, are scaled by their scores and added to the first k channels. All
 shapes are fixed, so the graph is static.
 
-The method is here; the block is `pliant.methods.mixture_of_depths.block`, what chooses and scores channels
-`pliant.methods.mixture_of_depths.selectors`, and the cores are `pliant.methods.mixture_of_depths.cores`.
+This file has the method. Beside it stand the block (`block`), the selectors that choose and score
+channels (`selectors`), the narrow copies of the replaced blocks (`cores`), the block's gradients
+(`training`), its forms for exported files (`exported`) and its native operators (`ops`).
 
 Shapes in this file: a feature map has C channels, of which k = C // c are processed.
 """
@@ -24,10 +25,13 @@ from torch import nn
 from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
 from pliant.methods.mixture_of_depths.block import Fusion, MoDBlock, without_mod_blocks
 from pliant.methods.mixture_of_depths.cores import core_width, last_activation, narrow_core, unfit
+from pliant.methods.mixture_of_depths.recipes import CONTROLS
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Order, RandomSelector
 from pliant.surgery import Gone, Method, PassedOver, Site, Survey
 
 Selection = Literal["learned", "random", "fixed", "first", "none"]
+
+NO_BLOCKS = "without MoD blocks"  # the control, in rows
 
 _TAG = "before-house"  # the last commit that has the variants below; see docs/variants.md
 
@@ -145,35 +149,27 @@ class MixtureOfDepths(Method):
                 "selector a gradient of zero for ever; drop one of the two"
             )
 
+    @classmethod
+    def comparisons(cls) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """The method and all forms of it that do not learn what to select; see `Method.comparisons`."""
+        return {"mod": CONTROLS}
+
     def survey(self, model: nn.Module) -> Survey:
         """Find the blocks to replace; see `Method.survey`."""
         found = stages(model)
         for n in self.stages or ():
             if not 0 <= n < len(found):
                 raise ValueError(f"stages holds {n}, but {type(model).__name__} has {len(found)} stages")
-        every = {block.path: block for stage in found for block in stage.blocks}
-        wanted = self._wanted(every)
+        if not isinstance(self.blocks, str):
+            _check_named(self.blocks, {block.path: block for stage in found for block in stage.blocks})
         c = self._by_stage(found, type(model).__name__)
         sites, passed_over = [], []
         for n, stage in enumerate(found):
             for i, block in enumerate(stage.blocks):
-                if wanted is not None:
-                    take, why = block.path in wanted, "not named in blocks"
-                elif self.stages is not None and n not in self.stages:
-                    take, why = False, f"stage {n} is not in stages={self.stages}"
-                elif i == 0:
-                    take, why = False, "a stage's first block stays"
-                else:
-                    take, why = self.blocks == "all" or i % 2 == 1, "an even block stays"
-                if take:
-                    why = unfit(block)
-                    take = not why
-                    if why and wanted is not None:
-                        raise ValueError(f"blocks names {block.path}, which cannot be replaced: {why}")
-                if take:
-                    sites.append(Site(block.path, self._detail(block, c[n])))
-                else:
+                if why := self._left_out(n, i, block.path) or unfit(block):
                     passed_over.append(PassedOver(block.path, why))
+                else:
+                    sites.append(Site(block.path, self._detail(block, c[n])))
         notes = []
         begins_without = self.zero_init_last and self.fusion != "replace" and not self.inner_shortcut
         if self.selection != "none" and not begins_without:
@@ -219,22 +215,17 @@ class MixtureOfDepths(Method):
     @property
     def without_label(self) -> str:
         """See `Method.without_label`."""
-        return "without MoD blocks"
+        return NO_BLOCKS
 
-    def _wanted(self, every: dict[str, BlockInfo]) -> set[str] | None:
-        if isinstance(self.blocks, str):
-            return None
-        for path in self.blocks:
-            if path not in every:
-                raise ValueError(f"blocks names {path!r}, which is no block; blocks: {', '.join(every)}")
-            block = every[path]
-            if block.stride != 1 or block.in_channels != block.out_channels:
-                raise ValueError(
-                    f"{path} has stride {block.stride} and goes from {block.in_channels} to "
-                    f"{block.out_channels} channels; a Mixture-of-Depths block keeps both, so it "
-                    f"can only take the place of a block of stride 1 and constant width"
-                )
-        return set(self.blocks)
+    def _left_out(self, stage: int, position: int, path: str) -> str:
+        """Why the options leave a block out; empty if they do not."""
+        if not isinstance(self.blocks, str):
+            return "" if path in self.blocks else "not named in blocks"
+        if self.stages is not None and stage not in self.stages:
+            return f"stage {stage} is not in stages={self.stages}"
+        if position == 0:
+            return "a stage's first block stays"
+        return "" if self.blocks == "all" or position % 2 == 1 else "an even block stays"
 
     def _by_stage(self, found: Sequence[Stage], network: str) -> tuple[int, ...]:
         """The c of each stage; 0: no blocks."""
@@ -263,7 +254,7 @@ class MixtureOfDepths(Method):
         return detail
 
     def _selector(self, channels: int, k: int) -> nn.Module | None:
-        """What chooses k of C channels, and scores them; None: the first k, without scores."""
+        """A selector of k of C channels; None: the first k, without scores."""
         if self.selection == "first":
             return None
         if self.selection == "learned":
@@ -271,8 +262,24 @@ class MixtureOfDepths(Method):
         return RandomSelector(channels, k, self.selection == "fixed", self.order)
 
 
+def _check_named(paths: Sequence[str], every: Mapping[str, BlockInfo]) -> None:
+    """Refuse paths that name no block of the network, or one that cannot be replaced."""
+    for path in paths:
+        if path not in every:
+            raise ValueError(f"blocks names {path!r}, which is no block; blocks: {', '.join(every)}")
+        block = every[path]
+        if block.stride != 1 or block.in_channels != block.out_channels:
+            raise ValueError(
+                f"{path} has stride {block.stride} and goes from {block.in_channels} to "
+                f"{block.out_channels} channels; a Mixture-of-Depths block keeps both, so it "
+                f"can only take the place of a block of stride 1 and constant width"
+            )
+        if why := unfit(block):
+            raise ValueError(f"blocks names {path}, which cannot be replaced: {why}")
+
+
 def _all_of(kind: type, values: object) -> bool:
-    """Whether `values` is a tuple or list of that; True and False are no numbers."""
+    """Whether `values` is a tuple or list of `kind`; True and False are no numbers."""
     return isinstance(values, (tuple, list)) and all(
         isinstance(v, kind) and not isinstance(v, bool) for v in values
     )

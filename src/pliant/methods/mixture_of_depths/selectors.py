@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pliant.parts import Part, Ranking
 from pliant.precision import full_precision, linear, pooled
 
 Order = Literal["score", "index"]
 
 
-class ChannelSelector(nn.Module):
+class ChannelSelector(Part):
     """Rank the channels of a feature map and pick the best k (section 3.1, figure 2).
 
     GAP -> Linear(C, r) -> ReLU -> Linear(r, C), without norm and bias. Half precision and bfloat16
@@ -65,6 +66,13 @@ class ChannelSelector(nn.Module):
         """Return scores [B, k] and index [B, k]; `x` is a feature map [B, C, H, W] or its means [B, C]."""
         top, index = best(self.logits(x), self.k, self.order)
         return top.sigmoid(), index
+
+    def ranking(self) -> Ranking:
+        """How it selects; see `Part.ranking`."""
+        return Ranking(self.k, self.order == "index", self.logits, self._outcome)
+
+    def _outcome(self, logits: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+        return logits.gather(1, channels).sigmoid(), channels
 
     def extra_repr(self) -> str:
         """What `print` shows."""

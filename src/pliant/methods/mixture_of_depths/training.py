@@ -1,9 +1,9 @@
 """What a Mixture-of-Depths block does to its feature map in training: pool, gather, fuse.
 
-The same functions in PyTorch's own operators cost a backward pass four to six passes over the
-feature map: zeros to scatter into, the mean's gradient spread over all positions, slices and their
-concatenation, and three gradients to add. Here each step hands the feature map on to the next, so
-that its gradient is one tensor that each step adds to, in the memory format that it has.
+With PyTorch's own operators, the backward pass goes over the feature map four to six times: zeros
+to scatter into, the mean's gradient spread over all positions, slices and their concatenation, and
+three gradients to add. Here each step hands the feature map on to the next, so that its gradient
+is one tensor, which each step adds to in the memory format that it has.
 
 Incoming gradients are never changed: a residual connection gives the same tensor to two branches.
 
@@ -11,7 +11,7 @@ Shapes in this file::
 
     B  batch             x       [B, C, H, W]  feature map
     C  channels          scores  [B, k]
-    k  processed         at      [B, k] channels, or the first of k neighbours
+    k  processed         at      [B, k] channels, or a number: the first of k neighbours
                          y       [B, k, H, W]  the core's output
 """
 
@@ -29,10 +29,10 @@ At = Tensor | int
 
 
 def usual() -> bool:
-    """Whether gradients are taken in the usual way: backward, eagerly, by autograd alone.
+    """Whether autograd alone takes the gradients: backward and eagerly.
 
-    A compiler fuses the plain operators' passes by itself, programs and traces have to be made of
-    those, and `torch.func` and forward-mode gradients know them.
+    Elsewhere the plain operators are needed: a compiler fuses their passes by itself, programs and
+    traces are made of them, and `torch.func` and forward-mode gradients know them.
 
     Example:
         >>> usual(), torch.func.vmap(lambda x: x * usual())(torch.ones(1))
@@ -48,7 +48,7 @@ def usual() -> bool:
 
 
 def pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over positions, [B, C] in at least float32; and `x`, to go on with in its place.
+    """Return the means over positions, [B, C] in at least float32; and `x` to go on with.
 
     Example:
         >>> means, x = pool(torch.ones(1, 2, 4, 4, requires_grad=True))
@@ -61,7 +61,7 @@ def pool(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather(x: Tensor, at: At, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` channels of `x` at `at`, [B, k, H, W]; and `x`, to go on with in its place.
+    """Return the `k` channels of `x` at `at`, [B, k, H, W]; and `x` to go on with.
 
     Example:
         >>> gather(torch.arange(3.0).view(1, 3, 1, 1), torch.tensor([[2, 0]]), 2)[0].flatten()
@@ -72,14 +72,14 @@ def gather(x: Tensor, at: At, k: int) -> tuple[Tensor, Tensor]:
 
 
 def fuse(x: Tensor, y: Tensor, scores: Tensor | None, at: At, replace: bool = False) -> Tensor:
-    """`x`, to whose channels at `at` are added, or which are replaced by, `y` times its scores.
+    """Return a copy of `x` with `y` times its scores added to the channels at `at`.
 
     Args:
         x: feature map; the result has its dtype.
-        y: what the core gave, of any floating dtype.
-        scores: [B, k]; None: all are one.
-        at: of a tensor, each channel at most once in a sample.
-        replace: overwrite instead of adding.
+        y: the core's output, of any floating dtype.
+        scores: [B, k]; None: all scores are one.
+        at: channels; a tensor names each channel at most once in a sample.
+        replace: overwrite the channels instead of adding to them.
 
     Example:
         >>> fuse(torch.ones(1, 2, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([[0.5]]), 1).flatten()
@@ -94,14 +94,14 @@ class Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means, and the same tensor; no tensor is kept."""
+        """Return the means, and the same tensor; nothing is kept."""
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         return pooled(x), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
-        """One pass: the map's gradient, and each channel's share of its mean's."""
+        """Add each channel's share of its mean's gradient to the map's gradient, in one pass."""
         of_means, of_map = grads
         shape: torch.Size = ctx.shape
         if of_means is None:
@@ -123,7 +123,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: At, k: int) -> tuple[Tensor, Tensor]:
-        """Those channels, and the same tensor; which channels is kept."""
+        """Return the channels, and the same tensor; only their numbers are kept."""
         ctx.set_materialize_grads(False)
         _keep(ctx, at)
         ctx.shape = x.shape
@@ -131,7 +131,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
-        """The map's gradient, copied, and theirs added to it."""
+        """Add the gradient of the channels to a copy of the map's gradient."""
         of_picked, of_map = grads
         if of_picked is None:
             return of_map, None, None
@@ -146,7 +146,7 @@ class Fuse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scores: Tensor | None, at: At, replace: bool) -> Tensor:
-        """A copy of the map with those channels changed; `y` is kept where scores learn from it."""
+        """Return a copy of the map with the channels changed; `y` is kept if there are scores."""
         ctx.dtype, ctx.k, ctx.replace = y.dtype, y.shape[1], replace
         ctx.scored = scores is not None
         _keep(ctx, at, *((y, scores) if scores is not None else ()))
@@ -157,7 +157,7 @@ class Fuse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The map's gradient goes on as it is, unless channels were overwritten."""
+        """Pass the map's gradient on as it is, unless channels were overwritten."""
         (of_map,) = grads
         at, *factors = _kept(ctx)
         of_y = taken(of_map, at, ctx.k).to(ctx.dtype)
@@ -172,7 +172,7 @@ class Fuse(torch.autograd.Function):
 
 
 def taken(x: Tensor, at: At, k: int) -> Tensor:
-    """The `k` channels of `x` at `at`: a copy, in the memory format of `x`."""
+    """Return a copy of the `k` channels of `x` at `at`, in the memory format of `x`."""
     if isinstance(at, int):
         return x.narrow(1, at, k).clone(memory_format=_format(x))
     if not _by_position(x):
@@ -182,7 +182,7 @@ def taken(x: Tensor, at: At, k: int) -> Tensor:
 
 
 def added(x: Tensor, y: Tensor, at: At) -> Tensor:
-    """A copy of `x` with `y` added to its channels at `at`."""
+    """Return a copy of `x` with `y` added to its channels at `at`."""
     out = x.clone()
     if isinstance(at, int):
         out.narrow(1, at, y.shape[1]).add_(y)
@@ -194,7 +194,7 @@ def added(x: Tensor, y: Tensor, at: At) -> Tensor:
 
 
 def replaced(x: Tensor, y: Tensor, at: At) -> Tensor:
-    """A copy of `x` with `y` in place of its channels at `at`."""
+    """Return a copy of `x` with `y` in place of its channels at `at`."""
     out = x.clone()
     if isinstance(at, int):
         out.narrow(1, at, y.shape[1]).copy_(y)

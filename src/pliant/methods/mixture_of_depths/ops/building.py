@@ -2,9 +2,11 @@
 
 The built library is kept in the user's cache (``$XDG_CACHE_HOME/pliant`` or
 ``~/.cache/pliant``) under a name that holds all it depends on: pliant's version, the
-source, the processor and, for PyTorch's operator, its version. So it is built once a machine,
-and a library that it finds there needs no compiler. What fails is told once, with its reason,
-and PyTorch's operators then run in their PyTorch form, whose results are the same.
+source, the processor and, for PyTorch's operator, PyTorch's version. So a machine builds it once,
+and a library that is already there needs no compiler. A log line of level warning comes before
+the build: it takes a minute or two, and Python shows warnings without any set-up, on stderr. A
+build that fails is a warning, once, with its reason; the operator then runs in its PyTorch form,
+whose results are the same.
 
 No tensors here.
 """
@@ -12,6 +14,7 @@ No tensors here.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -35,6 +38,7 @@ SOURCE = Path(__file__).with_name("mod_block.cpp")  # for PyTorch
 ORT_SOURCE = Path(__file__).with_name("mod_block_ort.cpp")  # for any ONNX Runtime from 1.18 on
 LIMIT = 600  # seconds; on a busy machine compiling takes one or two minutes
 
+_log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _outcome: str | None = None  # of this process: empty where the library is loaded, else why not
 
@@ -71,6 +75,18 @@ def ready() -> bool:
 def why_not() -> str:
     """Why `ready` said no; empty where it said yes, or was not asked yet."""
     return _outcome or ""
+
+
+def onnx_library() -> Path:
+    """The built library of the operator for ONNX Runtime; see `library`.
+
+    Raises:
+        ValueError: it cannot be built; says why.
+    """
+    try:
+        return library(ORT_SOURCE)
+    except BuildError as error:
+        raise ValueError(f"the operator for ONNX Runtime cannot be built: {error}") from error
 
 
 def library(source: Path | None = None) -> Path:
@@ -155,8 +171,15 @@ def compiler() -> list[str]:
 def _compile(target: Path, source: Path) -> None:
     native = ["-march=native"] if platform.machine() in ("x86_64", "aarch64") else []
     of_torch, linked = _torch_flags() if source != ORT_SOURCE else ([], [])
+    found = compiler()
+    _log.warning(
+        "pliant builds %s for this machine with %s, once; it takes a minute or two and goes to %s",
+        source.name,
+        found[0],
+        target.parent,
+    )
     command = [
-        *compiler(),
+        *found,
         *("-O3", *native, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
         *("-std=c++20", "-fPIC", "-shared", *of_torch),
         *(str(source), "-o", str(target), *linked),

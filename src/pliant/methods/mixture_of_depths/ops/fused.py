@@ -5,7 +5,7 @@ Shapes in this file: those of `pliant.methods.mixture_of_depths.ops.mod_block`.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from pliant.anatomy import Block
 from pliant.methods.mixture_of_depths.block import MoDBlock
 from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch, mod_block_
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector
+from pliant.parts import OnnxOperator
 
 _NATIVE = (torch.float32, torch.bfloat16)
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -51,6 +52,7 @@ class FusedMoDBlock(Block):
         True
     """
 
+    operators: ClassVar[str] = MoDBlock.operators
     inplace: bool
     weight3: nn.Parameter | None
     bias3: nn.Parameter | None
@@ -91,6 +93,16 @@ class FusedMoDBlock(Block):
         x = x.contiguous(memory_format=kept) if self.inplace else x.clone(memory_format=kept)
         mod_block_(x, *arguments)
         return x
+
+    def onnx_operator(self) -> OnnxOperator:
+        """``pliant.MoDBlock`` of ``mod_block_ort.cpp``; see `Part.onnx_operator`."""
+        attributes = ("dilation", "order", "fusion")
+        return OnnxOperator(
+            "MoDBlock",
+            dict(self.named_parameters()),
+            {name: getattr(self, name) for name in attributes},
+            ranking="selector",
+        )
 
     def extra_repr(self) -> str:
         """What `print` shows."""

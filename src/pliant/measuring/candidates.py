@@ -1,4 +1,4 @@
-"""Who takes part in a run: networks by name, the baseline, and variants of them."""
+"""What is timed in a run: networks by name, the baseline, and the variants of each."""
 
 from __future__ import annotations
 
@@ -14,8 +14,18 @@ from torch import nn
 
 from pliant import anatomy
 from pliant.measuring.clock import Clock
-from pliant.measuring.rows import AS_BUILT, AS_IS, LOWER_RESOLUTION, NO_BLOCKS, OF_BLOCKS, PLAIN
-from pliant.methods.mixture_of_depths import MoDBlock, without_mod_blocks
+from pliant.measuring.rows import (
+    AS_BUILT,
+    AS_IS,
+    LOWER_RESOLUTION,
+    NATIVE,
+    OF_PARTS,
+    OPTIMIZED,
+    PLAIN,
+    is_control,
+)
+from pliant.parts import parts
+from pliant.surgery import conversions
 
 Size = tuple[int, int, int]
 Model = str | nn.Module  # a name that timm knows, or a network
@@ -26,22 +36,22 @@ class EngineError(RuntimeError):
 
 
 @dataclass
-class Entrant:
+class Candidate:
     """One variant of one network, on its way through a run.
 
     Attributes:
         model: the network's name.
-        variant: one of those that `Measurement` names.
-        form: likewise.
-        network: it, until it is prepared.
+        variant: of the network, as in `Measurement`.
+        form: as in `Measurement`.
+        network: the network, until it is prepared.
         size: channels, height, width of its images.
         parameters: counted before all runs, as `macs`.
         macs: multiply-accumulates of one image.
-        clock: times it, from when it is prepared.
+        clock: times the network, once it is prepared.
         calls: forwards in each round.
         seconds: of one forward, a value for each round.
-        note: what a reader of its times must know.
-        error: why it is out of the run; empty while it is in.
+        note: what a reader of the times must know.
+        error: why the candidate is out of the run; empty while it is in.
     """
 
     model: str
@@ -60,13 +70,18 @@ class Entrant:
     @property
     def label(self) -> str:
         """Name, variant and form, for progress."""
-        told = (self.model, self.variant * (self.variant != AS_IS), self.form * (self.form in OF_BLOCKS))
+        told = (self.model, self.variant * (self.variant != AS_IS), self.form * (self.form in OF_PARTS))
         return ", ".join(filter(None, told))
 
     @property
-    def rival(self) -> str:
-        """The form of the networks that it is held against: theirs is no other block's."""
-        return PLAIN if self.form in OF_BLOCKS else self.form
+    def reference_form(self) -> str:
+        """Form of the baseline and the control that this one is compared with."""
+        return PLAIN if self.form in OF_PARTS else self.form
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is a network without the parts of its method."""
+        return is_control(self.variant)
 
 
 def by_name(models: Model | Iterable[Model] | Mapping[str, Model]) -> dict[str, Model]:
@@ -121,29 +136,54 @@ def variants(
     low: int | None,
     tax: bool,
     forms: Sequence[str] = (AS_BUILT,),
-) -> list[Entrant]:
-    """A network in its forms, and what is timed beside it for its sake.
+) -> list[Candidate]:
+    """A network in its forms, and what is timed beside it: its lower resolution, its control.
 
-    Only Mixture-of-Depths blocks have an optimized or a native form; others are plain where it is
-    asked for.
+    A network whose parts have no optimized or native form is plain where that is asked for.
     """
-    plain = list(dict.fromkeys(PLAIN if form in OF_BLOCKS else form for form in forms))
-    first = Entrant(name, AS_IS, plain[0])
+    plain = list(dict.fromkeys(PLAIN if form in OF_PARTS else form for form in forms))
+    first = Candidate(name, AS_IS, plain[0])
     attempt(first, lambda e: setattr(e, "network", fresh(model) if isinstance(model, str) else model))
     network = first.network
     if network is None:
         return [replace(first, form=form) for form in plain]
     size = channels, height, _ = _size(name, network, input_size)
-    has_blocks = any(isinstance(m, MoDBlock) for m in network.modules())
-    entrants = [Entrant(name, AS_IS, form, network, size) for form in (forms if has_blocks else plain)]
+    own = dict.fromkeys(form if _has_form(network, form) else PLAIN for form in forms)
+    candidates = [Candidate(name, AS_IS, form, network, size) for form in own]
     if low is not None:
         if not 0 < low < height:
             raise ValueError(f"lower_resolution must be below the {height} px of {name}, not {low}")
-        entrants += [Entrant(name, LOWER_RESOLUTION, form, network, (channels, low, low)) for form in plain]
-    if tax and has_blocks:
-        bare = without_mod_blocks(network)
-        entrants += [Entrant(name, NO_BLOCKS, form, bare, size) for form in plain]
-    return entrants
+        candidates += [
+            Candidate(name, LOWER_RESOLUTION, form, network, (channels, low, low)) for form in plain
+        ]
+    if tax and (control := control_of(network)) is not None:
+        label, bare = control
+        candidates += [Candidate(name, label, form, bare, size) for form in plain]
+    return candidates
+
+
+def _has_form(network: nn.Module, form: str) -> bool:
+    """Whether `form` is one of every network, or parts of this one have it."""
+    found = parts(network).values()
+    if form == OPTIMIZED:
+        return any(p.fast_form() is not None or p.export_form("onnx", None) is not p for p in found)
+    return form != NATIVE or any(p.onnx_operator() is not None for p in found)
+
+
+def control_of(network: nn.Module) -> tuple[str, nn.Module] | None:
+    """What a network's control is called, and the control: the network without a method's parts.
+
+    Of several methods, that of the first that has a control. None: none has.
+
+    Example:
+        >>> control_of(timm.create_model("resnet20_cifar_mod"))[0]
+        'without MoD blocks'
+    """
+    for module in network.modules():
+        for conversion in conversions(module):
+            if (control := conversion.method.without(network)) is not None:
+                return conversion.method.without_label, control
+    return None
 
 
 def fresh(name: str, **options: Any) -> nn.Module:
@@ -176,17 +216,17 @@ def _size(name: str, network: nn.Module, given: int | Size | None) -> Size:
     return own[0], given, given
 
 
-def attempt(entrant: Entrant, step: Callable[[Entrant], None]) -> None:
-    """Do a step for an entrant that is still in the run; a failure takes it out."""
-    if entrant.error:
+def attempt(candidate: Candidate, step: Callable[[Candidate], None]) -> None:
+    """Do a step for an candidate that is still in the run; a failure takes it out."""
+    if candidate.error:
         return
     try:
-        step(entrant)
+        step(candidate)
     except Exception as e:
         # Anything may go wrong in a network or a compiler, and only that row is lost.
-        entrant.error = reason(e)
-        entrant.network = entrant.clock = None
-        entrant.seconds.clear()
+        candidate.error = reason(e)
+        candidate.network = candidate.clock = None
+        candidate.seconds.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what failed was perhaps too large: leave room for the rest
 
