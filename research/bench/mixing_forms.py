@@ -190,7 +190,7 @@ def measure_forms(
         gpus = [torch.device(device)] if device == "cuda" else []
         with torch.random.fork_rng(gpus):
             torch.manual_seed(0)
-            calls = {form: _call(case, form, device) for form in FORMS}
+            calls = {str(form): _call(case, form, device) for form in FORMS}
         times = in_turn(calls, threads=threads, rounds=rounds, min_run_time=min_run_time)
         fused, experts = times["fused"], times["experts"]
         ratios = [b / a for a, b in zip(fused, experts, strict=True)]

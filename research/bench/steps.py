@@ -114,7 +114,7 @@ def measure_steps(
         y = torch.randint(classes, (batch,), device=setting.device)
         steps = {}
         for key, n in networks.items():
-            objective = {"specialize": Specialization, "joint": Joint}.get(key, CrossEntropy)()
+            objective: Any = {"specialize": Specialization, "joint": Joint}.get(key, CrossEntropy)()
             # So small a rate that nothing overflows on images that mean nothing.
             optimizer = torch.optim.SGD(n.parameters(), lr=1e-4, momentum=0.9)
             steps[key] = training_step(n, x, y, objective, optimizer, dtype)
@@ -211,7 +211,7 @@ def training_step(
     network: nn.Module,
     x: Tensor,
     y: Tensor,
-    objective: Objective,
+    objective: Objective | ManyPasses,
     optimizer: torch.optim.Optimizer,
     dtype: str,
 ) -> Callable[[], None]:
@@ -229,8 +229,7 @@ def training_step(
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            many = isinstance(objective, ManyPasses)
-            outputs = objective.run(network, x) if many else network(x)
+            outputs = objective.run(network, x) if isinstance(objective, ManyPasses) else network(x)
             loss: Any = torch.stack(list(objective(outputs, y).values())).sum()
         loss.backward()
         optimizer.step()

@@ -33,7 +33,7 @@ CONVENTIONS: dict[str, str] = {
     "conv and linear": "convolutions and matrix products only, our own figure (ResNet-101 in Table 1)",
 }
 
-INSTALL_COUNTS = "pip install 'pliant[counts]'"
+INSTALL_COUNTS = "pip install 'ptflops==0.7.5'"
 
 
 def has_ptflops() -> bool:
