@@ -19,11 +19,14 @@ import torch
 from torch import nn
 
 from pliant import anatomy
+from pliant.counting import count_macs, count_parameters
 from pliant.objectives import Objective
 from pliant.threaded import take_over
 
 Network = TypeVar("Network", bound=nn.Module)
 Made = TypeVar("Made", bound="Method")
+# Data set -> form -> a function from a network's name to settings of a recipe.
+RecipeForms = Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Method(ABC):
     named: ClassVar[Mapping[str, Any]] = {}
     narrow: ClassVar[Mapping[str, Any]] = {}
     start: ClassVar[Mapping[str, Any]] = {}
-    recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {}
+    recipes: ClassVar[RecipeForms] = {}
     paper: ClassVar[Mapping[str, str]] = {}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     gone: ClassVar[tuple[Gone, ...]] = ()
@@ -339,7 +342,7 @@ class Plan:
         passed_over: ``(method, block, reason)`` of what is not.
         notes: what a method wants the user to know.
         parameters: number before and after.
-        macs: multiply-accumulates of one image before and after, by `measuring.macs`;
+        macs: multiply-accumulates of one image before and after, by `pliant.counting.count_macs`;
             None where the network does not say its input size.
         input_size: channels, height and width that `macs` is for.
     """
@@ -391,8 +394,6 @@ def plan(
         >>> print(plan(timm.create_model("resnet18"), pliant.MixtureOfDepths()).parameters)
         (11689512, 5463902)
     """
-    from pliant.counting import count_macs, count_parameters  # counting still knows CondConv
-
     _check_methods(methods)
     skeleton = _skeleton(model)
     size = input_size or anatomy.input_size(model)
