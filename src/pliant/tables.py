@@ -27,7 +27,7 @@ def markdown(
     """
     text = headings[:1] if text is None else text
     rule = "|".join("---" if heading in text else "---:" for heading in headings)
-    lines = [[cell.replace("|", r"\|") for cell in row] for row in (headings, *rows)]
+    lines = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (headings, *rows)]
     first, *rest = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([first, f"|{rule}|", *rest])
 
