@@ -41,15 +41,15 @@ class Candidate:
 
     Attributes:
         model: the network's name.
-        variant: of the network, as in `Measurement`.
-        form: as in `Measurement`.
+        variant: variant of the network, as in `Measurement`.
+        form: form of the network, as in `Measurement`.
         network: the network, until it is prepared.
         size: channels, height, width of its images.
         parameters: counted before all runs, as `macs`.
         macs: multiply-accumulates of one image.
         clock: times the network, once it is prepared.
         calls: forwards in each round.
-        seconds: of one forward, a value for each round.
+        seconds: time of one forward, a value for each round.
         note: what a reader of the times must know.
         error: why the candidate is out of the run; empty while it is in.
     """
@@ -217,7 +217,7 @@ def _size(name: str, network: nn.Module, given: int | Size | None) -> Size:
 
 
 def attempt(candidate: Candidate, step: Callable[[Candidate], None]) -> None:
-    """Do a step for an candidate that is still in the run; a failure takes it out."""
+    """Do a step for a candidate that is still in the run; a failure takes it out."""
     if candidate.error:
         return
     try:

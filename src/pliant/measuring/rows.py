@@ -62,12 +62,12 @@ class Measurement(Origin):
         engine: name in `pliant.deploy.engines.ENGINES`.
         dtype: in which it computes; of weights and images too where PyTorch runs it.
         channels_last: memory format of both; False where the engine chooses it itself.
-        threads: of PyTorch's pool, or the engine's.
+        threads: threads of PyTorch's pool, or of the engine's.
         rounds: rounds that were timed.
         median_ms: median time of a forward over rounds.
         iqr_ms: its spread.
-        min_ms: of the fastest round.
-        max_ms: of the slowest round.
+        min_ms: time of a forward in the fastest round.
+        max_ms: time of a forward in the slowest round.
         against: name of the baseline.
         time_ratio: time over the baseline's.
         time_ratio_iqr: its spread.
@@ -287,7 +287,7 @@ def layout(
     Args:
         rows: measurements.
         columns: as for `markdown_table`.
-        leave_out: likewise.
+        leave_out: as for `markdown_table`.
 
     Returns:
         A line of the conditions that all rows share, the headings, and each row's cells.
