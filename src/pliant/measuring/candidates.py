@@ -148,7 +148,17 @@ def variants(
     if network is None:
         return [replace(first, form=form) for form in plain]
     size = channels, height, _ = _size(name, network, input_size)
-    own = dict.fromkeys(form if _has_form(network, form) else PLAIN for form in forms)
+    own: list[str] = []
+    controls: list[tuple[str, nn.Module]] = []
+
+    def ask(_: Candidate) -> None:
+        own.extend(dict.fromkeys(form if _has_form(network, form) else PLAIN for form in forms))
+        control = control_of(network) if tax else None
+        controls.extend([control] if control else [])
+
+    attempt(first, ask)
+    if first.error:  # a part or a method failed to answer
+        return [replace(first, form=form, size=size) for form in plain]
     candidates = [Candidate(name, AS_IS, form, network, size) for form in own]
     if low is not None:
         if not 0 < low < height:
@@ -156,9 +166,7 @@ def variants(
         candidates += [
             Candidate(name, LOWER_RESOLUTION, form, network, (channels, low, low)) for form in plain
         ]
-    if tax and (control := control_of(network)) is not None:
-        label, bare = control
-        candidates += [Candidate(name, label, form, bare, size) for form in plain]
+    candidates += [Candidate(name, label, form, bare, size) for label, bare in controls for form in plain]
     return candidates
 
 
