@@ -14,7 +14,7 @@ from _checkpoint import assert_same_outputs, assert_same_state, disturb, make
 from pliant import MixtureOfDepths, convert, load, save
 from pliant._config import FORMAT_VERSION
 from pliant.checkpoint import read_config
-from pliant.methods import METHODS
+from pliant.methods import _OWN
 from pliant.surgery import Method, Site, Survey, conversions
 
 NARROW = {"channels": (8, 16, 16, 32), "num_classes": 5}
@@ -211,7 +211,7 @@ def test_a_new_method_needs_no_change_here(tmp_path, monkeypatch):
     model.layer2[1].on = False
     with pytest.raises(ValueError, match=r"Gated is not in pliant.methods.METHODS"):
         save(model, tmp_path / "net")
-    monkeypatch.setitem(METHODS, "Gated", Gated)
+    monkeypatch.setitem(_OWN, "Gated", Gated)
     again = load(save(model, tmp_path / "net"))
     assert (again.layer1[1].on, again.layer2[1].on) == (True, False)
     assert_same_outputs(model, again)

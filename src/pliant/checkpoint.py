@@ -243,7 +243,10 @@ def _describe(
     for conversion in conversions(model):
         method = conversion.method
         if METHODS.get(method.name) is not type(method):
-            raise ValueError(f"{method.name} is not in pliant.methods.METHODS, so load could not find it")
+            raise ValueError(
+                f"{method.name} is not in pliant.methods.METHODS, so load could not find it; register it "
+                f"by an entry point of the group 'pliant.methods'"
+            )
     given = {k: v for k, v in {**arguments_of(model), **(arguments or {})}.items() if v is not None}
     check_arguments(given)
     num_classes = given.get("num_classes") if hasattr(model, "num_classes") else None
