@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
+DOCS ?= .venv-docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST := -m "not slow and not gpu"
@@ -17,7 +18,7 @@ export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart lint check test test-all test-lowest bench gpu clean
+.PHONY: help setup quickstart lint check test test-all test-lowest docs bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -69,8 +70,21 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install -c constraints-lowest.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# The site needs neither torch nor pliant, but for the page of commands, which pliant itself writes.
+docs: setup $(DOCS)/.installed ## the documentation as a site, build/site/index.html; a dead link fails
+	$(BIN)/python -m typer pliant.cli utils docs --name pliant --title Commands --output docs/reference/commands.md
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet
+	@echo "written: build/site/index.html"
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(call check_python,$(PYTHON))
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install -q -c constraints.txt pip
+	$(DOCS)/bin/python -m pip install -q -c constraints.txt --group docs
+	@touch $@
+
 bench: setup ## latency and MoD tax in every engine, and training steps, on this machine's CPU: 20 minutes
-	$(BIN)/python -m research bench --readme README.md
+	$(BIN)/python -m research bench --readme docs/mod-tax.md
 	$(BIN)/python -m research bench --suite mod-bfloat16
 	$(BIN)/python -m research bench --suite steps
 
@@ -89,4 +103,4 @@ gpu: ## GPU tests and timings by the Python at hand; DATA=folder of CIFAR-10 add
 	if [ -n "$$failed" ]; then echo "failed:$${failed#;}" >&2; exit 1; fi
 
 clean: ## remove what make made
-	rm -rf $(VENV) $(LOWEST) build runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(DOCS) build runs .pytest_cache .mypy_cache .ruff_cache

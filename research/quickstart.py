@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from pliant._files import put_between
 from pliant.commands._common import progress_bar
-from pliant.compare import PLAIN, Score, compare, controls_by_name, last_stages_first, write_scores
+from pliant.compare import PLAIN, Score, compare, controls_by_name, write_scores
+from pliant.methods.adaptive_depth.method import last_stages_first
 from pliant.report import FigureBlock, TableBlock, write_report
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def quickstart(
         folder / "runs",
         started=lambda label, _: console.print(f"[bold]{label}[/bold]"),
         finished=lambda _, run: console.print(f"  test accuracy {100 * (run.test_accuracy or 0):.1f} %"),
-        skips=last_stages_first,
+        networks=last_stages_first,
     )
     scores = [score for score, _ in done.values()]
     write_scores(folder / "scores.csv", scores)

@@ -19,6 +19,7 @@ import pliant
 from _checkpoint import assert_same_outputs, assert_same_state, make, outputs
 from pliant import checkpoint, load, save
 from pliant.checkpoint import CheckpointError, read_config
+from pliant.methods import METHODS
 
 
 @pytest.fixture
@@ -346,4 +347,4 @@ def test_config_is_checked_when_made_by_hand(saved):
     config = read_config(saved[0])
     with pytest.raises(ValueError, match="unknown network 'x'"):
         replace(config, network="x")
-    assert pliant.checkpoint.Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert pliant.checkpoint.Config.from_json(json.loads(json.dumps(config.to_json())), METHODS) == config

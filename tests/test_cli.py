@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import pytest
 import timm
+import typer
 
+import pliant
 from _cli import fails, run
-from pliant import load, save
+from pliant import cli, load, save
 from pliant.measuring.rows import read_rows
+from pliant.train.fitting import Terminated
+
+COMMANDS = ["models", "plan", "export", "measure", "depths", "shards", "recipes", "train", "evaluate"]
+COMMANDS += ["inspect", "compare"]
 
 
 def test_models_lists_counts():
@@ -88,16 +95,69 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     assert "runs/x can be continued" in fails(monkeypatch, capsys, "train", "digits.resnet20")
 
 
-def test_errors_are_one_sentence(monkeypatch, capsys, tmp_path):
-    assert "timm has no model named 'resnet_none'" in fails(monkeypatch, capsys, "plan", "resnet_none")
-    assert "has no option 'cc'" in fails(monkeypatch, capsys, "plan", "resnet18", "cc=4")
-    assert "not of the form key=value" in fails(monkeypatch, capsys, "plan", "resnet18", "c")
-    assert "no method 'Mod'" in fails(monkeypatch, capsys, "plan", "resnet18", "--method", "Mod")
-    assert "c = 65" in fails(monkeypatch, capsys, "plan", "resnet18", "c=65")
-    assert "no recipe 'digits.resnet19'" in fails(monkeypatch, capsys, "train", "digits.resnet19")
-    assert "epoch" in fails(monkeypatch, capsys, "train", "digits.resnet20", "epoch=3")
-    assert "missing" in fails(monkeypatch, capsys, "evaluate", tmp_path / "missing")
-    assert "no engine 'fast'" in fails(monkeypatch, capsys, "measure", "resnet20_cifar", "--engine", "fast")
-    assert "no network of pliant has 'xyz'" in fails(monkeypatch, capsys, "models", "xyz")
-    assert "'--seeds'" in fails(monkeypatch, capsys, "compare", "digits.resnet20", "--seeds", 0)
-    assert "no label 'x'" in fails(monkeypatch, capsys, "compare", "digits.resnet20", "--only", "x")
+def test_stopped_comparisons_say_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def stopped(*_, **__):
+        raise Terminated("terminated; runs/x can be continued with resume")
+
+    monkeypatch.setattr("pliant.compare.compare", stopped)
+    command = ("compare", "digits.resnet20", "--folder", tmp_path)
+    assert "run the same command again to go on" in fails(monkeypatch, capsys, *command)
+    run(*command, code=143)
+
+
+def test_mistyped_names_are_answered_by_those_that_are_near(monkeypatch, capsys):
+    assert "'mesure'. Did you mean 'measure'?" in fails(monkeypatch, capsys, "mesure")
+    assert "--batch" in fails(monkeypatch, capsys, "measure", "--batsh", 1)
+    for command in ("plan", "depths"):
+        assert "did you mean resnet50" in fails(monkeypatch, capsys, command, "resnet5O")
+    told = fails(monkeypatch, capsys, "export", "xyzzyx", "x.onnx")
+    assert "there is no such folder; timm.list_models() lists the networks" in told
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_every_command_has_help(option):
+    listed = run(option).partition("Commands:")[2].strip().splitlines()
+    assert [line.split()[0] for line in listed] == COMMANDS
+    for name in COMMANDS:
+        assert run(name, option).startswith("Usage: ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_described(name):
+    """By what it takes, or by the values that it takes."""
+    command = typer.main.get_command(cli.app).commands[name]
+    assert command.get_short_help_str(limit=60).endswith("."), "its first sentence is long"
+    for parameter in command.params:
+        assert re.match("[A-Z]|(cpu|auto|float32|digits|test|onnx)\\b", parameter.help), parameter.name
+        assert not parameter.help.endswith("."), parameter.name
+
+
+def test_version():
+    assert run("--version") == f"pliant {pliant.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("plan resnet_none", "timm has no network named 'resnet_none'"),
+        ("plan resnet18 cc=4", "has no option 'cc'"),
+        ("plan resnet18 c", "'c' is no option of the method; write key=value"),
+        ("plan resnet18 --method Mod", "there is no method 'Mod'; the methods are MixtureOfDepths"),
+        ("plan resnet18 c=65", "c = 65"),
+        ("train digits.resnet19", "no recipe 'digits.resnet19'"),
+        ("train digits.resnet20 epoch=3", "epoch"),
+        ("evaluate missing", "missing"),
+        ("measure resnet20_cifar --engine fast", "no engine 'fast'"),
+        ("models xyz", "no network of pliant has 'xyz'"),
+        ("compare digits.resnet20 --seeds 0", "'--seeds'"),
+        ("compare digits.resnet20 --only x", "there is no label 'x'; the labels are plain, MoD"),
+        ("export resnet20_cifar x.onnx --threads 2", "--threads 2 is for the latencies of --depths"),
+        ("export resnet20_cifar x.onnx --depth T --depths T", "exclude each other"),
+        ("export resnet20_cifar x.onnx --resize-from 3", "--resize-from is '3'; write HEIGHTxWIDTH"),
+        ("export resnet20_cifar_adn x.onnx --depth TTX", "skip is 'TTX'; give one flag"),
+    ],
+)
+def test_errors_are_one_sentence(monkeypatch, capsys, tmp_path, command, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(monkeypatch, capsys, *command.split())
+    assert list(tmp_path.iterdir()) == []

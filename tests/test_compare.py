@@ -12,23 +12,22 @@ import timm
 from pliant import AdaptiveDepth, convert, get_depth, subnet
 from pliant.adaptive.scores import evaluate_depths
 from pliant.compare import (
-    BASE_ALONE,
-    MOD_CONTROLS,
     PLAIN,
-    REMOVED,
     Score,
     compare,
     controls,
     controls_by_name,
-    last_stages_first,
     summary,
     terminal_summary,
     write_scores,
 )
 from pliant.counting import count_parameters
+from pliant.methods.adaptive_depth.method import base_arguments, last_stages_first
+from pliant.methods.adaptive_depth.recipes import BASE_ALONE
 from pliant.methods.adaptive_depth.switch import Depth
-from pliant.recipes.ablations import ABLATIONS
-from pliant.recipes.adaptive_depth import base_arguments
+from pliant.methods.condconv.recipes import ABLATIONS
+from pliant.methods.mixture_of_depths.recipes import CONTROLS as MOD_CONTROLS
+from pliant.methods.mixture_of_depths.recipes import REMOVED
 from pliant.train.recipe import Recipe, override
 
 TINY = Recipe(
@@ -203,6 +202,6 @@ def test_compare_scores_an_adaptive_network_at_its_depths(tmp_path):
     assert base.gap == pytest.approx(base.train_accuracy - base.val_accuracy)
     assert not any(isinstance(m, Depth) for m in cut.model.modules())
 
-    more = compare({"ADN": recipe}, tmp_path, progress=False, skips=last_stages_first)
+    more = compare({"ADN": recipe}, tmp_path, progress=False, networks=last_stages_first)
     assert list(more) == ["ADN, super-net", "ADN, FFT", "ADN, FTT", "ADN, base-net"]
     assert more["ADN, base-net"][0] == base

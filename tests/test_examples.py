@@ -1,4 +1,4 @@
-"""The examples run, as they stand, and print what they should; the README shows one of them."""
+"""The examples run, as they stand, and print what they should; the README shows two of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLES = ROOT / "examples"
 def run_example(tmp_path):
     """Run an example by name in an empty folder, as a user would; gives what it prints."""
 
-    def run(name: str) -> str:
+    def run(name: str | Path) -> str:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, str(EXAMPLES / name)]
         done = subprocess.run(
@@ -33,15 +33,23 @@ def run_example(tmp_path):
 
 
 def test_convert_your_network(run_example, tmp_path):
-    printed = run_example("convert_your_network.py")
-    lines = printed.splitlines()
-    assert lines[0].startswith("layer1.1: Bottleneck -> MoDBlock (C=256, c=64, k=4")
-    assert sum("Bottleneck -> MoDBlock" in line for line in lines) == 7
-    # 18,105,949 of the network with 1000 classes, less 990 * 2049 of its classifier.
-    assert "parameters: 23,528,522 -> 16,077,439 (68.3%)" in lines
-    assert lines[-1] == "16,077,439 parameters in resnet50-mod"
-    files = sorted(f.name for f in (tmp_path / "resnet50-mod").iterdir())
+    assert run_example("convert_your_network.py") == block_of_readme("example", "text")
+    files = sorted(f.name for f in (tmp_path / "resnet50-adaptive").iterdir())
     assert files == ["config.json", "model.safetensors"]
+
+
+def test_pick_a_depth(tmp_path, run_example):
+    """With a budget that any machine keeps: the times of a test are nobody's claim."""
+    code = (EXAMPLES / "pick_a_depth.py").read_text()
+    small = code.replace("budget_ms=20", "budget_ms=1e6").replace("160, 160", "32, 32")
+    small = small.replace("(network, image)", "(network, image, rounds=1, min_run_time=0)")
+    assert small.count("1e6") == small.count("rounds=1") == small.count("32, 32") == 1
+    (tmp_path / "small.py").write_text(small)
+    printed = run_example(tmp_path / "small.py")
+    form = r"(depth [TF]{4}: [\d.]+ ms, [\d.]+ G MACs\n)+chosen: \((True|False)(, (True|False)){3}\)\n"
+    assert re.fullmatch(form, printed)
+    assert re.fullmatch(form, block_of_readme("depth", "text"))
+    assert "chosen: (False, False, False, False)" in printed, "the most MACs that fit"
 
 
 def test_train_digits(run_example, tmp_path):
@@ -78,11 +86,19 @@ def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     names = [f.name for f in EXAMPLES.glob("*.py")]
     assert names
-    assert [name for name in names if f'run_example("{name}")' not in tested] == []
+    assert [name for name in names if f'"{name}")' not in tested] == []
 
 
-def test_the_readme_shows_the_example():
+@pytest.mark.parametrize(
+    ("mark", "name"), [("example", "convert_your_network.py"), ("depth", "pick_a_depth.py")]
+)
+def test_the_readme_shows_the_example(mark, name):
+    _, _, code = (EXAMPLES / name).read_text().partition('"""\n\n')
+    assert block_of_readme(mark, "python") == code
+
+
+def block_of_readme(mark: str, language: str) -> str:
+    """What stands in the README between marks, in its block of this language."""
     readme = (ROOT / "README.md").read_text()
-    shown = re.search(r"<!-- example:begin -->\n```python\n(.*?)```\n<!-- example:end -->", readme, re.S)
-    assert shown is not None
-    assert shown[1] == (EXAMPLES / "convert_your_network.py").read_text()
+    shown = readme.partition(f"<!-- {mark}:begin -->")[2].partition(f"<!-- {mark}:end -->")[0]
+    return shown.partition(f"```{language}\n")[2].partition("```\n")[0]

@@ -34,13 +34,25 @@ HEAVY = (
 
 def loaded_by(statement: str) -> list[str]:
     """Which of `HEAVY` a fresh interpreter holds after one statement."""
-    code = f"{statement}; import json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    code = f"{statement}\nimport json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_import_leaves_heavy_things_alone():
     assert loaded_by("import pliant; dir(pliant)") == []
+
+
+@pytest.mark.parametrize("words", ["-h", "--help", "--version", "measure --help", "export -h"])
+@pytest.mark.parametrize("module", ["pliant", "pliant.cli"])
+def test_help_needs_no_torch(words, module):
+    """By `python -m pliant`, and by the module that the command `pliant` runs."""
+    code = f"import runpy, sys\nsys.argv[1:] = {words.split()!r}\n"
+    code += f"try:\n    runpy.run_module({module!r}, run_name='__main__')\nexcept SystemExit as end:\n"
+    code += "    assert not end.code, end\nprint()"
+    heavy = loaded_by(code)
+    assert "typer" in heavy
+    assert {"torch", "timm", "lightning", "numpy", "rich"} & set(heavy) == set()
 
 
 def test_the_check_sees_what_is_imported():

@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 
+from pliant.methods.condconv.recipes import ABLATIONS
 from pliant.models import list_networks
 from pliant.recipes import get_recipe, list_recipes
-from pliant.recipes.ablations import ABLATIONS
 from pliant.train.recipe import Recipe, differences, override
 
 BASE = {"name": "x", "model": "resnet20_cifar"}
@@ -27,7 +27,7 @@ BASE = {"name": "x", "model": "resnet20_cifar"}
             {"data": "mnist"},
             "data must be 'digits', 'cifar10', 'cifar100', 'folder', 'imagenet' or 'shards', not 'mnist'",
         ),
-        ({"data": "folder"}, "give its path"),
+        ({"data": "folder"}, "data=folder needs the folder of its images; give path="),
         ({"data": "folder", "path": "x", "download": True}, "cannot be downloaded"),
         ({"val_fraction": None}, "digits has no validation set of its own"),
         ({"val_fraction": 1.0}, "val_fraction must be less than 1, or none, not 1.0"),
@@ -46,9 +46,9 @@ BASE = {"name": "x", "model": "resnet20_cifar"}
         ({"smoothing": 1.0}, "smoothing must be less than 1"),
         ({"erasing": 2}, "erasing must be less than or equal to 1"),
         ({"ema": 1.0}, "ema must be less than 1, or none"),
-        ({"warmup": 10}, "warmup = 10.0 leaves nothing of 10 epochs"),
-        ({"mixup": 0.2, "batch": 33}, "batch must be even, not 33"),
-        ({"nesterov": True, "optimizer": "adamw"}, "nesterov belongs to SGD"),
+        ({"warmup": 10}, "warmup=10.0 must be shorter than the run, which has epochs=10"),
+        ({"mixup": 0.2, "batch": 33}, "batch must be even for mixup and CutMix, which pair images, not 33"),
+        ({"nesterov": True, "optimizer": "adamw"}, "nesterov needs SGD with momentum, not optimizer=adamw"),
         ({"augmentation": "flips"}, "augmentation must be one of none, crop, flip_crop"),
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16'"),
         ({"seed": -1}, "seed must be greater than or equal to 0"),
@@ -115,8 +115,8 @@ def test_overrides_are_typed():
         ("nesterov=perhaps", "nesterov must be a valid boolean"),
         ("data=mnist", "data must be 'digits', 'cifar10'"),
         ("epochs=0", "epochs must be greater than or equal to 1, not '0'"),
-        ("model_args=c", "one by one"),
-        ("lr.x=3", "lr has no part 'x'"),
+        ("model_args=c", "model_args takes one argument at a time, such as"),
+        ("lr.x=3", "lr takes no argument 'x'"),
     ],
 )
 def test_wrong_overrides_are_named(change, message):

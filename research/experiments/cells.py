@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pliant.compare import BASE_ALONE, PLAIN, REMOVED, Score, controls_by_name
-from pliant.recipes.adaptive_depth import is_adaptive
+from pliant.compare import PLAIN, Score, controls_by_name
+from pliant.methods.adaptive_depth import AdaptiveDepth
+from pliant.methods.adaptive_depth.recipes import BASE_ALONE
+from pliant.methods.mixture_of_depths.recipes import REMOVED
+from pliant.models._build import methods_of
 from pliant.train.recipe import WHERE, Accelerator, Recipe, override
 from research.experiments.variants import FIRST, SCORE_ORDER, VARIANTS
 
@@ -59,7 +62,7 @@ class Cell:
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels of its rows: an adaptive network has one for each depth that is trained."""
-        if is_adaptive(self.recipe.model):
+        if AdaptiveDepth in methods_of(self.recipe.model):
             return f"{self.label}, {SUPER}", f"{self.label}, {BASE}"
         return (self.label,)
 

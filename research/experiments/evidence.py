@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pliant.compare import PLAIN, REMOVED, Score
+from pliant.compare import PLAIN, Score
 from pliant.measuring.rows import AS_IS, OPTIMIZED, Measurement
+from pliant.methods.mixture_of_depths.recipes import REMOVED
 from research.experiments.cells import Cell, Key, key_of
 from research.experiments.claims import Accuracies, AtEqualTime, Paired, Rival, at_equal_time, once, paired
 from research.experiments.timing import STEP, name_of

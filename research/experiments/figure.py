@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from pliant.compare import MOD_CONTROLS, PLAIN, REMOVED
+from pliant.compare import PLAIN
 from pliant.figures import plain, write_figure
+from pliant.methods.mixture_of_depths.recipes import CONTROLS as MOD_CONTROLS
+from pliant.methods.mixture_of_depths.recipes import REMOVED
 from research.experiments.evidence import Evidence
 from research.experiments.variants import VARIANTS
 

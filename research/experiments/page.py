@@ -10,8 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pliant._files import atomic_path
-from pliant.compare import BASE_ALONE, MOD_CONTROLS, PLAIN, REMOVED, Score
+from pliant.compare import PLAIN, Score
 from pliant.measuring.rows import Measurement, read_rows
+from pliant.methods.adaptive_depth.recipes import BASE_ALONE
+from pliant.methods.mixture_of_depths.recipes import CONTROLS as MOD_CONTROLS
+from pliant.methods.mixture_of_depths.recipes import REMOVED
 from research.experiments.cells import BORROWED, DEVICES, FAMILIES, cells_of, key_of, rivals_of
 from research.experiments.claims import FEWEST, MISSING, answer, mean_and_spread, sentence
 from research.experiments.evidence import Evidence, Setting, gather

@@ -24,10 +24,11 @@ from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure, median, spread
 from pliant.measuring.rows import OPTIMIZED, Measurement, read_rows, write_rows
 from pliant.measuring.rows import PLAIN as PLAIN_FORM
+from pliant.methods.adaptive_depth import AdaptiveDepth
 from pliant.methods.adaptive_depth.depth import get_depth, subnet
+from pliant.models._build import methods_of
 from pliant.objectives import ManyPasses
 from pliant.provenance import provenance
-from pliant.recipes.adaptive_depth import is_adaptive
 from pliant.train.objectives import make_objective
 from pliant.train.recipe import Recipe
 from research.experiments.cells import Cell
@@ -140,7 +141,7 @@ def _networks(cell: Cell) -> dict[str, nn.Module]:
     """The networks of a cell by label, with random weights; of an adaptive one its two ends."""
     r = cell.recipe
     whole = fresh(r.model, **{"in_chans": r.in_chans, **r.model_args})
-    if not is_adaptive(r.model):
+    if AdaptiveDepth not in methods_of(r.model):
         return {cell.label: whole}
     flags = len(get_depth(whole))
     return {

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pliant.compare import MOD_CONTROLS, REMOVED
 from pliant.methods.mixture_of_depths import MixtureOfDepths
+from pliant.methods.mixture_of_depths.recipes import CONTROLS as MOD_CONTROLS
+from pliant.methods.mixture_of_depths.recipes import REMOVED
 
 SCORE_ORDER, _, _, _, FIRST, _ = MOD_CONTROLS
 LEAST = "plain, 1-1-1 blocks"  # what `blocks="all"` leaves

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from pliant.compare import REMOVED
+from pliant.methods.mixture_of_depths.recipes import REMOVED
 from research.experiments.cells import BORROWED, Cell, key_of
 from research.experiments.choosing import CHOOSING, EXPERIMENT, ranked, validated
 from research.experiments.claims import FEWEST, MISSING, any_of

@@ -14,7 +14,6 @@ from typing import Any, TypeGuard
 import timm
 
 from pliant._version import __version__
-from pliant.methods import METHODS
 from pliant.surgery import Method
 
 FORMAT = "pliant"
@@ -103,8 +102,12 @@ class Config:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
 
     @classmethod
-    def from_json(cls, content: Any) -> Config:
+    def from_json(cls, content: Any, known: Mapping[str, type[Method]]) -> Config:
         """Read what `to_json` gave, trusting none of it.
+
+        Args:
+            content: of the file.
+            known: the methods that it may name.
 
         Raises:
             ValueError: it is not that, or of a newer version, or names an unknown
@@ -131,20 +134,21 @@ class Config:
         for name in ("arguments", "state", "versions"):
             if not isinstance(values[name], dict):
                 raise ValueError(f"{name} must be an object, not {values[name]!r}")
-        values["methods"] = tuple(_method(entry) for entry in values["methods"])
+        values["methods"] = tuple(_method(entry, known) for entry in values["methods"])
         return cls(**values)
 
 
-def _method(entry: Any) -> Method:
+def _method(entry: Any, methods: Mapping[str, type[Method]]) -> Method:
     """A method from its name and options, which the dataclass checks."""
     if not (isinstance(entry, dict) and entry.keys() == {"name", "options"}):
         raise ValueError(f"a method must have a name and options, not {entry!r}")
     name, options = entry["name"], entry["options"]
-    if not isinstance(name, str) or name not in METHODS:
+    if not isinstance(name, str) or name not in methods:
         raise ValueError(
-            f"unknown method {name!r} (known: {', '.join(METHODS)}); a newer pliant may have it"
+            f"unknown method {name!r} (known: {', '.join(methods)}); install the package that brings it, "
+            f"or a newer pliant"
         )
-    method: Any = METHODS[name]
+    method: Any = methods[name]
     if isinstance(options, dict):
         options = method.current_options(options)
     known = [f.name for f in fields(method) if f.init]

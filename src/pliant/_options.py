@@ -7,8 +7,9 @@ options ask of one another is checked by their class.
 from __future__ import annotations
 
 import ast
+import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, get_args, get_type_hints
@@ -99,6 +100,30 @@ def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
     none = {k for k, text in texts.items() if text.lower() == "none" and _optional(kind, k)}
     rest = {k: text for k, text in texts.items() if k not in none}
     return {**dict.fromkeys(none), **_valid(kind, _model(kind).model_validate_strings, rest)}
+
+
+def refuse_unknown(names: Iterable[str], known: Sequence[str], what: str) -> None:
+    """Refuse names of options that there are not.
+
+    Args:
+        names: of the options that were given.
+        known: names of all options.
+        what: what they are options of, as the message begins: ``"a recipe"``.
+
+    Raises:
+        ValueError: an unknown name; the message has close ones, else all.
+
+    Example:
+        >>> refuse_unknown(["epoch"], ["epochs", "lr"], "a recipe")
+        Traceback (most recent call last):
+            ...
+        ValueError: a recipe has no option 'epoch'; did you mean epochs?
+    """
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known) or 'none'}"
+            raise ValueError(f"{what} has no option {name!r}; {hint}")
 
 
 def literal(text: str) -> Any:

@@ -219,7 +219,7 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is no JSON text ({error})") from error
     try:
-        return Config.from_json(content)
+        return Config.from_json(content, METHODS)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

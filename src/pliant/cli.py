@@ -1,25 +1,58 @@
-"""The command line: ``pliant COMMAND --help`` tells all.
+"""The command line: ``pliant COMMAND --help`` describes each command.
 
-Each command (`pliant.commands`) is a thin layer over a function of the library. What a user can
-get wrong is a `ValueError` or `OSError` there, and one sentence without a traceback here.
+Each command (`pliant.commands`) is a thin layer over functions of the library, which it imports
+when it runs: help needs no torch. A mistake that a user can mend is a `ValueError` or `OSError`
+there, and one sentence without a traceback here.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
+from pliant._version import __version__
 from pliant.commands import data, deploying, networks, reading, timing, training
 
-app = typer.Typer(
-    help="Conditional and adaptive computation for vision networks.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-for command in (
+
+def assemble(about: str, *commands: Callable[..., None]) -> typer.Typer:
+    """A command line of these commands, which answers ``--help``, ``-h`` and ``--version``.
+
+    Args:
+        about: what the help says first.
+        commands: functions whose parameters Typer reads.
+    """
+    app = typer.Typer(
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(help=about)(_options)
+    for command in commands:
+        app.command()(command)
+    return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pliant {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print pliant's version"),
+    ] = False,
+) -> None: ...
+
+
+app = assemble(
+    "Conditional and adaptive computation for vision networks.",
     networks.models,
     networks.plan,
     deploying.export,
@@ -31,8 +64,7 @@ for command in (
     training.evaluate,
     reading.inspect,
     training.compare,
-):
-    app.command()(command)
+)
 
 
 def main() -> None:
@@ -41,8 +73,8 @@ def main() -> None:
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command line; errors that a user can mend are one sentence, exit code 1."""
-    # torch's own note that a machine has a CUDA compiler and no GPU, on every timing.
+    """Run a command line; an error that a user can mend is one sentence, with exit status 1."""
+    # PyTorch warns at each timing on a machine that has a CUDA compiler and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         app()

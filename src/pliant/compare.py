@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from pliant._files import write_csv
-from pliant.methods.adaptive_depth.depth import get_depth, subnet
-from pliant.methods.adaptive_depth.switch import Depth, Skip, check_skip, depth_name, depth_role
-from pliant.recipes.ablations import ABLATIONS
-from pliant.recipes.adaptive_depth import base_arguments, is_adaptive
+from pliant.methods import METHODS
+from pliant.recipes import get_recipe
+from pliant.recipes._networks import objective_of
 from pliant.records import Origin, cells, columns, read_records
+from pliant.surgery import networks_in
 from pliant.train.recipe import Recipe, differences, override
 
 if TYPE_CHECKING:
@@ -28,32 +30,7 @@ if TYPE_CHECKING:
 
     from pliant.train import Run
 
-PLAIN, REMOVED = "plain", "blocks removed"
-BASE_ALONE = "plain, base depth"
-
-# What each control changes in a Mixture-of-Depths network (label -> method options).
-MOD_CONTROLS: dict[str, dict[str, Any]] = {
-    "MoD, score order": {},
-    "MoD, index order": {"order": "index"},
-    "random channels, fresh": {"selection": "random"},
-    "random channels, fixed": {"selection": "fixed"},
-    "first k channels": {"selection": "first"},
-    REMOVED: {"selection": "none"},
-}
-
-# Capacity at one recipe, as in Table 1 of CondConv.
-CONDCONV_CONTROLS: dict[str, dict[str, Any]] = {
-    "CondConv, 4 experts": {"experts": 4},
-    "CondConv, 8 experts": {"experts": 8},
-}
-
-# For each method, what its form of a network is named, and what is compared.
-METHODS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "mod": ("{network}_mod", MOD_CONTROLS),
-    "condconv": ("cc_{network}", CONDCONV_CONTROLS),
-    "condconv-ablations": ("cc_{network}", {"CondConv": {}, **ABLATIONS}),
-    "adn": ("{network}_adn", {"ADN": {}}),
-}
+PLAIN = "plain"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +86,16 @@ def controls(
         changes: for each label, what its form changes in the options.
 
     Raises:
-        ValueError: the two recipes differ in more than their network.
+        ValueError: the two recipes differ in more than their network, and its objective if its
+            method brings one.
 
     Example:
-        >>> from pliant.recipes import get_recipe
         >>> one, two = get_recipe("digits.resnet18"), get_recipe("digits.resnet18_mod")
-        >>> list(controls(one, two, MOD_CONTROLS))[:2]
+        >>> list(controls(one, two, METHODS["MixtureOfDepths"].comparisons()["mod"]))[:2]
         ['plain', 'MoD, score order']
     """
     network = ["name", "note", "model", "model_args"]
-    if is_adaptive(converted.model):
+    if objective_of(converted.model) != objective_of(plain.model):
         network.append("objective")
     other = differences(plain, converted, leaving_out=network)
     if other:
@@ -137,44 +114,26 @@ def controls_by_name(name: str, changes: Sequence[str] = (), method: str = "mod"
     Args:
         name: of the plain network's recipe, ``"cifar10.resnet20"``.
         changes: ``key=value`` strings, applied to both.
-        method: one of `METHODS`: ``"mod"`` (its form of resnet20 is ``resnet20_mod``),
-            ``"condconv"`` (``cc_resnet20``), ``"condconv-ablations"`` or ``"adn"``
-            (``resnet20_adn``, and the plain network of its base depth, trained alone).
+        method: a comparison that a method has (`Method.comparisons`): ``"mod"``, ``"condconv"``,
+            ``"condconv-ablations"``, ``"adn"``, or the suffix of another package's method.
 
     Raises:
-        ValueError: no such method or recipe, or the network has no such form.
+        ValueError: no such comparison or recipe, or the network has no such form.
     """
-    from pliant.recipes import get_recipe
-
-    if method not in METHODS:
-        raise ValueError(f"no comparison for {method!r}; there is one for {', '.join(METHODS)}")
-    form, forms = METHODS[method]
+    known = {one: (cls, labels) for cls in METHODS.values() for one, labels in cls.comparisons().items()}
+    if method not in known:
+        raise ValueError(f"no comparison for {method!r}; there is one for {', '.join(known)}")
+    cls, labels = known[method]
     data, _, rest = name.partition(".")
     network, dot, ending = rest.partition(".")
-    # MobileNetV1's plain widths have a letter more, because timm took the name without.
-    converted = form.format(network=network.replace("_w", "_"))
-    names = (name, f"{data}.{converted}{dot}{ending}")
-    plain, other = (override(get_recipe(one), changes) for one in names)
-    found = controls(plain, other, forms)
-    if method == "adn":
-        shallow = replace(plain, model_args=base_arguments(plain.model, plain.model_args))
-        found = {PLAIN: plain, BASE_ALONE: shallow, **found}
-    return found
-
-
-def both_ends(flags: int) -> list[Skip]:
-    """The depths that are trained: all of the network, and its base network."""
-    return [(False,) * flags, (True,) * flags]
-
-
-def last_stages_first(flags: int) -> list[Skip]:
-    """From the whole network to its base network, a stage more each time.
-
-    Example:
-        >>> last_stages_first(2)
-        [(False, False), (False, True), (True, True)]
-    """
-    return [tuple(n >= flags - skipped for n in range(flags)) for skipped in range(flags + 1)]
+    names = (name, f"{data}.{cls.network_name(network)}{dot}{ending}")
+    plain, converted = (override(get_recipe(one), changes) for one in names)
+    found = controls(plain, converted, labels)
+    others = {
+        label: replace(plain, model_args=arguments)
+        for label, arguments in cls.baselines(plain.model, plain.model_args).items()
+    }
+    return {PLAIN: found.pop(PLAIN), **others, **found}
 
 
 def compare(
@@ -184,7 +143,7 @@ def compare(
     progress: bool = True,
     started: Callable[[str, Recipe], None] | None = None,
     finished: Callable[[str, Run], None] | None = None,
-    skips: Callable[[int], Iterable[Skip]] = both_ends,
+    networks: Callable[[nn.Module], Mapping[str, nn.Module]] = networks_in,
     **fit_options: Any,
 ) -> dict[str, tuple[Score, Run]]:
     """Train and test each recipe in turn.
@@ -196,13 +155,13 @@ def compare(
         progress: show `fit`'s progress bar.
         started: called with label and recipe before each run.
         finished: called with label and run after it.
-        skips: which depths of an adaptive network are scored, for its number of flags.
+        networks: which networks of a trained one are scored, by name, the one that it runs as
+            first; by default those that it was trained to be (`Method.networks`). None: itself.
         fit_options: further keywords of `pliant.train.fit`.
 
     Returns:
-        Score and run for each label, in the order given. An adaptive network has a label,
-        a score and a run for each of its depths (``"ADN, super-net"``, ``"ADN, base-net"``,
-        ``"ADN, FFT"``; see `run_at`).
+        Score and run for each label, in the order given. A network that is several has a label, a
+        score and a run for each (``"ADN, super-net"``, ``"ADN, base-net"``; see `run_as`).
     """
     from pliant.train import fit
 
@@ -212,35 +171,31 @@ def compare(
             started(label, recipe)
         place = run_folder(folder, label, recipe)
         run = fit(recipe, place, resume=(place / "recipe.json").is_file(), progress=progress, **fit_options)
-        runs = {label: run}
-        if any(isinstance(m, Depth) for m in run.model.modules()):
-            wanted = [check_skip(skip) for skip in skips(len(get_depth(run.model)))]
-            runs = {f"{label}, {_label(skip)}": run_at(run, skip) for skip in wanted}
+        inner = networks(run.model)
+        runs = {
+            f"{label}, {name}": run_as(run, network) if n else replace(run, model=network)
+            for n, (name, network) in enumerate(inner.items())
+        } or {label: run}
         done |= {name: (_score(name, one), one) for name, one in runs.items()}
         if finished:
             finished(label, run)
     return done
 
 
-def run_at(run: Run, skip: Sequence[bool]) -> Run:
-    """One depth of an adaptive network's run, as if it were a run of its own.
+def run_as(run: Run, network: nn.Module) -> Run:
+    """A network that was trained within another one, as if it had a run of its own.
 
     Args:
-        run: of the adaptive network.
-        skip: the depth.
+        run: of the network that was trained.
+        network: one of those that it is (`pliant.surgery.networks_in`).
 
     Returns:
-        The run with the network cut out. The whole network's is what was logged; of any other
-        depth accuracies are scored now, in float32, and the history has one row, the best
-        epoch's (the same one: `Run.best_epoch`).
+        The run with `network`. Its accuracies are scored now, in float32, and the history has one
+        row, the best epoch's (the same one: `Run.best_epoch`).
 
     Raises:
-        ValueError: the run's network has no adaptive depth, or another number of flags.
         FileNotFoundError: the images that it was trained on are no longer there.
     """
-    network = subnet(run.model, skip)
-    if not any(skip):
-        return replace(run, model=network)
     from pliant.train.data import load_data
     from pliant.train.evaluation import score
     from pliant.train.processes import device_of
@@ -271,11 +226,6 @@ def run_folder(folder: str | Path, label: str, recipe: Recipe) -> Path:
         'runs/mod-score-order-s2'
     """
     return Path(folder) / f"{_slug(label)}-s{recipe.seed}"
-
-
-def _label(skip: Skip) -> str:
-    role = depth_role(skip)
-    return f"{role}-net" if role else depth_name(skip)
 
 
 def _score(label: str, run: Run) -> Score:

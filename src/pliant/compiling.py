@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 @contextmanager
 def room_to_compile() -> Iterator[None]:
@@ -23,3 +25,14 @@ def room_to_compile() -> Iterator[None]:
 
     with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
         yield
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """So many threads in PyTorch's pool, then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -95,7 +95,8 @@ class Method(ABC):
         objectives: objectives that the method brings, by the name that recipes use.
         objective: name of the objective that trains all of its network; empty: the loss of the
             plain network does.
-        narrow: options for networks whose first stage has 16 channels.
+        named: options of its named networks (which `create_model` can change).
+        narrow: options of named networks whose first stage has 16 channels.
         start: options by which a conversion keeps what it can of a trained network.
         recipes: recipes of the method's paper, for every network: data set -> form -> a function
             from timm's name of the network to settings of `pliant.train.recipe.Recipe`.
@@ -110,6 +111,7 @@ class Method(ABC):
     dissolves: ClassVar[str] = ""
     objectives: ClassVar[Mapping[str, type[Objective]]] = {}
     objective: ClassVar[str] = ""
+    named: ClassVar[Mapping[str, Any]] = {}
     narrow: ClassVar[Mapping[str, Any]] = {}
     start: ClassVar[Mapping[str, Any]] = {}
     recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {}
@@ -516,12 +518,11 @@ def _apply(model: nn.Module, method: Method) -> Survey:
     channels_last = anatomy.is_channels_last(model)
     new = [method.replace(model.get_submodule(s.path), s) for s in survey.sites]
     for site, module in zip(survey.sites, new, strict=True):
-        parent, _, name = site.path.rpartition(".")
         old = model.get_submodule(site.path)
         if channels_last:
             module = module.to(memory_format=torch.channels_last)
         modes = [(kept, kept.training) for kept in old.modules()]
-        setattr(model.get_submodule(parent), name, module.train(old.training))
+        model.set_submodule(site.path, module.train(old.training))
         take_over(module, old)
         for kept, training in modes:  # a frozen norm in a block that trains, say
             kept.training = training

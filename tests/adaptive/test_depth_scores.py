@@ -8,20 +8,18 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from typer.testing import CliRunner
 
 import pliant
-from pliant.adaptive.depth_plots import plot_depths
+from _cli import fails, run
 from pliant.adaptive.scores import (
     DepthScore,
     depth_markdown,
     depth_table,
     evaluate_depths,
-    report_depths,
+    plot_depths,
     write_depth_scores,
 )
 from pliant.checkpoint import save
-from pliant.cli import app
 from pliant.train import evaluate
 
 ROW = DepthScore(
@@ -127,7 +125,7 @@ def test_tables(scores):
     assert "top-5" not in without
     assert "| FT | 81.23 | 0.5000 | 5.60 | 1,234 |" in without
     assert "90 images of 8 px, 2 unreadable" in without
-    with pytest.raises(ValueError, match="one network on one set of images; these are 2"):
+    with pytest.raises(ValueError, match="of 2 networks or sets of images; give those of one"):
         depth_markdown([ROW, replace(ROW, network="other")])
 
 
@@ -159,24 +157,21 @@ def test_the_figure_names_every_depth_and_the_individual_networks(scores, tmp_pa
     assert not (tmp_path / "c.svg").exists()
 
 
-def test_files_that_cannot_be_written_are_refused_before_scoring(folder, tmp_path):
-    (tmp_path / "other.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match="columns"):
-        report_depths(folder, "no such data", rows=tmp_path / "other.csv")
-    with pytest.raises(ValueError, match="suffix"):
-        report_depths(folder, "no such data", plot=tmp_path / "a.txt")
-
-
 def test_the_command_scores_all_depths(folder, tmp_path):
-    command = ["evaluate", str(folder), "--data", "digits", "--part", "val", "--device", "cpu"]
-    files = ["--rows", str(tmp_path / "rows.csv"), "--plot", str(tmp_path / "depths.svg")]
-    done = CliRunner().invoke(app, [*command, "--depths", "--markdown", *files])
-    assert done.exit_code == 0, done.output
-    assert "| TTT (base) |" in done.output
+    command = ["evaluate", folder, "--data", "digits", "--part", "val", "--device", "cpu"]
+    files = ["--rows", tmp_path / "rows.csv", "--plot", tmp_path / "depths.svg"]
+    assert "| TTT (base) |" in run(*command, "--depths", "--markdown", *files)
     assert (tmp_path / "depths.svg").is_file()
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(DEPTHS)
-    done = CliRunner().invoke(app, [*command, "--depths"])
-    assert "FFF (super)" in done.output
-    done = CliRunner().invoke(app, [*command, "--markdown"])
-    assert isinstance(done.exception, ValueError)
-    assert "add --depths" in str(done.exception)
+    assert "FFF (super)" in run(*command, "--depths")
+
+
+def test_the_command_refuses_files_that_cannot_be_written_before_scoring(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("pliant.adaptive.scores.evaluate_depths", lambda *_, **__: pytest.fail("scored"))
+    (tmp_path / "other.csv").write_text("a,b\n")
+    for options, message in [
+        (["--markdown"], "are for depths; add --depths"),
+        (["--depths", "--rows", tmp_path / "other.csv"], "columns"),
+        (["--depths", "--plot", tmp_path / "a.txt"], "suffix"),
+    ]:
+        assert message in fails(monkeypatch, capsys, "evaluate", tmp_path, *options)

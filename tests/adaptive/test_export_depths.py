@@ -65,7 +65,8 @@ def test_depths_are_timed_on_the_threads_that_the_manifest_says(tmp_path, monkey
         monkeypatch.setattr(torch.export.ExportedProgram, "module", hooked)
     before = torch.get_num_threads()
     options = {"format": ending[1:], "rounds": 1, "batches": (1,), "threads": 2}
-    made = export_depths(_export.adaptive(), tmp_path / "net", [(True, True)], **options)
+    made = export_depths(_export.adaptive(), tmp_path / "net", ["TT", (True, True)], **options)
+    assert [d.file for d in made.depths] == [f"depth-TT{ending}"]  # asked for twice, written once
     assert made.threads == read_manifest(tmp_path / "net").threads == 2
     assert set(seen) == {2}
     assert torch.get_num_threads() == before
@@ -100,8 +101,8 @@ def test_depths_that_make_no_sense_are_refused(tmp_path):
     model = _export.adaptive()
     for arguments, options, message in [
         ((model, tmp_path, [(True,)]), {}, "has 2"),
-        ((model, tmp_path, [(True, True)] * 2), {}, "different depths"),
-        ((model, tmp_path, None), {"format": "tflite"}, "format must be one of"),
+        ((model, tmp_path, []), {}, "skips is empty"),
+        ((model, tmp_path, None), {"format": "tflite"}, "format is 'tflite'; it must be one of pt2"),
         ((model, tmp_path, None), {"rounds": -1}, "rounds must be"),
         ((model, tmp_path, None), {"threads": 0}, "threads must be a whole number of at least 1, not 0"),
         ((_export.plain(), tmp_path, None), {}, "no adaptive depth"),
@@ -109,5 +110,5 @@ def test_depths_that_make_no_sense_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             export_depths(*arguments, **options)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="no manifest"):
+    with pytest.raises(ValueError, match="no manifest of export_depths"):
         read_manifest(tmp_path)

@@ -40,12 +40,11 @@ def pins(path: str, python: str) -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    """What pyproject.toml says is needed, extras included."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [
-        *project["dependencies"],
-        *(line for extra in project["optional-dependencies"].values() for line in extra),
-    ]
+    """What pyproject.toml says is needed, extras and groups included."""
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = stated["project"]
+    more = (*project["optional-dependencies"].values(), *stated["dependency-groups"].values())
+    lines = [*project["dependencies"], *(line for lines in more for line in lines)]
     return [r for r in map(Requirement, lines) if r.name != "pliant"]
 
 

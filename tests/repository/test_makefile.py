@@ -8,8 +8,8 @@ import pytest
 
 from _repository import ROOT, run
 
-TARGETS = ("help", "setup", "quickstart", "lint", "check", "test", "test-all", "test-lowest", "bench")
-TARGETS += ("gpu", "clean")
+TARGETS = ("help", "setup", "quickstart", "lint", "check", "test", "test-all", "test-lowest")
+TARGETS += ("docs", "bench", "gpu", "clean")
 
 
 def test_makefile_has_the_targets():

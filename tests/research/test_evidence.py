@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from _evidence import CELLS, NAME, VARIANTS, scores_of, times_of
-from pliant.compare import PLAIN, REMOVED, write_scores
+from pliant.compare import PLAIN, write_scores
 from pliant.measuring.rows import Measurement, write_rows
+from pliant.methods.mixture_of_depths.recipes import REMOVED
 from research.commands import app
 from research.experiments.cells import cells_of
 from research.experiments.claims import Paired, Rival, answer, any_of, at_equal_time, paired, sentence

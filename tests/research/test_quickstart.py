@@ -7,8 +7,8 @@ import csv
 import pytest
 from rich.console import Console
 
-from pliant.compare import MOD_CONTROLS
 from pliant.measuring.rows import read_rows
+from pliant.methods.mixture_of_depths.recipes import CONTROLS as MOD_CONTROLS
 from research import quickstart as module
 from research.quickstart import BEGIN, END, quickstart
 

@@ -202,7 +202,7 @@ def test_features_of_each_depth_are_those_of_its_pass(objective):
         ({"features": 1, "stages": (1, 1)}, "numbers from 0, each once"),
         ({"features": 1, "stages": ()}, r"stages=\(\) compares no features"),
         ({"stages": (1,)}, "give features=1"),
-        ({"tau": 1}, "no option 'tau'; there are alpha, temperature, features, match, stages"),
+        ({"tau": 1}, "no option 'tau'; known: alpha, temperature, features, match, stages"),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -278,14 +278,17 @@ def test_teachers_that_do_not_fit_are_refused():
 
 def test_recipes_without_what_a_teacher_needs_are_refused(tmp_path):
     for changes, message in (
-        (["teacher=plain"], "teacher='plain' is the network of `weights` before its conversion"),
-        (["teacher=resnet20_cifar"], "has to have learned something: give teacher_weights"),
-        (["teacher_weights=a"], "teacher_weights is of a teacher, and there is none"),
-        (["teacher_args.c=2"], "teacher_args is of a teacher, and there is none"),
-        (["teacher=plain", "weights=a", "teacher_args.c=2"], "the plain one has model_args"),
+        (["teacher=plain"], "teacher=plain needs the weights of the network before"),
+        (["teacher=resnet20_cifar"], "teacher=resnet20_cifar needs trained weights; set teacher_weights"),
+        (["teacher_weights=a"], "teacher_weights needs a teacher; set teacher="),
+        (["teacher_args.c=2"], "teacher_args needs a teacher"),
+        (
+            ["teacher=plain", "weights=a", "teacher_args.c=2"],
+            "teacher=plain takes model_args; remove teacher_args",
+        ),
         (
             ["teacher=a", "teacher_weights=b", "teacher_args.num_classes=2"],
-            "teacher_args holds 'num_classes'",
+            "teacher_args must not hold 'num_classes'",
         ),
     ):
         with pytest.raises(ValueError, match=message):

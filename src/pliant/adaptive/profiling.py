@@ -1,4 +1,4 @@
-"""Latency of all depths of an adaptive network on the device at hand, and a budget for it.
+"""Time the depths of an adaptive network, and choose one within a budget: `profile_depths`.
 
 Shapes: images [B, C, H, W]; a latency is that of a whole batch, as everywhere in pliant.
 """
@@ -7,42 +7,48 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant.figures import check_suffix
+from pliant.figures import check_suffix, plain, write_figure
 from pliant.measuring.latency import Progress, measure
-from pliant.measuring.rows import CONDITIONS, Measurement, read_rows, terminal_table, write_rows
+from pliant.measuring.rows import Measurement, read_rows, write_rows
 from pliant.methods.adaptive_depth.depth import at_depth, depths, subnet
-from pliant.methods.adaptive_depth.switch import Skip, check_skips, depth_name, find_depth
+from pliant.methods.adaptive_depth.switch import (
+    Skip,
+    SkipLike,
+    check_skip,
+    check_skips,
+    depth_name,
+    find_depth,
+)
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-Accuracy = Mapping[Skip, float] | Callable[[nn.Module], float]
+Accuracy = Mapping[Skip, float] | Mapping[str, float] | Callable[[nn.Module], float]
 
 FRONT = "on the front"
-_DEPTH = "depth "  # what `Measurement.variant` begins with
+DEPTH = "depth "  # what `Measurement.variant` begins with
+
+# Okabe and Ito's, told apart by the colour-blind too.
+_ON, _OFF = "#0072B2", "#999999"
 
 
 @dataclass(frozen=True)
 class DepthProfile:
-    """What each depth of a network costs, and what it is worth where that is known.
+    """Latency, counts and, where it is known, accuracy of each depth of a network.
 
     Attributes:
-        rows: a row for each depth, with times, counts, accuracy and where all that comes
-            from; its `variant` is ``depth TTFF``, a letter a stage, T skips.
+        rows: one row for each depth, with machine and versions; its `variant` is ``depth TTFF``
+            (one letter a stage, T skips).
 
     Raises:
-        ValueError: rows of something else than the depths of one network, each once; an accuracy
-            that is no number; no time.
+        ValueError: the rows are not the depths of one network, each once; an accuracy is NaN; no
+            row has a time.
     """
 
     rows: tuple[Measurement, ...]
@@ -51,12 +57,14 @@ class DepthProfile:
         skips = [skip_of(row) for row in self.rows]
         if len(set(skips)) < len(skips) or len({len(skip) for skip in skips}) > 1:
             raise ValueError(
-                f"a profile holds the depths of one network, each once; these are "
-                f"{', '.join(f'{row.model} {row.variant}' for row in self.rows)}"
+                f"the rows are {', '.join(f'{row.model} {row.variant}' for row in self.rows)}; give the "
+                f"depths of one network, each once"
             )
         for row in self.rows:
             if row.accuracy is not None and math.isnan(row.accuracy):
-                raise ValueError(f"the accuracy of {row.label} is no number: {row.accuracy}")
+                raise ValueError(
+                    f"the accuracy of {row.label} is {row.accuracy}; give a number, in percent"
+                )
         if not any(row.median_ms is not None for row in self.rows):
             raise ValueError(
                 f"no depth has a time: {self.rows[0].error if self.rows else 'there is no row'}"
@@ -64,9 +72,9 @@ class DepthProfile:
 
     @property
     def front(self) -> tuple[Measurement, ...]:
-        """The rows that no other one beats: not slower, and worth as much; fastest first.
+        """The Pareto front: rows to which no faster row is equal or better; fastest first.
 
-        A row is worth its accuracy; where none is known, its multiply-accumulates.
+        Better is more accurate; where accuracies are not known, more multiply-accumulates.
         """
         best: list[Measurement] = []
         for row in sorted(self._timed(), key=lambda r: (_ms(r), -self._worth(r))):
@@ -75,18 +83,18 @@ class DepthProfile:
         return tuple(best)
 
     def choose(self, *, budget_ms: float | None = None, macs: int | None = None) -> Skip:
-        """The best depth within a budget: most accurate, or most multiply-accumulates.
+        """The best depth within a budget: the most accurate one, or the one of most operations.
 
         Args:
-            budget_ms: milliseconds of a batch such as was measured; medians are held
-                against it, so leave room for the spread.
-            macs: multiply-accumulates of one image.
+            budget_ms: largest median latency in milliseconds, of a batch such as was measured.
+                Leave room for the spread.
+            macs: largest number of multiply-accumulates of one image.
 
         Returns:
             Flags for `pliant.set_depth`.
 
         Raises:
-            ValueError: no budget or two; none that a depth keeps; `macs` of rows without them.
+            ValueError: no budget, or two; no depth within it; `macs` where a row has none.
 
         Example:
             >>> rows = [Measurement(model="net", variant="depth F", macs=9, median_ms=2.0)]
@@ -95,24 +103,24 @@ class DepthProfile:
             (True,)
         """
         if (budget_ms is None) == (macs is None):
-            raise ValueError("give exactly one budget: budget_ms, or macs")
+            raise ValueError(f"budget_ms is {budget_ms!r} and macs is {macs!r}; give one of the two")
         name, unit, cost = ("macs", "multiply-accumulates", _macs) if budget_ms is None else _MS
         limit: float | None = macs if budget_ms is None else budget_ms
         if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 < limit < math.inf:
-            raise ValueError(f"{name} must be a number above 0, not {limit!r}")
+            raise ValueError(f"{name} is {limit!r}; give a number above 0")
         if budget_ms is None and any(row.macs is None for row in self._timed()):
-            raise ValueError("not every depth's multiply-accumulates are known: give budget_ms")
+            raise ValueError("macs of a depth are not known; give budget_ms instead of macs")
         within = [row for row in self._timed() if cost(row) <= limit]
         if not within:
             least = min(self._timed(), key=cost)
             raise ValueError(
-                f"no depth keeps {name}={limit:g}: the {'fastest' if unit == 'ms' else 'smallest'}, "
-                f"{skip_of(least)}, takes {cost(least):.4g} {unit}"
+                f"no depth is within {name}={limit:g}; the {'fastest' if unit == 'ms' else 'smallest'}, "
+                f"{depth_name(skip_of(least))}, takes {cost(least):.4g} {unit}"
             )
         return skip_of(max(within, key=lambda r: (self._worth(r), -_ms(r), -_macs(r))))
 
     def save(self, path: str | Path) -> Path:
-        """Write the rows to a CSV file, as all measurements of pliant; returns `path`."""
+        """Write the rows to a CSV file; returns `path`."""
         write_rows(path, self.rows)
         return Path(path)
 
@@ -121,15 +129,50 @@ class DepthProfile:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: a damaged or foreign file, or rows of something else than depths.
+            ValueError: the file is damaged or foreign, or its rows are not depths.
         """
         return cls(tuple(read_rows(path)))
 
     def plot(self, path: str | Path) -> Path:
-        """Draw latency against worth, and the front; see `analysis.profile_plots`."""
-        from pliant.adaptive.profile_plots import plot_profile
+        """Draw each depth's accuracy, or its multiply-accumulates, against its latency.
 
-        return plot_profile(self, path)
+        The front is a line of filled points with their flags; the other depths are grey.
+
+        Args:
+            path: file of the figure: SVG, PNG or PDF by its suffix.
+
+        Returns:
+            `path`.
+
+        Raises:
+            ValueError: an unknown suffix.
+        """
+        from matplotlib.figure import Figure
+
+        path = check_suffix(path)
+        front = self.front
+        rest = [row for row in self._timed() if row not in front]
+        scale = 1 if self.has_accuracy else 1e6
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for rows, style, color, label in ((rest, "o", _OFF, "beaten"), (front, "o-", _ON, "front")):
+            worth = [self._worth(row) / scale for row in rows]
+            axes.plot([_ms(row) for row in rows], worth, style, color=color, label=label, zorder=3)
+        for row in front:
+            axes.annotate(
+                row.variant.removeprefix(DEPTH),
+                (_ms(row), self._worth(row) / scale),
+                textcoords="offset points",
+                xytext=(6, -10),
+                fontsize="small",
+            )
+        first = front[0]
+        axes.set_xlabel(f"latency, ms ({first.device}, batch {first.batch}, {first.engine})")
+        axes.set_ylabel("top-1 accuracy, %" if self.has_accuracy else "multiply-accumulates, M")
+        axes.set_title(f"{first.model}: depths (T skips)")
+        axes.legend(frameon=False)
+        plain(axes)
+        return write_figure(figure, path)
 
     def _timed(self) -> list[Measurement]:
         return [row for row in self.rows if row.median_ms is not None]
@@ -156,16 +199,18 @@ def skip_of(row: Measurement) -> Skip:
     """The flags of a row of a `DepthProfile`.
 
     Raises:
-        ValueError: a row of something else.
+        ValueError: the row is not that of a depth.
 
     Example:
         >>> skip_of(Measurement(model="resnet50_adn", variant="depth TTFF"))
         (True, True, False, False)
     """
-    letters = row.variant.removeprefix(_DEPTH)
-    if not row.variant.startswith(_DEPTH) or not letters or set(letters) - {"T", "F"}:
-        raise ValueError(f"{row.label} is no row of a depth: its variant must be like 'depth TTFF'")
-    return tuple(letter == "T" for letter in letters)
+    try:
+        if row.variant.startswith(DEPTH):
+            return check_skip(row.variant.removeprefix(DEPTH))
+    except ValueError:
+        pass
+    raise ValueError(f"{row.label} is not a row of a depth; its variant must be like 'depth TTFF'")
 
 
 _MS = ("budget_ms", "ms", _ms)
@@ -191,32 +236,33 @@ def profile_depths(
     engine: str = "eager",
     *,
     accuracy: Accuracy | None = None,
-    skips: Sequence[Sequence[bool]] | None = None,
+    skips: Iterable[SkipLike] | None = None,
     threads: int | None = None,
     rounds: int = 9,
     min_run_time: float = 0.05,
     progress: Progress | None = None,
 ) -> DepthProfile:
-    """Time all depths of a network where it is, in turn, in evaluation mode.
+    """Time the depths of a network on its device, in turn, in evaluation mode.
 
-    The network stays as it is. Each depth is timed as its `subnet`, which is what
-    `compile_depths` runs; the switched network in eager mode costs a little more.
+    The network is not changed. Each depth is timed as its `subnet`, which is what
+    `compile_depths` runs; the network itself costs a little more in eager mode.
 
     Args:
-        model: a network converted by `AdaptiveDepth`, on the device, in the dtype and
-            memory format in which it serves.
+        model: a network converted by `AdaptiveDepth`, with the device, dtype and memory format
+            that it serves with.
         example: images [B, C, H, W] of the shape that it serves.
         engine: ``eager``, or ``compiled`` (`torch.compile`).
-        accuracy: of each depth in percent, as a mapping from flags, or a function that is
-            called with `model` at each depth. None: depths are ranked by their MACs.
-        skips: which depths; None: all.
-        threads: of PyTorch's pool; by default as many as it takes.
+        accuracy: accuracy of each depth in percent: a mapping from flags (``"TTFF"`` or
+            booleans), or a function that is called with `model` at each depth. None: depths are
+            ranked by their multiply-accumulates.
+        skips: which depths, such as ``["TTFF", "FFFF"]``; None: all.
+        threads: threads of PyTorch; None: `torch.get_num_threads`.
         rounds: how often each depth is timed.
-        min_run_time: seconds that one depth runs in one round, at least.
-        progress: called with steps done, steps in all, and what comes next.
+        min_run_time: shortest time that one depth runs in one round, in seconds.
+        progress: called with the steps done, the number of steps, and what comes next.
 
     Raises:
-        ValueError: no adaptive network, no depths, wrong flags; an accuracy that is missing; an
+        ValueError: the network has no adaptive depth; wrong flags; a missing accuracy; an
             example that the network does not take; as `pliant.measure`.
 
     Example:
@@ -230,7 +276,7 @@ def profile_depths(
     """
     flags = len(find_depth(model).skip)
     if example.dim() != 4:
-        raise ValueError(f"example must be images [B, C, H, W], not of shape {tuple(example.shape)}")
+        raise ValueError(f"example has the shape {tuple(example.shape)}; give images [B, C, H, W]")
     chosen = check_skips(skips, flags)
     batch, channels, height, width = example.shape
     like = next(p for p in model.parameters() if p.is_floating_point())
@@ -252,7 +298,7 @@ def profile_depths(
         progress=progress,
     )
     rows = tuple(
-        replace(row, model=_name(model), variant=f"{_DEPTH}{row.model}", accuracy=worth.get(skip))
+        replace(row, model=_name(model), variant=f"{DEPTH}{row.model}", accuracy=worth.get(skip))
         for row, skip in zip(measured, chosen, strict=True)
     )
     profile = DepthProfile(rows)
@@ -260,54 +306,26 @@ def profile_depths(
     return DepthProfile(tuple(replace(row, note=FRONT) if row.variant in front else row for row in rows))
 
 
-def depth_report(
-    network: str | nn.Module,
-    times: Mapping[str, Any] | None = None,
-    rows: Path | None = None,
-    plot: Path | None = None,
-) -> Table:
-    """All depths of a network as a table for a terminal: what ``pliant depths`` prints.
+def counted(model: nn.Module) -> list[Measurement]:
+    """Parameters and multiply-accumulates of each depth, as the rows of a profile without times.
 
     Args:
-        network: an adaptive network, or a name that timm knows.
-        times: batch, device and options of `profile_depths`; None: counts alone.
-        rows: CSV file that gets the rows.
-        plot: figure that is drawn of them.
+        model: a network converted by `AdaptiveDepth`; weights on the meta device will do.
 
     Raises:
-        ValueError: a name that timm does not know; as `profile_depths`.
+        ValueError: the network has no adaptive depth.
+
+    Example:
+        >>> import timm
+        >>> counted(timm.create_model("resnet20_cifar_adn"))[0].label
+        'resnet20_cifar_adn depth FFF'
     """
-    if isinstance(network, str):
-        if not timm.is_model(network):
-            raise ValueError(f"timm knows no model {network!r}, and there is no such folder")
-        with torch.device("cpu" if times else "meta"):  # counts need no weights
-            model: nn.Module = timm.create_model(network)
-    else:
-        model = network
-    if times is None:
-        name = _name(model)
-        counted = [
-            Measurement(
-                model=name, variant=f"{_DEPTH}{depth_name(d.skip)}", parameters=d.parameters, macs=d.macs
-            )
-            for d in depths(model)
-        ]
-        return terminal_table(counted, ["label", "parameters", "macs"], leave_out=list(CONDITIONS))
-    if plot is not None:
-        check_suffix(plot)  # before the timing, not after
-    size = anatomy.input_size(model)
-    if size is None:
-        raise ValueError("the network does not say its input size; use pliant.profile_depths")
-    options = dict(times)
-    batch, device = options.pop("batch"), options.pop("device")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} is not available: PyTorch sees no GPU; give cpu")
-    found = profile_depths(model.to(device), torch.zeros(batch, *size), **options)
-    if rows is not None:
-        found.save(rows)
-    if plot is not None:
-        found.plot(plot)
-    return terminal_table(found.rows)
+    return [
+        Measurement(
+            model=_name(model), variant=DEPTH + depth_name(d.skip), parameters=d.parameters, macs=d.macs
+        )
+        for d in depths(model)
+    ]
 
 
 def _name(model: nn.Module) -> str:
@@ -318,16 +336,20 @@ def _name(model: nn.Module) -> str:
 def _accuracies(model: nn.Module, skips: Sequence[Skip], accuracy: Accuracy | None) -> dict[Skip, float]:
     if accuracy is None:
         return {}
+    given = {} if callable(accuracy) else {check_skip(skip): value for skip, value in accuracy.items()}
     found = {}
     for skip in skips:
         if callable(accuracy):
             with at_depth(model, skip), torch.no_grad():
                 value = accuracy(model)
-        elif skip in accuracy:
-            value = accuracy[skip]
+        elif skip in given:
+            value = given[skip]
         else:
-            raise ValueError(f"accuracy has no value for depth {skip}; it has {list(accuracy)}")
+            known = ", ".join(map(depth_name, given)) or "none"
+            raise ValueError(f"accuracy has no value for depth {depth_name(skip)}; it has {known}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
-            raise ValueError(f"the accuracy of depth {skip} must be in percent, 0 to 100; it is {value!r}")
+            raise ValueError(
+                f"the accuracy of depth {depth_name(skip)} is {value!r}; give percent, 0 to 100"
+            )
         found[skip] = float(value)
     return found

@@ -1,4 +1,4 @@
-"""Score every depth of an adaptive network in one call: `evaluate_depths`.
+"""Accuracy of the depths of an adaptive network: `evaluate_depths`, its tables, rows and figure.
 
 Shapes: x float32 [B, C, S, S], images; y int64 [B], classes; logits [B, classes].
 """
@@ -6,42 +6,55 @@ Shapes: x float32 [B, C, S, S], images; y int64 [B], classes; logits [B, classes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from pliant._files import write_csv
+from pliant.figures import check_suffix, plain, write_figure
 from pliant.measuring.candidates import by_name
 from pliant.methods.adaptive_depth.depth import at_depth, depths, get_depth
-from pliant.methods.adaptive_depth.switch import Skip, check_skips, depth_name, depth_role
+from pliant.methods.adaptive_depth.switch import (
+    Skip,
+    SkipLike,
+    check_skip,
+    check_skips,
+    depth_name,
+    depth_role,
+)
 from pliant.provenance import provenance
 from pliant.records import Origin, cells, columns
 from pliant.train.data import Part
 from pliant.train.evaluation import Scores, prepare
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from rich.table import Table
+
+# Okabe and Ito's, told apart by the colour-blind too.
+_ADAPTIVE, _INDIVIDUAL = "#0072B2", "#000000"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DepthScore(Origin):
-    """One depth of one network: what it costs and reaches.
+    """Cost and accuracy of one depth of one network.
 
     Attributes:
-        network: the architecture.
-        depth: a letter for each stage that can skip, ``T`` skips, as the paper writes it:
-            ``"FFFF"`` is the whole network (super-net), ``"TTTT"`` the base network.
-        parameters: that this depth uses.
+        network: name of the architecture.
+        depth: one letter for each stage that can skip, ``T`` skips: ``"FFFF"`` is the whole
+            network (super-net in the paper), ``"TTTT"`` the base network.
+        parameters: number of parameters that this depth uses.
         macs: multiply-accumulates of one image.
         top1: share of images whose class has the highest output, in percent.
-        top5: share whose class is among the five highest, in percent; None below ten classes.
+        top5: share of images whose class is among the five highest, in percent; None below ten
+            classes.
         loss: mean cross entropy.
-        images: how many were scored.
-        unreadable: how many more could not be read, and are left out.
+        images: number of images scored.
+        unreadable: number of images that could not be read, and are left out.
         data: name of the data set.
         part: ``"test"`` or ``"val"``.
         pixels: height and width of the images.
@@ -63,7 +76,7 @@ class DepthScore(Origin):
     @property
     def skip(self) -> Skip:
         """The flags, as `pliant.set_depth` takes them."""
-        return tuple(letter == "T" for letter in self.depth)
+        return check_skip(self.depth)
 
     @property
     def role(self) -> str:
@@ -76,7 +89,7 @@ def evaluate_depths(
     data: str | None = None,
     path: str | os.PathLike[str] | None = None,
     *,
-    skips: Iterable[Sequence[bool]] | None = None,
+    skips: Iterable[SkipLike] | None = None,
     part: Part = "test",
     batch: int = 256,
     device: str = "auto",
@@ -87,22 +100,22 @@ def evaluate_depths(
 
     Args:
         model: a network converted by `AdaptiveDepth`, or the folder of a saved one or of a
-            run. Its own depth stays as it is.
-        data: this, and all but `skips`, as of `pliant.train.evaluate`.
-        path: likewise.
-        skips: which depths; None: all.
-        part: likewise.
-        batch: likewise.
-        device: likewise.
-        workers: likewise.
-        pixels: likewise.
+            run. Its own depth is not changed.
+        data: name of the data set, as of `pliant.evaluate`; None: that of the run.
+        path: folder of the data, as of `pliant.evaluate`.
+        skips: which depths, such as ``["TTFF", "FFFF"]``; None: all.
+        part: ``"test"`` or ``"val"``.
+        batch: images a forward.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        workers: processes that load images.
+        pixels: height and width of the images; None: those of the run or the network.
 
     Returns:
-        A row for each depth, in the order of `pliant.depths` (the whole network first), or of
-        `skips`.
+        One row for each depth, in the order of `skips` or of `pliant.depths` (the whole network
+        first).
 
     Raises:
-        ValueError: the network has no adaptive depth, or other flags; or as `evaluate`.
+        ValueError: the network has no adaptive depth, or other flags; as `pliant.evaluate`.
         FileNotFoundError: no data, or no checkpoint.
 
     Example:
@@ -158,46 +171,7 @@ def evaluate_depths(
     return rows
 
 
-def report_depths(
-    model: nn.Module | str | os.PathLike[str],
-    data: str | None = None,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    rows: str | Path | None = None,
-    plot: str | Path | None = None,
-    **options: Any,
-) -> list[DepthScore]:
-    """`evaluate_depths`, and its files.
-
-    Args:
-        model: as of `evaluate_depths`.
-        data: likewise.
-        path: likewise.
-        rows: CSV file that gets the rows, appended.
-        plot: figure of accuracy against multiply-accumulates.
-        options: further keywords of `evaluate_depths`.
-
-    Raises:
-        ValueError: as `evaluate_depths`; or a file that could not be written, before the
-            scoring.
-        FileNotFoundError: as `evaluate_depths`.
-    """
-    from pliant.adaptive.depth_plots import plot_depths
-    from pliant.figures import check_suffix
-
-    if plot is not None:
-        check_suffix(plot)
-    if rows is not None:
-        write_depth_scores(rows, [], append=True)
-    scores = evaluate_depths(model, data, path, **options)
-    if rows is not None:
-        write_depth_scores(rows, scores, append=True)
-    if plot is not None:
-        plot_depths(scores, plot)
-    return scores
-
-
-# Heading, and what a row says in it.
+# Heading of a column, and the text of a row in it.
 _COLUMNS: dict[str, Callable[[DepthScore], str]] = {
     "depth": lambda r: f"{r.depth} ({r.role})" if r.role else r.depth,
     "top-1, %": lambda r: f"{r.top1:.2f}",
@@ -209,7 +183,7 @@ _COLUMNS: dict[str, Callable[[DepthScore], str]] = {
 
 
 def depth_table(scores: Sequence[DepthScore]) -> Table:
-    """Scores for `rich.print`."""
+    """Scores as a table for `rich.print`."""
     from rich.table import Table
 
     title, headings, body = _layout(scores)
@@ -222,7 +196,7 @@ def depth_table(scores: Sequence[DepthScore]) -> Table:
 
 
 def depth_markdown(scores: Sequence[DepthScore]) -> str:
-    """Scores as a Markdown table, under a line that says of what."""
+    """Scores as a Markdown table, under a line that names network and images."""
     title, headings, body = _layout(scores)
     lines = [f"| {' | '.join(cells)} |" for cells in [headings, *body]]
     lines.insert(1, f"|---|{'---:|' * (len(headings) - 1)}")
@@ -236,7 +210,9 @@ def _layout(scores: Sequence[DepthScore]) -> tuple[str, list[str], list[list[str
         for r in scores
     )
     if len(told) != 1:
-        raise ValueError(f"a table is of one network on one set of images; these are {len(told)}")
+        raise ValueError(
+            f"the scores are of {len(told)} networks or sets of images; give those of one, a table each"
+        )
     headings = [h for h, text in _COLUMNS.items() if any(map(text, scores))]
     return next(iter(told)), headings, [[_COLUMNS[h](r) for h in headings] for r in scores]
 
@@ -245,8 +221,8 @@ def write_depth_scores(path: str | Path, scores: Iterable[DepthScore], append: b
     """Write scores to a CSV file; the file is replaced whole or not at all.
 
     Args:
-        path: the file; its folder is made if missing.
-        scores: what to write.
+        path: name of the file; its folder is made if it is missing.
+        scores: the rows to write.
         append: keep the rows that the file has, and add these.
 
     Raises:
@@ -254,3 +230,74 @@ def write_depth_scores(path: str | Path, scores: Iterable[DepthScore], append: b
     """
     rows = (cells(score, ".4f") for score in scores)
     write_csv(path, columns(DepthScore), rows, append, "scores of depths")
+
+
+def plot_depths(
+    scores: Sequence[DepthScore],
+    path: str | Path,
+    individual: Mapping[str, tuple[int, float]] | None = None,
+) -> Path:
+    """Draw the accuracy of each depth against its multiply-accumulates.
+
+    Figure 3(a) of *Adaptive Depth Networks* (arXiv 2312.16392). The two depths that are
+    trained, the whole network and the base network, are filled; the others are hollow.
+
+    Args:
+        scores: the rows of `evaluate_depths`.
+        path: file of the figure: SVG, PNG or PDF by its suffix.
+        individual: networks that were trained by themselves: name to multiply-accumulates and
+            top-1 accuracy in percent.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: no scores, or an unknown suffix.
+    """
+    from matplotlib.figure import Figure
+
+    path = check_suffix(path)
+    if not scores:
+        raise ValueError("there are no scores to draw; evaluate_depths gives them")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    rows = sorted(scores, key=lambda r: (r.macs, r.top1))
+    for filled, label in ((True, "trained: super and base"), (False, "not trained themselves")):
+        own = [r for r in rows if bool(r.role) == filled]
+        if own:
+            axes.plot(
+                [r.macs / 1e6 for r in own],
+                [r.top1 for r in own],
+                "o",
+                color=_ADAPTIVE,
+                markerfacecolor=_ADAPTIVE if filled else "white",
+                label=label,
+                zorder=3,
+            )
+    for macs in dict.fromkeys(r.macs for r in rows):
+        # Many depths cost the same: their names stand on either side in turn.
+        for n, row in enumerate(r for r in rows if r.macs == macs):
+            _name(axes, row.depth, macs, row.top1, right=n % 2 == 0)
+    for n, (name, (macs, top1)) in enumerate((individual or {}).items()):
+        label = "trained by themselves" if n == 0 else "_"
+        axes.plot(macs / 1e6, top1, "s", color=_INDIVIDUAL, label=label, zorder=3)
+        _name(axes, name, macs, top1, right=False)
+    axes.margins(x=0.1, y=0.15)
+    axes.set(
+        xlabel="multiply-accumulates of an image, M", ylabel="top-1 accuracy, %", title=rows[0].network
+    )
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    plain(axes)
+    return write_figure(figure, path)
+
+
+def _name(axes: Axes, name: str, macs: int, top1: float, right: bool) -> None:
+    axes.annotate(
+        name,
+        (macs / 1e6, top1),
+        (6 if right else -6, 0),
+        textcoords="offset points",
+        ha="left" if right else "right",
+        va="center",
+        fontsize=7,
+    )

@@ -1,10 +1,12 @@
-"""What commands share: arguments that several take, and what they print."""
+"""What commands share: arguments that several take, networks by name, and printing."""
 
 from __future__ import annotations
 
 import inspect
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +19,25 @@ if TYPE_CHECKING:
     from pliant.surgery import Method
 
 Changes = Annotated[
-    list[str] | None, typer.Argument(help="key=value changes, such as epochs=5 seed=1 model_args.c=16")
+    list[str] | None,
+    typer.Argument(help="Changes of the recipe: key=value, such as epochs=5 model_args.c=16"),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, cifar10, cifar100, folder, imagenet or shards; by default the run's own data"
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
-Threads = Annotated[int | None, typer.Option(help="of PyTorch; by default as many as it takes")]
+Network = Annotated[
+    str, typer.Argument(help="Network of timm, or folder that `train` or `pliant.save` wrote")
+]
+Pixels = Annotated[
+    int | None, typer.Option(help="Height and width of the images; by default the network's own", min=1)
+]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; by default as many as PyTorch takes", min=1)
+]
 
 
 def show(table: Table) -> None:
@@ -41,7 +58,7 @@ def options_of(method: type[Method], changes: list[str]) -> dict[str, Any]:
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
-            raise ValueError(f"{change!r} is not of the form key=value, such as c=16")
+            raise ValueError(f"{change!r} is no option of the method; write key=value, such as c=16")
         if key not in known:
             raise ValueError(f"{method.__name__} has no option {key!r}; it has {', '.join(sorted(known))}")
         options[key] = literal(text)
@@ -49,7 +66,7 @@ def options_of(method: type[Method], changes: list[str]) -> dict[str, Any]:
 
 
 def network_of(name: str) -> Any:
-    """A folder that `save` or `train` wrote, as its network; any other name as it is."""
+    """The network in a folder that `pliant.save` or `train` wrote; any other name as it is."""
     from pliant.checkpoint import load
     from pliant.train.run import BEST
 
@@ -57,6 +74,41 @@ def network_of(name: str) -> Any:
     if not folder.is_dir():
         return name
     return load(folder / BEST if (folder / BEST).is_dir() else folder)
+
+
+def built(name: str, device: str = "cpu") -> Any:
+    """The network in a folder, or a network of timm with random weights on `device`."""
+    import timm
+    import torch
+
+    found = network_of(name)
+    if not isinstance(found, str):
+        return found
+    if not timm.is_model(found):
+        near = get_close_matches(found, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the networks"
+        raise ValueError(f"timm has no network named {found!r}, and there is no such folder; {hint}")
+    with torch.device(device):
+        return timm.create_model(found)
+
+
+@contextmanager
+def going_on(advice: str = "") -> Iterator[None]:
+    """End on Ctrl-C or a signal with one sentence that says how to go on, and the signal's status.
+
+    Args:
+        advice: how to go on; empty: what `pliant.fit` says.
+    """
+    from pliant.train.fitting import Terminated
+
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as stop:
+        # Statuses of their own, by which a job knows that it is to go on.
+        number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM
+        told = f"stopped; {advice}" if advice else str(stop) or "interrupted"
+        typer.secho(f"pliant: {told}", fg="red", err=True)
+        raise typer.Exit(128 + number) from stop
 
 
 @contextmanager

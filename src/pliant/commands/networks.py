@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from pliant.commands._common import options_of, show
+from pliant.commands._common import Network, built, options_of, show
 
 
-def models(pattern: Annotated[str, typer.Argument(help="part of the name")] = "") -> None:
-    """List the networks that pliant registers with timm, with parameters and MACs."""
-    import timm
-    import torch
+def models(
+    pattern: Annotated[str, typer.Argument(help="Part of the names to list; by default all")] = "",
+) -> None:
+    """List the networks that pliant adds to timm."""
     from rich.table import Table
 
     from pliant.anatomy import input_size
@@ -23,42 +23,41 @@ def models(pattern: Annotated[str, typer.Argument(help="part of the name")] = ""
     table = Table("network", "input", "parameters", "MACs")
     for name in list_networks():
         if pattern in name:
-            with torch.device("meta"):
-                model = timm.create_model(name)
+            model = built(name, "meta")
             size = input_size(model)
             assert size is not None
             shape = "x".join(map(str, size))
             macs = f"{count_macs(model, size) / 1e9:.3f} G"
             table.add_row(name, shape, f"{count_parameters(model):,}", macs)
     if not table.row_count:
-        raise ValueError(f"no network of pliant has {pattern!r} in its name; pliant models lists all")
+        raise ValueError(f"no network of pliant has {pattern!r} in its name; `pliant models` lists all")
     show(table)
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="any network of timm")],
+    model: Network,
     options: Annotated[
-        list[str] | None, typer.Argument(help="options of the method, such as c=16 order=index")
+        list[str] | None, typer.Argument(help="Options of the method: key=value, such as c=16 order=index")
     ] = None,
-    method: Annotated[str, typer.Option(help="name of the method")] = "MixtureOfDepths",
+    method: Annotated[str, typer.Option(help="Name of the method")] = "MixtureOfDepths",
     save_to: Annotated[
-        Path | None, typer.Option(help="convert, and save the network (fresh weights) to this folder")
+        Path | None,
+        typer.Option(help="Folder to save the converted network to; without it nothing is kept"),
     ] = None,
 ) -> None:
-    """Show what a method would replace in a network, and what that costs."""
-    import timm
+    """Show what a method would replace in a network.
 
+    Prints each replaced block, and the parameters and MACs before and after.
+    """
     from pliant.checkpoint import save
     from pliant.methods import METHODS
     from pliant.surgery import convert
     from pliant.surgery import plan as make_plan
 
-    if not timm.is_model(model):
-        raise ValueError(f"timm has no model named {model!r}; timm.list_models() lists those it has")
     if method not in METHODS:
-        raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+        raise ValueError(f"there is no method {method!r}; the methods are {', '.join(METHODS)}")
     chosen = METHODS[method](**options_of(METHODS[method], options or []))
-    network = timm.create_model(model)
+    network = built(model)
     typer.echo(str(make_plan(network, chosen)))
     if save_to is not None:
         save(convert(network, chosen, inplace=True), save_to)

@@ -1,4 +1,4 @@
-"""Commands that look into trained networks, and at published figures."""
+"""Commands that look into trained networks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import typer
 
 
 def inspect(
-    place: Annotated[Path, typer.Argument(help="a run's folder, its .ckpt file, or a saved network")],
+    place: Annotated[
+        Path, typer.Argument(help="Folder of a run or of a saved network, or a .ckpt file of a run")
+    ],
 ) -> None:
-    """Tell what a run or a saved network is: recipe, versions, commit, how far it is."""
+    """Show the recipe, versions and progress of a run.
+
+    Of a saved network: its architecture, methods and versions.
+    """
     from pliant.checkpoint import CONFIG, read_config
     from pliant.train import read_state
 
@@ -21,7 +26,7 @@ def inspect(
         about = {
             "network": config.network,
             "arguments": json.dumps(dict(config.arguments), default=list),
-            "methods": ", ".join(map(str, config.methods)) or "those of its name",
+            "methods": ", ".join(map(str, config.methods)) or "those in its name",
             "classes": config.num_classes,
             "input": config.input_size,
             **config.versions,

@@ -1,4 +1,4 @@
-"""Commands that time: networks, depths, the tables of results."""
+"""Commands that time networks and their depths."""
 
 from __future__ import annotations
 
@@ -8,57 +8,70 @@ from typing import Annotated, cast
 
 import typer
 
-from pliant.commands._common import Device, Threads, network_of, progress_of, show
+from pliant.commands._common import Device, Network, Pixels, Threads, built, network_of, progress_of, show
 
 
 def measure(
     models: Annotated[
-        list[str], typer.Argument(help="networks of timm, or folders that `save` or `train` wrote")
+        list[str], typer.Argument(help="Networks of timm, or folders that `train` or `pliant.save` wrote")
     ],
-    against: Annotated[str | None, typer.Option(help="the baseline of all ratios")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="images a forward (1); may be repeated")] = None,
-    pixels: Annotated[int | None, typer.Option(help="height and width, if not each network's own")] = None,
+    against: Annotated[str | None, typer.Option(help="Baseline of all ratios, a network too")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Images a forward, by default 1; repeat for several")
+    ] = None,
+    pixels: Pixels = None,
     device: Device = "cpu",
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="float32 (as it is), bfloat16, float16 or int8; repeat for several"),
+        typer.Option(help="float32 (the default), bfloat16, float16 or int8; repeat for several"),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="runs networks as they are: eager, compiled, or another of --engines")
+        str, typer.Option(help="Engine for the networks as they are: eager, compiled, or one of --engines")
     ] = "eager",
     engines: Annotated[
         str | None,
         typer.Option(
-            help="instead: networks as deployed (norms folded, channels_last, MoD blocks plain, "
-            "optimized and native) in all, or some of eager,compile,aoti,onnxruntime,openvino"
+            help="Time networks as they are deployed instead (norms folded, channels_last), in these "
+            "engines: all, or some of eager,compile,aoti,onnxruntime,openvino"
         ),
     ] = None,
     forms: Annotated[
         str | None,
-        typer.Option(help="some of: as built,plain,optimized,native; with --engines the last three"),
+        typer.Option(
+            help="Forms of the blocks, some of: as built,plain,optimized,native; by default as built, "
+            "with --engines the other three"
+        ),
     ] = None,
     channels_last: Annotated[
-        bool | None, typer.Option(help="memory format; the default only with --engines")
+        bool | None, typer.Option(help="Memory format channels_last; by default only with --engines")
     ] = None,
     threads: Threads = None,
-    rounds: Annotated[int, typer.Option(help="how often each network is timed, in turn")] = 15,
+    rounds: Annotated[int, typer.Option(help="How often each network is timed, in turn")] = 15,
     timeout: Annotated[
-        float, typer.Option(help="seconds that an engine in its own process may take for one step")
+        float,
+        typer.Option(help="Seconds for one step (loading, one round) of an engine in its own process"),
     ] = 300.0,
     write_timeout: Annotated[
-        float, typer.Option(help="seconds that it may take there to export or compile a network")
+        float, typer.Option(help="Seconds for the export or compilation of one network")
     ] = 600.0,
-    tax: Annotated[bool, typer.Option(help="time MoD networks without their blocks too")] = True,
-    lower_resolution: Annotated[int | None, typer.Option(help="time the baseline at these too")] = None,
-    rows: Annotated[
-        Path | None, typer.Option(help="CSV file that gets the rows, appended run by run")
+    tax: Annotated[
+        bool, typer.Option(help="Time Mixture-of-Depths networks without their blocks too, for the MoD tax")
+    ] = True,
+    lower_resolution: Annotated[
+        int | None, typer.Option(help="Height and width at which the baseline is timed too")
     ] = None,
-    markdown: Annotated[bool, typer.Option(help="print Markdown tables")] = False,
-    html: Annotated[Path | None, typer.Option(help="page with tables and figure")] = None,
-    plot: Annotated[Path | None, typer.Option(help="figure of --plot-y against latency")] = None,
-    plot_y: Annotated[str, typer.Option(help="macs or parameters")] = "macs",
+    rows: Annotated[Path | None, typer.Option(help="CSV file to append the rows to, run by run")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables")] = False,
+    html: Annotated[Path | None, typer.Option(help="HTML page to write, with tables and a figure")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Figure to draw (.svg, .png, .pdf): --plot-y against latency")
+    ] = None,
+    plot_y: Annotated[str, typer.Option(help="With --plot: macs or parameters")] = "macs",
 ) -> None:
-    """Parameters, MACs and latency, interleaved in one run; ratios and the MoD tax."""
+    """Measure latency, parameters and MACs of networks.
+
+    All networks are timed in turn in each round, so that their ratios hold on a busy machine.
+    """
     from pliant.measuring.figure import Quantity, check_figure, plot_against_latency
     from pliant.measuring.latency import measure as run
     from pliant.measuring.page import write_page
@@ -104,22 +117,47 @@ def measure(
 
 
 def depths(
-    model: Annotated[
-        str, typer.Argument(help="adaptive network of timm, or a folder that `save` or `train` wrote")
-    ],
-    profile: Annotated[bool, typer.Option("--profile", help="time each depth too")] = False,
-    batch: Annotated[int, typer.Option(help="of --profile: images a forward", min=1)] = 1,
+    model: Network,
+    profile: Annotated[bool, typer.Option("--profile", help="Time each depth too")] = False,
+    batch: Annotated[int, typer.Option(help="With --profile: images a forward", min=1)] = 1,
     device: Device = "cpu",
-    engine: Annotated[str, typer.Option(help="of --profile: eager or compiled")] = "eager",
+    engine: Annotated[str, typer.Option(help="With --profile: eager or compiled")] = "eager",
     threads: Threads = None,
-    rounds: Annotated[int, typer.Option(help="of --profile: how often each depth is timed")] = 9,
-    rows: Annotated[Path | None, typer.Option(help="of --profile: CSV file that gets the rows")] = None,
-    plot: Annotated[Path | None, typer.Option(help="of --profile: figure of MACs against latency")] = None,
+    rounds: Annotated[int, typer.Option(help="With --profile: how often each depth is timed")] = 9,
+    rows: Annotated[Path | None, typer.Option(help="With --profile: CSV file to write the rows to")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="With --profile: figure to draw (.svg, .png, .pdf), MACs against latency"),
+    ] = None,
 ) -> None:
-    """List the depths of an adaptive network: parameters, MACs and, with --profile, latency."""
-    from pliant.adaptive.profiling import depth_report
+    """List the depths of an adaptive network.
 
-    if not profile and (rows or plot):
-        raise ValueError("--rows and --plot are of times: add --profile")
-    how = {"batch": batch, "device": device, "engine": engine, "threads": threads, "rounds": rounds}
-    show(depth_report(network_of(model), how if profile else None, rows, plot))
+    The table has parameters, MACs and, with --profile, latency.
+    """
+    import torch
+
+    from pliant.adaptive.profiling import counted, profile_depths
+    from pliant.anatomy import input_size
+    from pliant.figures import check_suffix
+    from pliant.measuring.rows import CONDITIONS, terminal_table
+
+    if not profile:
+        if rows or plot:
+            raise ValueError("--rows and --plot need latencies; add --profile")
+        found = counted(built(model, "meta"))
+        show(terminal_table(found, ["label", "parameters", "macs"], leave_out=list(CONDITIONS)))
+        return
+    if plot is not None:
+        check_suffix(plot)  # before the timing, not after
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and PyTorch sees no GPU; use cpu")
+    network = built(model).to(device)
+    size = input_size(network)
+    if size is None:
+        raise ValueError("this network does not say its input size; use pliant.profile_depths")
+    profiled = profile_depths(network, torch.zeros(batch, *size), engine, threads=threads, rounds=rounds)
+    if rows is not None:
+        profiled.save(rows)
+    if plot is not None:
+        profiled.plot(plot)
+    show(terminal_table(profiled.rows))

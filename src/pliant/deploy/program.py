@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from pliant._files import NotWrittenError
+from pliant.compiling import torch_threads
 from pliant.deploy import placing
-from pliant.deploy.engines.base import torch_threads
 from pliant.deploy.facts import Facts
 from pliant.deploy.selections import Result, Run, Selection, as_tuple
 

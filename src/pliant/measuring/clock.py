@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,3 +48,30 @@ def warm(timed: Clock) -> float:
     """Seconds of one call, after some that warm up (and compile)."""
     seconds = timed(1)
     return seconds if seconds >= WARM_ENOUGH else timed(1)
+
+
+def calls_within(least: float, seconds: float) -> int:
+    """How many calls, of so many seconds each, take the least time.
+
+    Example:
+        >>> calls_within(0.1, 0.03), calls_within(0.1, 2.0)
+        (4, 1)
+    """
+    return max(1, math.ceil(least / seconds))
+
+
+def race(clocks: Sequence[Clock], rounds: int, min_run_time: float) -> list[list[float]]:
+    """Seconds of one call by each clock, all in turn, round after round (A B C A B C ...).
+
+    Args:
+        clocks: what times each.
+        rounds: how often each is timed; 0: not at all.
+        min_run_time: seconds that one runs in one round, at least.
+
+    Example:
+        >>> race([lambda calls: 1.0, lambda calls: 2.0], rounds=3, min_run_time=0)
+        [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
+    """
+    calls = [calls_within(min_run_time, warm(timed)) for timed in clocks if rounds]
+    turns = [[timed(n) for timed, n in zip(clocks, calls, strict=True)] for _ in range(rounds)]
+    return [[turn[i] for turn in turns] for i in range(len(clocks))]

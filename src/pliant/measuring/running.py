@@ -6,7 +6,6 @@ Shapes: images [B, C, H, W].
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -22,7 +21,7 @@ from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import PRECISIONS, Engine, FileEngine, named
 from pliant.deploy.folding import fold_norms
 from pliant.measuring.candidates import Candidate, attempt
-from pliant.measuring.clock import clock, warm
+from pliant.measuring.clock import calls_within, clock, warm
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.rows import AS_BUILT, NATIVE, OPTIMIZED
 from pliant.measuring.writing import Files, Writing
@@ -196,12 +195,12 @@ def _prepare(
         rest[id(candidate)] = _begin(candidate, setting, child, writing)
 
     def finish(candidate: Candidate) -> None:
-        candidate.calls = _calls(least, rest.pop(id(candidate))())
+        candidate.calls = calls_within(least, rest.pop(id(candidate))())
 
     def recount(candidate: Candidate) -> None:
         if candidate.calls > 1:
             assert candidate.clock is not None
-            candidate.calls = _calls(limits.min_run_time, candidate.clock(1))
+            candidate.calls = calls_within(limits.min_run_time, candidate.clock(1))
 
     start, begun, most = time.monotonic(), 0, limits.max_prepare_time
     with writing or nullcontext():
@@ -215,11 +214,6 @@ def _prepare(
             attempt(candidate, finish)
     for candidate in candidates if ahead else []:
         attempt(candidate, recount)
-
-
-def _calls(least: float, seconds: float) -> int:
-    """How many calls of so many seconds take the least time."""
-    return max(1, math.ceil(least / seconds))
 
 
 def _begin(

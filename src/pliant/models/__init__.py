@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from pliant.models import cifar as cifar
-from pliant.models import mobile as mobile
-from pliant.models._build import list_networks
+from pliant.models._build import Plain, list_networks, register
+from pliant.models.cifar import CIFAR_RESNETS
+from pliant.models.mobile import MOBILENETS_V1, MOBILENETS_V2
+from pliant.models.resnet import RESNETS
+from pliant.models.vit import VITS
 
-__all__ = ["list_networks"]
+# What a method's named networks are converted from.
+PLAIN: dict[str, Plain] = {**RESNETS, **CIFAR_RESNETS, **MOBILENETS_V1, **MOBILENETS_V2, **VITS}
+
+__all__ = ["PLAIN", "Plain", "list_networks", "register"]

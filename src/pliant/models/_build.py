@@ -1,4 +1,4 @@
-"""Register networks with timm: a timm base network, plus surgery.
+"""Register networks with timm: a plain network, plus surgery.
 
 timm takes any callable as ``model_cls``, so one path serves ``create_model``,
 ``list_models``, ``in_chans``, ``num_classes``, ``features_only``, ``output_stride``
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -19,85 +21,117 @@ from torch import nn
 
 from pliant.surgery import Method, convert, inherit_conversions, mark_named
 
-Builder = Callable[..., nn.Module]
 
-# Of each registered name: a function of its keyword arguments that gives the plain network and
-# the methods that convert it.
-_PARTS: dict[str, Callable[..., tuple[nn.Module, tuple[Method, ...]]]] = {}
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """A plain network, and what timm is told of it and of its converted forms.
 
-
-def register(
-    module: str,
-    name: str,
-    build: Builder,
-    *,
-    methods: tuple[type[Method], ...] = (),
-    input_size: tuple[int, int, int] = (3, 224, 224),
-    num_classes: int = 1000,
-    feature_levels: int | tuple[int, ...] = 5,
-    flatten: bool = False,
-    feature_class: str | None = None,
-    config: Mapping[str, str] | None = None,
-    **method_defaults: Any,
-) -> None:
-    """Register one network with timm, under a name that must be free.
-
-    Args:
-        module: ``__name__`` of the file that registers.
-        name: the network's name.
-        build: gives the plain network for timm's keyword arguments.
-        methods: convert the network, in this order; keyword arguments of ``create_model``
-            that are a method's options go to it, all others to `build`.
-        input_size: channels, height, width the network is made for.
+    Attributes:
+        build: gives the network for timm's keyword arguments.
+        input_size: channels, height, width that it is made for.
         num_classes: classes by default.
         feature_levels: how many feature maps ``features_only`` gives by default, or which.
         flatten: the stages lie in one ``Sequential`` of the network.
         feature_class: timm's way to ``features_only``; None: by the modules of the stages.
             ``"getter"`` for networks that give their features themselves (ViT).
         config: what else timm's configuration says (names of first and last layer).
-        method_defaults: options of the methods for this name.
+        narrow: the first stage has 16 channels (`Method.narrow`).
+    """
+
+    build: Callable[..., nn.Module]
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    num_classes: int = 1000
+    feature_levels: int | tuple[int, ...] = 5
+    flatten: bool = False
+    feature_class: str | None = None
+    config: Mapping[str, str] = field(default_factory=dict)
+    narrow: bool = False
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A registered name: its plain network, its methods (loaded on use), and their options."""
+
+    base: str
+    plain: Plain
+    methods: Callable[[], tuple[type[Method], ...]]
+    options: Mapping[str, Any]
+
+    def parts(self, **kwargs: Any) -> tuple[nn.Module, tuple[Method, ...]]:
+        """The plain network for arguments of ``create_model``, and the methods that convert it."""
+        chosen, theirs = [], set()
+        for method in self.methods():
+            # Options that are gone too, so that the method reads or refuses them, and not the network.
+            names = {*inspect.signature(method).parameters, *(old.name for old in method.gone)}
+            told = {
+                **method.named,
+                **(method.narrow if self.plain.narrow else {}),
+                **self.options,
+                **kwargs,
+            }
+            chosen.append(method(**method.current_options({k: told[k] for k in names & told.keys()})))
+            theirs |= names
+        return self.plain.build(**{k: v for k, v in kwargs.items() if k not in theirs}), tuple(chosen)
+
+    def build(self, **kwargs: Any) -> nn.Module:
+        """The converted network for arguments of ``create_model``."""
+        model, methods = self.parts(**kwargs)
+        if methods:
+            convert(model, *methods, inplace=True)
+            mark_named(model)
+        return model
+
+
+_NETWORKS: dict[str, _Network] = {}
+
+
+def register(
+    module: str,
+    name: str,
+    plain: Plain,
+    *,
+    base: str = "",
+    methods: Iterable[type[Method]] | Callable[[], tuple[type[Method], ...]] = (),
+    **options: Any,
+) -> None:
+    """Register one network with timm, under a name that must be free.
+
+    Args:
+        module: ``__name__`` of the file that registers.
+        name: the network's name.
+        plain: the plain network.
+        base: name of the plain network; empty: `name` itself.
+        methods: convert the network, in this order; keyword arguments of ``create_model``
+            that are a method's options go to it, all others to ``plain.build``. A function
+            that returns them is called when a network is built.
+        options: options of the methods for this name, before `Method.named`.
 
     Raises:
         ValueError: timm knows the name already (it would only warn, and overwrite).
     """
     if timm.is_model(name):
         raise ValueError(f"timm already has a model named {name!r}; choose another name")
-    indices = tuple(range(feature_levels)) if isinstance(feature_levels, int) else feature_levels
-    # Options that are gone too, so that the method reads or refuses them, and not the network.
-    options = [
-        (method, {*inspect.signature(method).parameters, *(old.name for old in method.gone)})
-        for method in methods
-    ]
-
-    def parts(**kwargs: Any) -> tuple[nn.Module, tuple[Method, ...]]:
-        told = method_defaults | kwargs
-        chosen = tuple(
-            method(**method.current_options({k: told[k] for k in names & told.keys()}))
-            for method, names in options
-        )
-        theirs = {k for _, names in options for k in names}
-        return build(**{k: v for k, v in kwargs.items() if k not in theirs}), chosen
-
-    def network(**kwargs: Any) -> nn.Module:
-        model, chosen = parts(**kwargs)
-        if chosen:
-            convert(model, *chosen, inplace=True)
-            mark_named(model)
-        return model
+    loaded = methods if callable(methods) else partial(tuple, tuple(methods))
+    maps = plain.feature_levels
+    features: dict[str, Any] = {
+        "out_indices": tuple(range(maps)) if isinstance(maps, int) else maps,
+        "flatten_sequential": plain.flatten,
+    }
+    if plain.feature_class is not None:
+        features["feature_cls"] = plain.feature_class
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        kwargs.setdefault("num_classes", num_classes)
-        levels: dict[str, Any] = {"out_indices": indices, "flatten_sequential": flatten}
-        if feature_class is not None:
-            levels["feature_cls"] = feature_class
+        kwargs.setdefault("num_classes", plain.num_classes)
         arguments = dict(kwargs)
         built: list[nn.Module] = []
 
         def keep(**kwargs: Any) -> nn.Module:
-            built.append(network(**kwargs))
+            built.append(_NETWORKS[name].build(**kwargs))
             return built[0]
 
-        model: nn.Module = build_model_with_cfg(keep, name, pretrained, feature_cfg=levels, **kwargs)
+        model: nn.Module = build_model_with_cfg(
+            keep, name, pretrained, feature_cfg=dict(features), **kwargs
+        )
         if isinstance(model, FeatureDictNet):  # it took the stages over, not the record
             inherit_conversions(model, built[0])
         vars(model)["_model_args"] = arguments  # timm records them itself since 1.0.31
@@ -108,21 +142,21 @@ def register(
     entry.__doc__ = f"{name}: see `{module}`."
     home = sys.modules[module]
     settings = {
-        "num_classes": num_classes,
-        "input_size": input_size,
+        "num_classes": plain.num_classes,
+        "input_size": plain.input_size,
         "pool_size": None,
-        "crop_pct": 0.875 if input_size[1] >= 64 else 1.0,
+        "crop_pct": 0.875 if plain.input_size[1] >= 64 else 1.0,
         "interpolation": "bilinear",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "conv1",
         "classifier": "fc",
-        **(config or {}),
+        **plain.config,
     }
     home.__dict__.setdefault("default_cfgs", {}).update(generate_default_cfgs({name: settings}))
     setattr(home, name, entry)
     register_model(entry)
-    _PARTS[name] = parts
+    _NETWORKS[name] = _Network(base or name, plain, loaded, options)
 
 
 def list_networks() -> list[str]:
@@ -132,7 +166,7 @@ def list_networks() -> list[str]:
         >>> "resnet50_mod" in list_networks()
         True
     """
-    return sorted(_PARTS)
+    return sorted(_NETWORKS)
 
 
 def plain_form(name: str, **arguments: Any) -> tuple[nn.Module, tuple[Method, ...]]:
@@ -156,6 +190,26 @@ def plain_form(name: str, **arguments: Any) -> tuple[nn.Module, tuple[Method, ..
         >>> network.num_classes, [method.name for method in methods], methods[0].c
         (5, ['MixtureOfDepths', 'AdaptiveDepth'], 8)
     """
-    if name not in _PARTS:
+    if name not in _NETWORKS:
         return timm.create_model(name, **arguments), ()
-    return _PARTS[name](**arguments)
+    return _NETWORKS[name].parts(**arguments)
+
+
+def methods_of(name: str) -> tuple[type[Method], ...]:
+    """The methods of a named network, in the order of their use; none of a network that is not ours.
+
+    Example:
+        >>> [method.__name__ for method in methods_of("resnet20_cifar_mod_adn")], methods_of("resnet50")
+        (['MixtureOfDepths', 'AdaptiveDepth'], ())
+    """
+    return _NETWORKS[name].methods() if name in _NETWORKS else ()
+
+
+def base_of(name: str) -> str:
+    """Name of the plain network behind a named one; of a network that is not ours the name itself.
+
+    Example:
+        >>> [base_of(name) for name in ("cc_mobilenetv1_025", "resnet50_mod", "regnetx_002")]
+        ['mobilenetv1_w025', 'resnet50', 'regnetx_002']
+    """
+    return _NETWORKS[name].base if name in _NETWORKS else name

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from pliant.models._build import register
+from pliant.models._build import Plain, register
 
 
 class PadShortcut(nn.Module):
@@ -98,27 +98,17 @@ def cifar_resnet(
 
 _he = partial(cifar_resnet, block=BasicBlock, channels=(16, 32, 64), pad_shortcut=True)
 
-CIFAR_NETWORKS = {
-    "resnet18": partial(cifar_resnet, block=BasicBlock, layers=(2, 2, 2, 2)),
-    "resnet34": partial(cifar_resnet, block=BasicBlock, layers=(3, 4, 6, 3)),
-    "resnet50": partial(cifar_resnet, block=Bottleneck, layers=(3, 4, 6, 3)),
-    "resnet20": partial(_he, layers=(3, 3, 3)),
-    "resnet56": partial(_he, layers=(9, 9, 9)),
-}
 CIFAR_SIZE = (3, 32, 32)
+_WIDE: dict[str, Any] = {"input_size": CIFAR_SIZE, "num_classes": 10}
+_NARROW: dict[str, Any] = {**_WIDE, "feature_levels": 4, "narrow": True}  # three stages
 
+CIFAR_RESNETS = {
+    "resnet18_cifar": Plain(build=partial(cifar_resnet, block=BasicBlock, layers=(2, 2, 2, 2)), **_WIDE),
+    "resnet34_cifar": Plain(build=partial(cifar_resnet, block=BasicBlock, layers=(3, 4, 6, 3)), **_WIDE),
+    "resnet50_cifar": Plain(build=partial(cifar_resnet, block=Bottleneck, layers=(3, 4, 6, 3)), **_WIDE),
+    "resnet20_cifar": Plain(build=partial(_he, layers=(3, 3, 3)), **_NARROW),
+    "resnet56_cifar": Plain(build=partial(_he, layers=(9, 9, 9)), **_NARROW),
+}
 
-def feature_levels(base: str) -> int:
-    """Feature maps of a CIFAR network: the stem's and one a stage."""
-    return 4 if base in ("resnet20", "resnet56") else 5
-
-
-for _base, _build in CIFAR_NETWORKS.items():
-    register(
-        __name__,
-        f"{_base}_cifar",
-        _build,
-        input_size=CIFAR_SIZE,
-        num_classes=10,
-        feature_levels=feature_levels(_base),
-    )
+for _name, _plain in CIFAR_RESNETS.items():
+    register(__name__, _name, _plain)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, round_channels
 from timm.models.efficientnet import EfficientNet
 
-from pliant.models._build import register
+from pliant.models._build import Plain, register
 from pliant.models.cifar import CIFAR_SIZE
 
 # timm's notation: ds(a) depthwise-separable (activated), ir inverted residual; r times,
@@ -74,18 +74,25 @@ def mobilenet(
     return model
 
 
-WIDTHS = {"025": 0.25, "050": 0.5, "075": 0.75, "100": 1.0}
-MOBILE = {"first_conv": "conv_stem", "classifier": "classifier"}
+_WIDTHS = {"025": 0.25, "050": 0.5, "075": 0.75, "100": 1.0}
+_SHARED: dict[str, Any] = {
+    "flatten": True,
+    "config": {"first_conv": "conv_stem", "classifier": "classifier"},
+}
+_SMALL: dict[str, Any] = {**_SHARED, "input_size": CIFAR_SIZE, "num_classes": 10}
 
-for _name, _width in WIDTHS.items():
-    _build = partial(mobilenet, width=_width)
-    register(__name__, f"mobilenetv1_w{_name}", _build, flatten=True, config=MOBILE)
-    register(
-        __name__,
-        f"mobilenetv1_w{_name}_cifar",
-        partial(_build, small_images=True),
-        input_size=CIFAR_SIZE,
-        num_classes=10,
-        flatten=True,
-        config=MOBILE,
-    )
+MOBILENETS_V1 = {
+    f"mobilenetv1_w{name}": Plain(build=partial(mobilenet, width=width), **_SHARED)
+    for name, width in _WIDTHS.items()
+} | {
+    f"mobilenetv1_w{name}_cifar": Plain(build=partial(mobilenet, width=width, small_images=True), **_SMALL)
+    for name, width in _WIDTHS.items()
+}
+# timm has these under the same names.
+MOBILENETS_V2 = {
+    f"mobilenetv2_{name}": Plain(build=partial(mobilenet, version=2, width=_WIDTHS[name]), **_SHARED)
+    for name in ("050", "100")
+}
+
+for _name, _plain in MOBILENETS_V1.items():
+    register(__name__, _name, _plain)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from pliant.models import list_networks
+from pliant.models._build import methods_of
 
 # Published baselines beside pliant's own networks, which timm has by the same name.
 PLAIN = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -38,31 +40,25 @@ def cifar_network(short: str) -> str:
     return known[short]
 
 
-def plain_network(short: str) -> str:
-    """Short name of the plain network behind a converted one.
+def objective_of(model: str) -> str:
+    """What a network of timm minimises: the objective of its last method that brings one.
 
     Example:
-        >>> [plain_network(name) for name in ("resnet20_mod_adn", "cc_mobilenetv1_025", "resnet20")]
-        ['resnet20', 'mobilenetv1_w025', 'resnet20']
+        >>> objective_of("resnet50_adn"), objective_of("resnet50")
+        ('specialize', 'cross_entropy')
     """
-    base, *_ = short.removeprefix("cc_").partition("_mod")[0].partition("_adn")
-    base = base.removesuffix("_cc")
-    # MobileNetV1's plain widths have a letter more, because timm took the name without.
-    return base.replace("mobilenetv1_", "mobilenetv1_w") if short.startswith("cc_") else base
+    found = [method.objective for method in methods_of(model) if method.objective]
+    return found[-1] if found else "cross_entropy"
 
 
-def start_arguments(short: str) -> dict[str, bool]:
-    """Options by which a converted network keeps what it can of a trained one.
-
-    Experts start as copies; narrow blocks start as no blocks, so that nothing untrained is added.
+def start_arguments(model: str) -> dict[str, Any]:
+    """Options by which a network of timm keeps what it can of its plain form's weights.
 
     Example:
-        >>> start_arguments("resnet20_mod_cc"), start_arguments("resnet20_adn")
+        >>> start_arguments("resnet20_cifar_mod_cc"), start_arguments("resnet20_cifar_adn")
         ({'zero_init_last': True, 'upcycle': True}, {})
     """
-    parts = short.split("_")
-    mod = {"zero_init_last": True} if "mod" in parts else {}
-    return mod | ({"upcycle": True} if "cc" in parts else {})
+    return {k: v for method in methods_of(model) for k, v in method.start.items()}
 
 
 def close(name: str, known: Iterable[str]) -> str:

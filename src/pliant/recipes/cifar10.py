@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-from pliant.recipes._networks import cifar_network, plain_network, start_arguments
-from pliant.recipes.ablations import ablation_forms
-from pliant.recipes.adaptive_depth import objective_of, table3_forms
+from pliant.models._build import base_of
+from pliant.recipes._networks import cifar_network, objective_of, start_arguments
 from pliant.train.recipe import PLAIN, Recipe
 
 PAPER = (
@@ -15,6 +15,10 @@ PAPER = (
     "validation tested once, 5 seeds (0 to 4). Not given there, and ours: 200 epochs, batch 128, "
     "SGD 0.1 with momentum 0.9, weight decay 5e-4, cosine schedule, shifts and flips"
 )
+
+
+SHARED: dict[str, Any] = {"data": "cifar10", "path": "data/cifar10"}
+network_of = cifar_network
 
 
 def short(network: str = "resnet18_mod") -> Recipe:
@@ -26,9 +30,8 @@ def short(network: str = "resnet18_mod") -> Recipe:
     return Recipe(
         name=f"cifar10.{network}",
         note="ours; short and modern",
-        model=cifar_network(network),
-        data="cifar10",
-        path="data/cifar10",
+        model=(model := network_of(network)),
+        **SHARED,
         epochs=30,
         batch=128,
         lr=0.2,
@@ -37,7 +40,7 @@ def short(network: str = "resnet18_mod") -> Recipe:
         decay_all=False,
         schedule="cosine",
         warmup=3,
-        objective=objective_of(network),
+        objective=objective_of(model),
         smoothing=0.1,
         augmentation="flip_crop",
         erasing=0.25,
@@ -91,12 +94,13 @@ def recover(network: str = "resnet20_mod") -> Recipe:
         ('plain', 'runs/cifar10.resnet20-s0', {'zero_init_last': True})
     """
     whole = short(network)
+    plain = base_of(whole.model).replace("_cifar", "")
     return replace(
         whole,
         name=f"{whole.name}.recover",
         note="ours; mends a trained network after its conversion",
-        model_args=start_arguments(network),
-        weights=f"runs/{short(plain_network(network)).name}-s0",
+        model_args=start_arguments(whole.model),
+        weights=f"runs/{short(plain).name}-s0",
         teacher=PLAIN,
         epochs=3,
         lr=0.02,
@@ -124,9 +128,8 @@ def paper(network: str = "resnet18_mod") -> Recipe:
     return Recipe(
         name=f"cifar10.{network}.paper",
         note=PAPER,
-        model=cifar_network(network),
-        data="cifar10",
-        path="data/cifar10",
+        model=(model := network_of(network)),
+        **SHARED,
         val_fraction=0.1,
         epochs=200,
         batch=128,
@@ -134,7 +137,7 @@ def paper(network: str = "resnet18_mod") -> Recipe:
         momentum=0.9,
         weight_decay=5e-4,
         schedule="cosine",
-        objective=objective_of(network),
+        objective=objective_of(model),
         augmentation="flip_crop",
     )
 
@@ -150,6 +153,4 @@ FORMS: dict[str, Callable[[str], Recipe]] = {
     "controls": controls,
     "recover": recover,
     "paper": paper,
-    **ablation_forms(short),
-    **table3_forms(short),
 }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pliant.recipes import cifar10
-from pliant.recipes.ablations import ablation_forms
-from pliant.recipes.adaptive_depth import table3_forms
+from pliant.recipes._networks import cifar_network
 from pliant.train.recipe import Recipe
+
+SHARED: dict[str, Any] = {"data": "cifar100", "path": "data/cifar100"}
+network_of = cifar_network
 
 
 def short(network: str = "resnet18_mod") -> Recipe:
@@ -32,9 +35,4 @@ def paper(network: str = "resnet18_mod") -> Recipe:
     return cifar10.for_cifar100(cifar10.paper(network))
 
 
-FORMS: dict[str, Callable[[str], Recipe]] = {
-    "short": short,
-    "paper": paper,
-    **ablation_forms(short),
-    **table3_forms(short),
-}
+FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper}

@@ -9,9 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pliant.recipes._networks import cifar_network
-from pliant.recipes.adaptive_depth import objective_of, table3_forms
+from pliant.models import PLAIN
+from pliant.models._build import base_of, methods_of
+from pliant.models.cifar import CIFAR_RESNETS
+from pliant.recipes._networks import cifar_network, objective_of
 from pliant.train.recipe import Recipe
+
+SHARED: dict[str, Any] = {
+    "data": "digits",
+    "pixels": 16,
+    "workers": 0,
+    "threads": 1,  # more do not help so small a network, and the figures then hold on any machine
+}
+network_of = cifar_network
 
 
 def short(network: str = "resnet18_mod") -> Recipe:
@@ -24,20 +34,19 @@ def short(network: str = "resnet18_mod") -> Recipe:
         >>> short("resnet18").model
         'resnet18_cifar'
     """
-    model = cifar_network(network)
+    model = network_of(network)
     arguments: dict[str, Any] = {}
-    base = network.removeprefix("cc_").split("_")[0]
-    if base.startswith("resnet") and base not in ("resnet20", "resnet56"):
+    base = base_of(model)
+    if base in CIFAR_RESNETS and not PLAIN[base].narrow:
         arguments["channels"] = [16, 32, 64, 128]
-        if network.endswith("_mod"):
-            arguments["reduction"] = 4  # at 16, blocks so narrow would have one hidden unit
+        for method in methods_of(model):
+            arguments |= method.narrow
     return Recipe(
         name=f"digits.{network}",
         note="ours; made for a first run",
         model=model,
         model_args=arguments,
-        data="digits",
-        pixels=16,
+        **SHARED,
         epochs=10,
         batch=32,
         lr=0.1,
@@ -45,11 +54,9 @@ def short(network: str = "resnet18_mod") -> Recipe:
         weight_decay=5e-4,
         schedule="cosine",
         warmup=0.5,  # so that one epoch is a run too
-        objective=objective_of(network),
+        objective=objective_of(model),
         augmentation="crop",
-        workers=0,
-        threads=1,  # more do not help so small a network, and the figures then hold on any machine
     )
 
 
-FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, **table3_forms(short)}
+FORMS: dict[str, Callable[[str], Recipe]] = {"short": short}

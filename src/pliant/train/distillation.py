@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant._options import NotNegative, Positive, Probability, check
+from pliant._options import NotNegative, Positive, Probability, check, refuse_unknown
 from pliant.objectives import Feature, ManyPasses, channel_dim, divergence, stage_numbers
 
 Match = Literal["maps", "attention"]
@@ -83,10 +83,7 @@ def make_distillation(options: Mapping[str, Any]) -> Distillation:
     Raises:
         ValueError: an option that there is not, or whose value is wrong.
     """
-    known = [f.name for f in fields(Distillation)]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"distill_args has no option {option!r}; there are {', '.join(known)}")
+    refuse_unknown(options, [f.name for f in fields(Distillation)], "distill_args")
     return Distillation(**options)
 
 

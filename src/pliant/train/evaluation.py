@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from pliant.train.batches import Batches, make_batches
 from pliant.train.data import Part, load_part, normalisation
@@ -202,13 +202,11 @@ class Scores:
     def __init__(self, classes: tuple[str, ...], device: torch.device | str = "cpu") -> None:
         n = len(classes)
         self.classes = classes
-        self._top1 = MulticlassAccuracy(n, average="micro", validate_args=False).to(device)
-        self._each = MulticlassAccuracy(n, average="none", validate_args=False).to(device)
+        self._each = MulticlassStatScores(n, average=None, validate_args=False).to(device)
         self._top5 = None
         if n >= 10:
             self._top5 = MulticlassAccuracy(n, top_k=5, average="micro", validate_args=False).to(device)
         self._loss = MeanMetric(nan_strategy="disable").to(device)
-        self._counts = torch.zeros(n, dtype=torch.long)
 
     def update(self, logits: Tensor, y: Tensor) -> None:
         """Count a batch: logits [B, classes], labels int64 [B].
@@ -222,11 +220,10 @@ class Scores:
                 f"the network has {logits.shape[-1]} outputs and the data {n} classes; take the data "
                 f"that it was trained on, or build it with num_classes={n}"
             )
-        for metric in (self._top1, self._each, self._top5):
-            if metric is not None:
-                metric.update(logits, y)
+        self._each.update(logits, y)
+        if self._top5 is not None:
+            self._top5.update(logits, y)
         self._loss.update(F.cross_entropy(logits, y, reduction="none"))
-        self._counts += y.bincount(minlength=n).cpu()
 
     def result(self) -> Evaluation:
         """The scores.
@@ -234,18 +231,15 @@ class Scores:
         Raises:
             ValueError: there was no image.
         """
-        if not self._counts.sum():
-            raise ValueError("there is no image that could be read, so nothing to score")
-        shares = self._each.compute().tolist()
+        right, _, _, _, counts = self._each.compute().unbind(1)
+        if not counts.sum():
+            raise ValueError("no image could be read, so there is nothing to score")
         return Evaluation(
-            top1=float(self._top1.compute()),
+            top1=float(right.sum() / counts.sum()),
             top5=None if self._top5 is None else float(self._top5.compute()),
             loss=float(self._loss.compute()),
-            per_class={
-                name: share if count else float("nan")
-                for name, share, count in zip(self.classes, shares, self._counts.tolist(), strict=True)
-            },
-            images=int(self._counts.sum()),
+            per_class=dict(zip(self.classes, (right / counts).tolist(), strict=True)),  # 0 / 0 is NaN
+            images=int(counts.sum()),
         )
 
 

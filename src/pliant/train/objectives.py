@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from pliant._options import refuse_unknown
 from pliant.methods import METHODS
 from pliant.objectives import CrossEntropy, Objective
 
@@ -43,9 +44,6 @@ def make_objective(name: str, options: Mapping[str, Any], smoothing: float = 0.0
     if name not in known:
         raise ValueError(f"no objective {name!r}; there are {', '.join(known)}")
     names = [f.name for f in fields(known[name]) if f.name != "smoothing"]
-    for option in options:
-        if option not in names:
-            has = f"it has {', '.join(names)}" if names else "it has none"
-            raise ValueError(f"objective {name!r} has no option {option!r}; {has}")
+    refuse_unknown(options, names, f"objective {name!r}")
     made: Objective = known[name](**options, smoothing=smoothing)
     return made

@@ -5,7 +5,6 @@ Nothing heavy is imported here, so recipes are listed and changed at once.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
@@ -32,10 +31,11 @@ AUGMENTATIONS = ("none", "crop", "flip_crop")
 # The starts of timm's configuration strings, each with its own options after a dash.
 AUTO_AUGMENTATIONS = ("rand", "original", "originalr", "v0", "v0r", "3a", "augmix")
 
-PLAIN = "plain"  # the teacher that is the network itself, before its conversion
+PLAIN = "plain"  # the teacher that is the recipe's own network before its conversion
 
-# May differ between a run and its continuation: not what is run, but where. A run that
-# stopped at an unreadable image may go on without it. A teacher is known by its weights' hash.
+# These may change between a run and its continuation, because they say where it runs rather than what
+# is run. A run that stopped at an unreadable image may go on without that image. A teacher is known by
+# the hash of its weights.
 WHERE = (
     *("note", "path", "download", "workers", "threads", "accelerator", "strategy"),
     *("unreadable", "checkpoint_minutes", "teacher_weights"),
@@ -47,85 +47,80 @@ class Recipe:
     """One training run, complete: network, data, optimisation, and where it runs.
 
     Args:
-        name: what the run is called; its default folder is ``runs/<name>-s<seed>``.
+        name: name of the run; its default folder is ``runs/<name>-s<seed>``.
         model: a network that ``timm.create_model`` knows.
-        model_args: its keyword arguments (``{"c": 16}``), plain values only. The number
-            of classes comes from the data, and so does ``in_chans`` unless given.
-        weights: where the network starts instead of at random: a folder that
-            `pliant.save` or `fit` wrote, or a file of a state dict. Weights of the plain
-            network start its converted forms too (`pliant.train.weights.load_weights`).
-        teacher: a frozen network that is learned from: ``"plain"``, this network before its
-            conversion, with `weights`; or one that ``timm.create_model`` knows; None: none.
-        teacher_args: keyword arguments of the latter.
-        teacher_weights: its weights, as for `weights`; of ``"plain"`` `weights` unless given.
-        distill_args: how it is learned from, ``{"alpha": 0.9, "temperature": 4.0}``: see
-            `pliant.train.distillation.Distillation`.
-        note: where the recipe comes from, and what in it is not its source's.
-        data: ``"digits"`` (8 x 8 images shipped by scikit-learn), ``"cifar10"``,
-            ``"cifar100"``, ``"folder"`` (one folder a class, or ``train/`` and ``val/``
-            that hold such folders), ``"imagenet"`` (the latter, with ``val/``), ``"shards"``
-            (tar files in webdataset's format).
-        path: folder of the data; digits need none. Of shards also a pattern:
+        model_args: keyword arguments of the network (``{"c": 16}``), plain values only. The number
+            of classes comes from the data, and so does ``in_chans`` unless it is given.
+        weights: weights to start from instead of random ones: a folder that `pliant.save` or `fit`
+            wrote, or a file of a state dict. Converted networks also start from weights of their
+            plain network (`pliant.train.weights.load_weights`).
+        teacher: a frozen network to learn from: ``"plain"`` (this network before its conversion,
+            with `weights`), the name of a network that ``timm.create_model`` knows, or None.
+        teacher_args: keyword arguments of a named teacher.
+        teacher_weights: weights of the teacher, as for `weights`. The teacher ``"plain"`` has
+            `weights` unless this is given.
+        distill_args: options of `pliant.train.distillation.Distillation`, such as
+            ``{"alpha": 0.9, "temperature": 4.0}``.
+        note: source of the recipe, and where the recipe departs from it.
+        data: ``"digits"`` (8 x 8 images shipped by scikit-learn), ``"cifar10"``, ``"cifar100"``,
+            ``"folder"`` (one folder a class, or ``train/`` and ``val/`` that hold such folders),
+            ``"imagenet"`` (``train/`` and ``val/``), ``"shards"`` (tar files in webdataset's format).
+        path: folder of the data, for all but digits. For shards also a pattern such as
             ``"data/{train,val}-*.tar"`` (`pliant.train.shards.find_shards`).
         download: let torchvision download CIFAR into `path`.
         pixels: height and width of the network's input.
-        resize: short side that an image from a folder is resized to before the central
-            crop of evaluation; None: 8/7 of `pixels` (256 for 224). Digits and CIFAR are
-            resized to `pixels` whole.
-        mean_std: mean and standard deviation that images are normalised by: ``"data"``, the
-            data set's; or what a network that gives `weights` was trained with, as timm names
-            it: ``"imagenet"``, ``"inception"`` (0.5 throughout), ``"clip"``.
-        val_fraction: share of the training images held out for validation, stratified.
-            None: the ``val/`` folder (or shards) validates, and nothing is tested unless there is a
-            ``test/``. With a fraction, ``val/`` (or ``test/``) is the test set. For
-            digits and CIFAR a fraction is needed.
-        test_fraction: share of the images of a folder without ``train/`` that are held
-            out as the test set.
-        split_seed: of these divisions; not `seed`, so that runs can be compared.
+        resize: in evaluation, the short side of an image from a file before its centre is cropped.
+            None: 8/7 of `pixels` (256 for 224). Digits and CIFAR are resized to `pixels` whole.
+        mean_std: mean and standard deviation for the normalisation: ``"data"`` (those of the data
+            set), or those that pretrained weights expect, by timm's names: ``"imagenet"``,
+            ``"inception"`` (0.5 throughout), ``"clip"``.
+        val_fraction: share of the training images held out for validation, stratified; ``val/`` (or
+            ``test/``) is then the test set. None: ``val/`` validates, and ``test/`` is the test set
+            if there is one. Digits and CIFAR need a fraction.
+        test_fraction: share held out as the test set, of a folder without ``train/``.
+        split_seed: seed of these divisions. It is not `seed`, so that runs can be compared.
         epochs: passes over the training images.
         batch: images a step, on each device.
         optimizer: ``"sgd"`` or ``"adamw"``.
-        lr: learning rate at its highest.
-        momentum: of SGD; first beta of AdamW.
-        nesterov: Nesterov's form of SGD.
-        weight_decay: on every parameter, unless `decay_all` is off.
-        decay_all: off: no weight decay on biases, norms and other vectors.
-        schedule: ``"step"`` (times `gamma` every `step_size` epochs), ``"cosine"`` (to
-            zero), ``"constant"``.
-        step_size: in epochs.
-        gamma: see `schedule`.
-        warmup: epochs in which the rate rises linearly, before the schedule applies.
+        lr: highest learning rate.
+        momentum: momentum of SGD, or first beta of AdamW.
+        nesterov: use Nesterov momentum in SGD.
+        weight_decay: weight decay of all parameters (see `decay_all`).
+        decay_all: False leaves biases, norms and other vectors without weight decay.
+        schedule: of the learning rate: ``"step"`` (times `gamma` every `step_size` epochs),
+            ``"cosine"`` (to zero), ``"constant"``.
+        step_size: epochs between two steps of the schedule ``"step"``.
+        gamma: factor of such a step.
+        warmup: epochs in which the learning rate rises linearly, before the schedule applies.
         clip: largest norm of the gradient; None: no clipping.
         objective: what is minimised: ``"cross_entropy"``, or the objective that a method brings
             (`pliant.train.objectives.objectives` lists all); for an adaptive network
             ``"specialize"`` or ``"joint"``.
         objective_args: options of the objective, such as ``{"alpha": 0.7}``.
-        smoothing: of labels, in [0, 1).
+        smoothing: label smoothing, in [0, 1).
         mixup: alpha of mixup; 0 is off.
-        cutmix: alpha of CutMix; 0 is off. With both, each takes half of the batches.
-        augmentation: ``"none"``; ``"crop"``: shifts by up to 1/8 of the side for digits
-            and CIFAR, random resized crops for folders; ``"flip_crop"``: and horizontal
-            flips; or a string of timm's auto-augment (``"rand-m9-mstd0.5-inc1"``,
-            ``"augmix-m3-w3"``, ``"original"``), on top of ``"flip_crop"``.
+        cutmix: alpha of CutMix; 0 is off. With mixup on too, each takes half of the batches.
+        augmentation: ``"none"``; ``"crop"`` (shifts by up to 1/8 of the side for digits and CIFAR,
+            random resized crops for files); ``"flip_crop"`` (crops and horizontal flips); or a
+            string of timm's auto-augment (``"rand-m9-mstd0.5-inc1"``, ``"augmix-m3-w3"``,
+            ``"original"``), on top of ``"flip_crop"``.
         erasing: probability of random erasing.
-        ema: decay of the moving average of the weights, which is then what is validated
-            and saved; None: off.
-        precision: ``"fp32"``, or ``"bf16"`` by autocast, weights in fp32.
-        seed: of initial weights, order and augmentation.
-        workers: processes that read images; digits and CIFAR use none, unless
-            `augmentation` is one of timm's strings.
-        threads: of torch on the CPU; None leaves them as they are.
-        channels_last: memory format of network and images.
-        accelerator: ``"auto"`` takes a GPU where there is one.
-        devices: how many, on each machine.
+        ema: decay of a moving average of the weights, which is then validated and saved; None: off.
+        precision: ``"fp32"``, or ``"bf16"`` (autocast, weights in fp32).
+        seed: seed of initial weights, order and augmentation.
+        workers: processes that read images. Digits and CIFAR use them only with auto-augment.
+        threads: threads of torch on the CPU; None leaves them as they are.
+        channels_last: use the channels_last memory format for network and images.
+        accelerator: ``"cpu"``, ``"gpu"``, or ``"auto"`` (a GPU where there is one).
+        devices: devices on each machine.
         nodes: machines; torchrun or SLURM's srun starts the run on each.
-        strategy: of several devices: ``"ddp"``, which ``"auto"`` means; or ``"fsdp"``, which shares
-            gradients and optimiser out (`pliant.train.sharding`).
-        unreadable: ``"skip"`` an image that cannot be read, and count it, or ``"stop"``.
-        test_each: score the test images after every epoch too, for a report: nothing is chosen
-            by it. ``test_accuracy`` of the history.
-        checkpoint_minutes: between checkpoints within an epoch, so what a kill costs at most;
-            0: after every step; None: only after each epoch. It does not change the result.
+        strategy: for several devices: ``"ddp"`` (also ``"auto"``), or ``"fsdp"``, which shares out
+            gradients and optimiser state (`pliant.train.sharding`).
+        unreadable: ``"skip"`` and count an image that cannot be read, or ``"stop"`` at it.
+        test_each: also score the test images after every epoch, as ``test_accuracy`` of the history.
+            Nothing is chosen by it.
+        checkpoint_minutes: minutes between checkpoints within an epoch, which is what a kill costs
+            at most; 0: after every step; None: only after each epoch. The result does not change.
 
     Raises:
         ValueError: an option is out of its range or contradicts another.
@@ -203,55 +198,66 @@ class Recipe:
                 f"auto-augment that starts with {', '.join(AUTO_AUGMENTATIONS)}; not {self.augmentation!r}"
             )
         if self.data != "digits" and self.path is None:
-            raise ValueError(f"data = {self.data!r} lies in a folder: give its path (path=...)")
+            raise ValueError(f"data={self.data} needs the folder of its images; give path=...")
         if self.download and self.data not in ("cifar10", "cifar100"):
-            raise ValueError(f"download is for CIFAR; {self.data!r} cannot be downloaded")
+            raise ValueError(f"data={self.data} cannot be downloaded, only CIFAR can; set download=false")
         if self.val_fraction is None and self.data not in ("folder", "imagenet", "shards"):
             raise ValueError(
-                f"{self.data} has no validation set of its own: val_fraction must be a number, such as 0.1"
+                f"data={self.data} has no validation set of its own; set val_fraction, such as 0.1"
             )
         if self.warmup >= self.epochs and self.warmup > 0:
             raise ValueError(
-                f"warmup = {self.warmup} leaves nothing of {self.epochs} epochs; make it shorter"
+                f"warmup={self.warmup} must be shorter than the run, which has epochs={self.epochs}"
             )
         if (self.mixup or self.cutmix) and self.batch % 2:
-            raise ValueError(f"mixup and CutMix pair images: batch must be even, not {self.batch}")
+            raise ValueError(
+                f"batch must be even for mixup and CutMix, which pair images, not {self.batch}"
+            )
         if self.strategy == "fsdp" and self.devices * self.nodes == 1:
             raise ValueError(
-                "strategy=fsdp shares a network out over several devices: set devices, or use auto"
+                "strategy=fsdp shares a network out over several devices; set devices=2 or more, or "
+                "strategy=auto"
             )
         if self.strategy == "fsdp" and self.ema is not None:
             raise ValueError(
-                "ema averages whole weights, which strategy=fsdp has in shares: use ddp, or ema=none"
+                f"ema={self.ema} averages whole weights, which strategy=fsdp has in shares; set "
+                f"strategy=ddp or ema=none"
             )
         if self.strategy == "fsdp" and self.teacher is not None:
-            raise ValueError("a teacher has not been tried beside shares of a student: use strategy=ddp")
+            raise ValueError("strategy=fsdp has not been tried with a teacher; set strategy=ddp")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            raise ValueError("nesterov belongs to SGD with momentum; turn it off")
+            raise ValueError(
+                f"nesterov needs SGD with momentum, not optimizer={self.optimizer} with "
+                f"momentum={self.momentum}; set nesterov=false"
+            )
         make_objective(self.objective, self.objective_args, self.smoothing)
         make_distillation(self.distill_args)
         for name in ("model_args", "teacher_args"):
             reserved = {"num_classes", "pretrained_cfg"} & getattr(self, name).keys()
             if reserved:
-                raise ValueError(f"{name} holds {reserved.pop()!r}, which the data decides; leave it out")
+                raise ValueError(
+                    f"{name} must not hold {reserved.pop()!r}, which the data decides; remove it"
+                )
         self._agree_on_teacher()
 
     def _agree_on_teacher(self) -> None:
         if self.teacher is None:
             for name in ("teacher_args", "teacher_weights"):
                 if getattr(self, name):
-                    raise ValueError(f"{name} is of a teacher, and there is none: give teacher, or drop it")
+                    raise ValueError(f"{name} needs a teacher; set teacher=..., or remove {name}")
         elif self.teacher == PLAIN:
             if self.teacher_args:
-                raise ValueError("teacher_args are of a network by name; the plain one has model_args")
+                raise ValueError(
+                    "teacher=plain takes model_args; remove teacher_args, or name another teacher"
+                )
             if self.weights is None and self.teacher_weights is None:
                 raise ValueError(
-                    "teacher='plain' is the network of `weights` before its conversion: give weights"
+                    "teacher=plain needs the weights of the network before its conversion; set weights=..."
                 )
         elif self.teacher_weights is None:
             raise ValueError(
-                f"teacher={self.teacher!r} has to have learned something: give teacher_weights, a saved "
-                f"network's folder or a file of a state dict"
+                f"teacher={self.teacher} needs trained weights; set teacher_weights to the folder of a "
+                f"saved network or to a file of a state dict"
             )
 
     @property
@@ -270,22 +276,23 @@ class Recipe:
         Raises:
             ValueError: an unknown key, one without default missing, or a wrong value.
         """
-        for key in values:
-            _known(key)
+        _options.refuse_unknown(values, OPTIONS, "a recipe")
         for key in ("name", "model"):
             if key not in values:
-                raise ValueError(f"a recipe needs {key}; these values have only {', '.join(values)}")
+                raise ValueError(f"a recipe needs {key}; the values given are {', '.join(values)}")
         return cls(**values)
+
+
+OPTIONS = tuple(f.name for f in fields(Recipe))
 
 
 def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
     """A copy of `recipe` with some options changed by ``key=value`` strings.
 
-    Each value is read as the type of its option: ``none`` where that is allowed,
-    ``true`` or ``false`` for a switch. ``model_args.KEY=VALUE`` sets one argument of the
-    network, ``objective_args.KEY=VALUE`` one option of the objective (likewise ``teacher_args``
-    and ``distill_args``); the value is read as Python would (``16``, ``0.5``, ``(16, 32)``,
-    ``true``), else as a string.
+    A value is read as the type of its option: ``none`` where that is allowed, ``true`` or ``false``
+    for a switch. ``model_args.KEY=VALUE`` sets one argument of the network; ``objective_args``,
+    ``teacher_args`` and ``distill_args`` are set in the same way. Their values are read as Python
+    would (``16``, ``0.5``, ``(16, 32)``, ``true``), else as text.
 
     Raises:
         ValueError: no ``=``; an unknown option (close matches are listed); a value of
@@ -305,13 +312,13 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
         if not equals:
             raise ValueError(f"{change!r} is not of the form key=value, such as epochs=5")
         head, dot, argument = key.partition(".")
-        _known(head)
+        _options.refuse_unknown([head], OPTIONS, "a recipe")
         if head in mappings:
             if not dot or not argument:
-                raise ValueError(f"{head} is set one by one: {_MAPPINGS[head]}")
+                raise ValueError(f"{head} takes one argument at a time, such as {_MAPPINGS[head]}")
             mappings[head][argument] = _options.literal(text)
         elif dot:
-            raise ValueError(f"{head} has no part {argument!r}; write {head}=...")
+            raise ValueError(f"{head} takes no argument {argument!r}; write {head}=...")
         else:
             texts[key] = text
     return replace(recipe, **_options.parse(Recipe, texts), **mappings)
@@ -332,11 +339,3 @@ def differences(a: Recipe, b: Recipe, *, leaving_out: Iterable[str] = ()) -> lis
     return [
         f"{k} ({one[k]!r} and {two[k]!r})" for k in one if one[k] != two[k] and k not in set(leaving_out)
     ]
-
-
-def _known(key: str) -> None:
-    names = [f.name for f in fields(Recipe)]
-    if key not in names:
-        close = difflib.get_close_matches(key, names, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names)}"
-        raise ValueError(f"a recipe has no option {key!r}; {hint}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pliant.compiling import torch_threads
 from pliant.deploy.engines.base import (
     PRECISIONS,
     Expected,
@@ -14,7 +15,6 @@ from pliant.deploy.engines.base import (
     Runner,
     evaluated,
     torch_runner,
-    torch_threads,
 )
 from pliant.deploy.program import package
 from pliant.parts import named_operators, parts

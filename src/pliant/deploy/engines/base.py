@@ -10,8 +10,7 @@ import importlib.metadata
 import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -197,17 +196,6 @@ def evaluated(model: nn.Module, precision: str) -> nn.Module:
     if ready and all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
         return model
     return copy.deepcopy(model).to(dtype).eval()
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """So many threads in PyTorch's pool, then as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Expected:

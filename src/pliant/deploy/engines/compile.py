@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pliant.compiling import room_to_compile
-from pliant.deploy.engines.base import Engine, Expected, Runner, evaluated, torch_runner, torch_threads
+from pliant.compiling import room_to_compile, torch_threads
+from pliant.deploy.engines.base import Engine, Expected, Runner, evaluated, torch_runner
 
 
 class Compile(Engine):

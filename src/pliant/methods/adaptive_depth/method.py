@@ -17,15 +17,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import timm
+import torch
 from torch import nn
 
 from pliant import anatomy
-from pliant.anatomy import BlockInfo, RemovedBlock
+from pliant.anatomy import BlockInfo, RemovedBlock, stages
+from pliant.counting import count_parameters
 from pliant.methods.adaptive_depth.block import AdaptiveBlock, SwitchableNorm
 from pliant.methods.adaptive_depth.objectives import Joint, Specialization
-from pliant.methods.adaptive_depth.switch import Depth, Skip, SkipLike, check_skip, find_depth
+from pliant.methods.adaptive_depth.recipes import ABLATIONS, BASE_ALONE, adn
+from pliant.methods.adaptive_depth.switch import (
+    Depth,
+    Skip,
+    SkipLike,
+    check_skip,
+    depth_name,
+    depth_role,
+    find_depth,
+)
 from pliant.objectives import Objective
-from pliant.surgery import Method, PassedOver, Site, Survey, record_conversion
+from pliant.surgery import Method, PassedOver, Site, Survey, convert, record_conversion
 from pliant.threaded import borrowed
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -61,6 +73,11 @@ class AdaptiveDepth(Method):
     wraps: ClassVar[bool] = True
     objectives: ClassVar[Mapping[str, type[Objective]]] = {"joint": Joint, "specialize": Specialization}
     objective: ClassVar[str] = "specialize"
+    recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {
+        "imagenet": {"adn": adn}
+    }
+    paper: ClassVar[Mapping[str, str]] = {"imagenet": "adn"}
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = ABLATIONS
 
     skippable: tuple[int, ...] | None = None
     groups: int = 4
@@ -82,6 +99,16 @@ class AdaptiveDepth(Method):
             raise ValueError(f"groups must be a whole number of at least 1, not {self.groups!r}")
         if not isinstance(self.switchable_norms, bool):
             raise ValueError(f"switchable_norms must be True or False, not {self.switchable_norms!r}")
+
+    @classmethod
+    def comparisons(cls) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """The method beside both of its ends, trained alone; see `Method.comparisons`."""
+        return {"adn": {"ADN": {}}}
+
+    @classmethod
+    def baselines(cls, model: str, model_args: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """The plain network of the base network's depth; see `Method.baselines`."""
+        return {BASE_ALONE: base_arguments(model, model_args)}
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the stages' blocks; see `Method.survey`."""
@@ -151,8 +178,7 @@ class AdaptiveDepth(Method):
         norms = anatomy.norms(module) if self.switchable_norms and not skippable else []
         shape = anatomy.shape_of(module)
         for path in norms:
-            parent, _, name = path.rpartition(".")
-            setattr(module.get_submodule(parent), name, SwitchableNorm(module.get_submodule(path)))
+            module.set_submodule(path, SwitchableNorm(module.get_submodule(path)))
         return AdaptiveBlock(module, site.detail["flag"], skippable, norms, shape)
 
     def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
@@ -184,7 +210,7 @@ class AdaptiveDepth(Method):
     def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """The two depths that are trained: the super-net and the base-net; see `Method.networks`."""
         flags = len(find_depth(model).skip)
-        return {"super-net": subnet(model, (False,) * flags), "base-net": subnet(model, (True,) * flags)}
+        return _cut(model, [(False,) * flags, (True,) * flags])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +266,7 @@ class Subnet(Method):
         plain: nn.Module = module.block
         for path, norm in list(plain.named_modules()):
             if isinstance(norm, SwitchableNorm):
-                parent, _, name = path.rpartition(".")
-                setattr(plain.get_submodule(parent), name, norm.base if skip else norm.full)
+                plain.set_submodule(path, norm.base if skip else norm.full)
         return plain
 
 
@@ -277,6 +302,62 @@ def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
         cut.set_submodule(site.path, method.replace(cut.get_submodule(site.path), site))
     record_conversion(cut, method, ())
     return cut
+
+
+def last_stages_first(model: nn.Module) -> dict[str, nn.Module]:
+    """The networks from the whole one to the base network, a stage less each time, by name.
+
+    Empty for a network without adaptive depth.
+
+    Example:
+        >>> import timm
+        >>> list(last_stages_first(timm.create_model("resnet20_cifar_adn")))
+        ['super-net', 'FFT', 'FTT', 'base-net']
+    """
+    flags = next((len(m.skip) for m in model.modules() if isinstance(m, Depth)), -1)
+    return _cut(model, [tuple(n >= flags - skipped for n in range(flags)) for skipped in range(flags + 1)])
+
+
+def _cut(model: nn.Module, skips: Sequence[Skip]) -> dict[str, nn.Module]:
+    """Sub-networks by role, or by depth where they have none."""
+    names = [f"{role}-net" if (role := depth_role(skip)) else depth_name(skip) for skip in skips]
+    return {name: subnet(model, skip) for name, skip in zip(names, skips, strict=True)}
+
+
+def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that give a plain network the depth of its adaptive form's base network.
+
+    Trained by itself it is the paper's control ("individual", Table 1).
+
+    Args:
+        model: timm's name of a plain network.
+        model_args: its arguments.
+
+    Raises:
+        ValueError: its blocks are not counted by an argument that is known here.
+
+    Example:
+        >>> base_arguments("resnet50", {"in_chans": 1})
+        {'in_chans': 1, 'layers': [2, 2, 3, 2]}
+    """
+    with torch.device("meta"):
+        plain = timm.create_model(model, **model_args)
+        network = convert(plain, AdaptiveDepth())
+        cut = subnet(network, (True,) * len(find_depth(network).skip), share=True)
+        left = [
+            sum(not isinstance(cut.get_submodule(block.path), RemovedBlock) for block in stage.blocks)
+            for stage in stages(plain)
+        ]
+        # By timm's names: of ResNet, of ConvNeXt, of vision transformers.
+        for name, value in (("layers", left), ("depths", left), ("depth", left[0])):
+            found = {**model_args, name: value}
+            try:
+                alone = timm.create_model(model, **found)
+            except (TypeError, AssertionError):  # RegNet's builder asserts
+                continue
+            if count_parameters(alone) == count_parameters(cut):
+                return found
+    raise ValueError(f"{model} has no argument that gives it the base network's {sum(left)} blocks")
 
 
 def _check_borrowed(model: nn.Module, sites: Sequence[Site]) -> None:

@@ -14,61 +14,23 @@ Example:
 
 from __future__ import annotations
 
-from functools import partial
-
-from timm.models.resnet import ResNet
-from timm.models.vision_transformer import VisionTransformer
-
 from pliant.methods.adaptive_depth.method import AdaptiveDepth
-from pliant.models._build import register
-from pliant.models.cifar import CIFAR_NETWORKS, CIFAR_SIZE, feature_levels
-from pliant.models.mobile import MOBILE, mobilenet
-from pliant.models.resnet import RESNETS
+from pliant.models import PLAIN, register
+from pliant.models.vit import VITS
 
-# Twelve layers of ViT-Base and of DeiT-Tiny (Dosovitskiy 2021; Touvron 2021).
-VITS = {
-    "vit_base_patch32": {"patch_size": 32, "embed_dim": 768, "depth": 12, "num_heads": 12},
-    "vit_tiny_patch16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
-}
+_BASES = [f"resnet{layers}" for layers in (18, 34, 50, 101)]
+_BASES += [f"resnet{layers}_cifar" for layers in (18, 20, 56, 50)]
 
-for _base in ("resnet18", "resnet34", "resnet50", "resnet101"):
-    _block, _layers = RESNETS[_base]
-    register(
-        __name__,
-        f"{_base}_adn",
-        partial(ResNet, block=_block, layers=_layers),
-        methods=(AdaptiveDepth,),
-    )
-
-for _base in ("resnet18", "resnet20", "resnet56", "resnet50"):
-    register(
-        __name__,
-        f"{_base}_cifar_adn",
-        CIFAR_NETWORKS[_base],
-        methods=(AdaptiveDepth,),
-        input_size=CIFAR_SIZE,
-        num_classes=10,
-        feature_levels=feature_levels(_base),
-    )
+for _base in (*_BASES, *VITS):
+    _name = AdaptiveDepth.network_name(_base)
+    register(__name__, _name, PLAIN[_base], base=_base, methods=(AdaptiveDepth,))
 
 register(
     __name__,
     "mobilenetv2_adn",
-    partial(mobilenet, version=2),
+    PLAIN["mobilenetv2_100"],
+    base="mobilenetv2_100",
     methods=(AdaptiveDepth,),
-    flatten=True,
-    config=MOBILE,
     # The paper does not say which blocks; of the stages of two, none.
     skippable=(0, 0, 1, 1, 1, 1, 0),
 )
-
-for _base, _size in VITS.items():
-    register(
-        __name__,
-        f"{_base}_adn",
-        partial(VisionTransformer, **_size),
-        methods=(AdaptiveDepth,),
-        config={"first_conv": "patch_embed.proj", "classifier": "head"},
-        feature_levels=(2, 5, 8, 11),  # what leaves each of the four groups
-        feature_class="getter",
-    )

@@ -14,7 +14,7 @@ Shapes in this file::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -38,6 +38,13 @@ from pliant.methods.condconv.layers import (
     check_form,
 )
 from pliant.methods.condconv.mixing import Form
+from pliant.methods.condconv.recipes import (
+    ABLATIONS,
+    CONTROLS,
+    check_ablation,
+    condconv,
+    regularized,
+)
 from pliant.surgery import Method, PassedOver, Site, Survey
 from pliant.threaded import Bound, between, pass_along, passes_along, thread
 
@@ -97,8 +104,17 @@ class CondConv(Method):
     """
 
     suffix: ClassVar[str] = "cc"
+    # Named networks are trained from the beginning.
+    named: ClassVar[Mapping[str, Any]] = {"upcycle": False}
     # Experts start as copies of the trained layers.
     start: ClassVar[Mapping[str, Any]] = {"upcycle": True}
+    recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {
+        "imagenet": {"condconv": condconv, "condconv-regularized": regularized}
+    }
+    paper: ClassVar[Mapping[str, str]] = {"imagenet": "condconv"}
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        name: {"model_args": options} for name, options in ABLATIONS.items()
+    }
 
     experts: int = 8
     begin: int | None = None
@@ -157,6 +173,16 @@ class CondConv(Method):
         """The paper's names: ``cc_resnet50``, ``cc_mobilenetv1_025``; see `Method.network_name`."""
         # MobileNetV1's plain widths have a letter more, because timm took the name without.
         return f"cc_{plain.replace('mobilenetv1_w', 'mobilenetv1_')}"
+
+    @classmethod
+    def comparisons(cls) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """Capacity by the number of experts, and the ablations; see `Method.comparisons`."""
+        return {"condconv": CONTROLS, "condconv-ablations": {"CondConv": {}, **ABLATIONS}}
+
+    @classmethod
+    def check_ablation(cls, data: str, network: str) -> Mapping[str, Any]:
+        """32 experts, as in the tables, on ImageNet; see `Method.check_ablation`."""
+        return check_ablation(data, network)
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the units to replace; see `Method.survey`."""
@@ -297,9 +323,7 @@ class CondConv(Method):
         widths = [_channels(layer.module)[1] for layer in layers]
         router = self._router(channels, sum(widths), site).to(layers[0].module.weight.dtype)
         for layer in layers:
-            parent, _, name = layer.path.rpartition(".")
-            new = self._layer(layer.module, None).train(block.training)
-            setattr(block.get_submodule(parent), name, new)
+            block.set_submodule(layer.path, self._layer(layer.module, None).train(block.training))
         return CondConvBlock(
             block,
             router,

@@ -160,8 +160,7 @@ def without_mod_blocks(model: Network) -> Network:
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no Mixture-of-Depths block to remove")
     for path, block in blocks:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, RemovedBlock(block.channels))
+        model.set_submodule(path, RemovedBlock(block.channels))
     return model
 
 

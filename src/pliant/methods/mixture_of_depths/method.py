@@ -25,6 +25,7 @@ from torch import nn
 from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
 from pliant.methods.mixture_of_depths.block import Fusion, MoDBlock, without_mod_blocks
 from pliant.methods.mixture_of_depths.cores import core_width, last_activation, narrow_core, unfit
+from pliant.methods.mixture_of_depths.recipes import CONTROLS
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Order, RandomSelector
 from pliant.surgery import Gone, Method, PassedOver, Site, Survey
 
@@ -147,6 +148,11 @@ class MixtureOfDepths(Method):
                 "last_act with zero_init_last and without inner_shortcut gives the core and the "
                 "selector a gradient of zero for ever; drop one of the two"
             )
+
+    @classmethod
+    def comparisons(cls) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """The method and all forms of it that do not learn what to select; see `Method.comparisons`."""
+        return {"mod": CONTROLS}
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the blocks to replace; see `Method.survey`."""

@@ -12,32 +12,11 @@ Example:
 
 from __future__ import annotations
 
-from functools import partial
-
-from timm.models.resnet import ResNet
-
 from pliant.methods.mixture_of_depths.method import MixtureOfDepths
-from pliant.models._build import register
-from pliant.models.cifar import CIFAR_NETWORKS, CIFAR_SIZE, feature_levels
+from pliant.models import PLAIN, register
+from pliant.models.cifar import CIFAR_RESNETS
 from pliant.models.resnet import RESNETS
 
-for _base, (_block, _layers) in RESNETS.items():
-    register(
-        __name__,
-        f"{_base}_mod",
-        partial(ResNet, block=_block, layers=_layers),
-        methods=(MixtureOfDepths,),
-    )
-
-for _base, _build in CIFAR_NETWORKS.items():
-    register(
-        __name__,
-        f"{_base}_cifar_mod",
-        _build,
-        methods=(MixtureOfDepths,),
-        input_size=CIFAR_SIZE,
-        num_classes=10,
-        feature_levels=feature_levels(_base),
-        # At r = 16, blocks of 16 and 32 channels would have one and two hidden units.
-        reduction=4 if _base in ("resnet20", "resnet56") else 16,
-    )
+for _base in (*RESNETS, *CIFAR_RESNETS):
+    _name = MixtureOfDepths.network_name(_base)
+    register(__name__, _name, PLAIN[_base], base=_base, methods=(MixtureOfDepths,))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 
 from _repository import ROOT, tracked
 from pliant.counting import count_macs, count_parameters
@@ -16,35 +17,82 @@ from pliant.methods.mixture_of_depths import without_mod_blocks
 from pliant.models import list_networks
 from research.published import PAPERS, markdown
 
+# Pages that programs write whole; the others are at most so many lines.
+GENERATED = {"evidence.md", "variants.md", "published-counts.md"}
+LONGEST = 200
+# Written by `make docs`, before it builds the site.
+MADE = {"reference/commands.md"}
+# Marks between which programs write a table: of the speed tables, and of the quickstart.
+TABLES = {"docs/mod-tax.md": "speed", "docs/how-to/reproduce.md": "quickstart"}
+
 
 def documents() -> list[Path]:
-    return sorted(f for f in tracked() if f.suffix == ".md")
+    return sorted(f for f in tracked() if f.suffix == ".md" and "golden" not in f.parts)
 
 
-def test_local_links_of_the_documents_exist():
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(page: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    return [target for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", text) if "://" not in target]
+
+
+def test_local_links_of_the_documents_lead_somewhere():
     broken = []
     for page in documents():
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
-            if "://" not in target and not (page.parent / target).exists():
-                broken.append(f"{page.relative_to(ROOT)}: {target}")
+        for link in links(page):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
     assert broken == []
     assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {page.name for page in documents()}
 
 
+def test_every_page_is_in_the_navigation_of_the_site():
+    def pages(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        parts = entry.values() if isinstance(entry, dict) else entry
+        return [page for part in parts for page in pages(part)]
+
+    named = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    docs = {f.relative_to(ROOT / "docs").as_posix() for f in documents() if f.is_relative_to(ROOT / "docs")}
+    beside = {f.relative_to(ROOT).as_posix() for f in documents() if f.parent.name == "results"}
+    beside |= {"CONTRIBUTING.md", "CHANGELOG.md"}
+    assert sorted(named) == sorted(docs | MADE | beside)
+
+
+def test_pages_are_short():
+    lengths = {
+        page.relative_to(ROOT).as_posix(): len(page.read_text().splitlines())
+        for page in documents()
+        if page.parent.name != "results" and page.name not in GENERATED
+    }
+    assert {page: lines for page, lines in lengths.items() if lines > LONGEST} == {}
+    assert len(lengths) > 20
+
+
 def test_make_targets_named_in_the_documents_exist():
-    named = {t for page in documents() for t in re.findall(r"`make ([a-z-]+)", page.read_text())}
+    named = {t for page in documents() for t in re.findall(r"[`$] ?make ([a-z-]+)", page.read_text())}
     assert named <= set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M))
-    assert {"quickstart", "test"} <= named
+    assert {"quickstart", "test", "docs"} <= named
 
 
-def test_the_readme_has_the_marks_of_its_generated_table():
-    readme = (ROOT / "README.md").read_text()
-    assert readme.count("<!-- quickstart:begin -->") == readme.count("<!-- quickstart:end -->") == 1
-    assert readme.index("<!-- quickstart:begin -->") < readme.index("<!-- quickstart:end -->")
+@pytest.mark.parametrize(("page", "mark"), TABLES.items())
+def test_a_page_has_the_marks_of_its_generated_table(page, mark):
+    text = (ROOT / page).read_text()
+    assert text.count(f"<!-- {mark}:begin -->") == text.count(f"<!-- {mark}:end -->") == 1
+    assert text.index(f"<!-- {mark}:begin -->") < text.index(f"<!-- {mark}:end -->")
 
 
 def networks_table() -> str:
-    """The README's table of networks, counted."""
+    """The table of Mixture-of-Depths networks on their page, counted."""
     lines = [
         "| network | parameters, M | MACs, G | MACs without its MoD blocks, G "
         "| plain network | parameters, M | MACs, G |",
@@ -68,9 +116,9 @@ def counts(network: torch.nn.Module, size: tuple[int, int, int]) -> tuple[str, s
     return f"{count_parameters(network) / 1e6:.2f}", f"{count_macs(network, size) / 1e9:.4f}"
 
 
-def test_the_readme_table_of_networks_is_what_is_counted():
-    readme = (ROOT / "README.md").read_text()
-    stated = readme.partition("<!-- networks:begin -->\n")[2].partition("\n<!-- networks:end -->")[0]
+def test_the_table_of_mod_networks_is_what_is_counted():
+    page = (ROOT / "docs" / "mixture-of-depths.md").read_text()
+    stated = page.partition("<!-- networks:begin -->\n")[2].partition("\n<!-- networks:end -->")[0]
     assert stated == networks_table()
 
 
@@ -96,20 +144,14 @@ def test_the_table_of_condconv_networks_is_what_is_counted():
     assert stated == condconv_table()
 
 
-COUNT_PAGES = {"mod": "mixture-of-depths.md", "condconv": "condconv.md", "adn": "adaptive-depth.md"}
-
-
-def test_every_paper_has_a_page_for_its_counts():
-    assert COUNT_PAGES.keys() == PAPERS.keys()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("method", COUNT_PAGES)
+@pytest.mark.parametrize("method", PAPERS)
 def test_the_table_of_published_counts_is_what_is_counted(counts_of, method):
     if method == "mod":
         pytest.importorskip("ptflops")
-    page = (ROOT / "docs" / COUNT_PAGES[method]).read_text()
-    stated = page.partition("<!-- counts:begin -->\n")[2].partition("<!-- counts:end -->")[0]
+    page = (ROOT / "docs" / "published-counts.md").read_text()
+    _, _, rest = page.partition(f"<!-- counts-{method}:begin -->\n")
+    stated, _, _ = rest.partition(f"<!-- counts-{method}:end -->")
     assert stated == markdown(counts_of(method))
 
 
