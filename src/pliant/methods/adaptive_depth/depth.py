@@ -139,8 +139,9 @@ def depths(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
         ValueError: the network has no adaptive depth.
 
     Example:
-        >>> import timm, pliant
-        >>> model = pliant.convert(timm.create_model("resnet50"), pliant.AdaptiveDepth())
+        >>> import timm, torch, pliant
+        >>> with torch.device("meta"):  # counting needs no weights
+        ...     model = pliant.convert(timm.create_model("resnet50"), pliant.AdaptiveDepth())
         >>> found = depths(model)
         >>> len(found), found[0].macs, found[-1].macs
         (16, 4089184256, 2560622592)
