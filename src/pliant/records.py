@@ -25,7 +25,11 @@ class Origin:
         commit: of pliant's source tree, ``-dirty`` where the package differed from it;
             empty where pliant was installed rather than checked out.
         date: UTC, ISO 8601; of a training run, when it began.
+        LATE: columns that a kind of row got after files of it were written: they stand behind all
+            others, have defaults, and may be missing from a file.
     """
+
+    LATE: ClassVar[tuple[str, ...]] = ()
 
     cpu: str = ""
     cores: int = 0
@@ -52,7 +56,7 @@ T = TypeVar("T", bound=_Dataclass)
 
 
 def columns(kind: type[_Dataclass]) -> list[str]:
-    """Names of a row's columns: its own, then those of its `Origin`.
+    """Names of a row's columns: its own, then those of its `Origin`, then those of `Origin.LATE`.
 
     Example:
         >>> @dataclass(frozen=True, kw_only=True)
@@ -61,13 +65,14 @@ def columns(kind: type[_Dataclass]) -> list[str]:
         >>> columns(Row)[:3], columns(Row)[-1]
         (['network', 'cpu', 'cores'], 'date')
     """
-    origin = [f.name for f in fields(Origin)]
+    origin, late = [f.name for f in fields(Origin)], getattr(kind, "LATE", ())
     own = [f.name for f in fields(kind)]
-    return [name for name in own if name not in origin] + [name for name in origin if name in own]
+    first = [name for name in own if name not in origin and name not in late]
+    return [*first, *(name for name in origin if name in own), *late]
 
 
 def cells(row: _Dataclass, number: str = "") -> list[str]:
-    """A row's cells as text, in the order of `columns`; None gives an empty one.
+    """A row's cells as text, in the order of `columns`: None as ``""``, (3, 32, 32) as ``3x32x32``.
 
     Args:
         row: of a flat dataclass.
@@ -77,8 +82,15 @@ def cells(row: _Dataclass, number: str = "") -> list[str]:
         >>> cells(Origin(cpu="a", cores=2))[:2]
         ['a', '2']
     """
-    values = (getattr(row, name) for name in columns(type(row)))
-    return [format(v, number) if isinstance(v, float) else "" if v is None else str(v) for v in values]
+    return [_text(getattr(row, name), number) for name in columns(type(row))]
+
+
+def _text(value: Any, number: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return format(value, number) if isinstance(value, float) else str(value)
 
 
 def read_records(
@@ -88,10 +100,11 @@ def read_records(
 
     Args:
         path: the file.
-        kind: a dataclass of ``str``, ``int``, ``float``, ``bool``, and these or None (an empty cell).
+        kind: a dataclass of ``str``, ``int``, ``float``, ``bool``, ``tuple[int, int, int]``, and
+            these or None (an empty cell).
         called: what the rows are called in an error; by default the dataclass by its name.
-        added: fields that older files have no columns of; rows of these get their defaults. A file
-            has all of them or none.
+        added: fields, besides `Origin.LATE`, that older files have no columns of; rows of these
+            get their defaults. A file has all of them or none.
 
     Raises:
         ValueError: other columns, or a cell that is not of its field's type; names file and line.
@@ -100,19 +113,34 @@ def read_records(
     path = Path(path)
     types = {f.name: str(f.type) for f in fields(kind)}
     kinds = {name: types[name] for name in columns(kind)}
-    found = []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, strict=True)
-        if list(reader.fieldnames or []) not in (list(kinds), [n for n in kinds if n not in added]):
-            raise ValueError(f"{path}: the columns are not those of {called or f'a {kind.__name__}'}")
-        for row in reader:
-            try:
-                if None in row or None in row.values():
-                    raise ValueError("it has not as many cells as there are columns")
-                found.append(kind(**{name: _value(kinds[name], text) for name, text in row.items()}))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}; the line is damaged") from error
-    return found
+    late = {*added, *getattr(kind, "LATE", ())}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            if header not in (list(kinds), [name for name in kinds if name not in late]):
+                odd = ", ".join(sorted(set(header) ^ set(kinds))) or "they are in another order"
+                what = called or f"a {kind.__name__}"
+                raise ValueError(f"{path}, line 1: the columns are not those of {what}: {odd}")
+            return [
+                kind(**_values(kinds, header, texts, f"{path}, line {reader.line_num}")) for texts in reader
+            ]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no readable CSV file: {error}") from error
+
+
+def _values(kinds: dict[str, str], header: list[str], texts: list[str], where: str) -> dict[str, Any]:
+    if len(texts) != len(header):
+        raise ValueError(f"{where}: {len(texts)} cells, not {len(header)}; the line is damaged")
+    values = {}
+    for name, text in zip(header, texts, strict=True):
+        try:
+            values[name] = _value(kinds[name], text)
+        except ValueError:
+            raise ValueError(
+                f"{where}: {name} is {text!r}, which is no {kinds[name]}; the line is damaged"
+            ) from None
+    return values
 
 
 def _value(kind: str, text: str) -> Any:
@@ -122,6 +150,9 @@ def _value(kind: str, text: str) -> Any:
         kind = kind.removesuffix(" | None")
     if kind == "bool":
         if text not in ("True", "False"):
-            raise ValueError(f"{text!r} is neither True nor False")
+            raise ValueError
         return text == "True"
+    if kind == "tuple[int, int, int]":
+        first, second, third = map(int, text.split("x"))
+        return first, second, third
     return {"int": int, "float": float, "str": str}[kind](text)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pliant import anatomy
+from pliant.counting import count_macs, count_parameters
 from pliant.objectives import Objective
 from pliant.threaded import take_over
 
@@ -339,7 +340,7 @@ class Plan:
         passed_over: ``(method, block, reason)`` of what is not.
         notes: what a method wants the user to know.
         parameters: number before and after.
-        macs: multiply-accumulates of one image before and after, by `measuring.macs`;
+        macs: multiply-accumulates of one image before and after, by `pliant.counting.count_macs`;
             None where the network does not say its input size.
         input_size: channels, height and width that `macs` is for.
     """
@@ -391,8 +392,6 @@ def plan(
         >>> print(plan(timm.create_model("resnet18"), pliant.MixtureOfDepths()).parameters)
         (11689512, 5463902)
     """
-    from pliant.counting import count_macs, count_parameters  # counting still knows CondConv
-
     _check_methods(methods)
     skeleton = _skeleton(model)
     size = input_size or anatomy.input_size(model)

@@ -70,12 +70,16 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("model,variant", "name,variant", r"rows.csv, line 1: not a file of .*: model, name"),
-        ("model,variant", "variant,model", "rows.csv, line 1: .*columns in another order"),
+        (
+            "model,variant",
+            "name,variant",
+            r"rows.csv, line 1: the columns are not those of measurements: model, name",
+        ),
+        ("model,variant", "variant,model", "rows.csv, line 1: .*they are in another order"),
         ("28.71234", "28.7x", r"rows.csv, line 3: median_ms is '28.7x', which is no float | None"),
         ("3x224x192", "3x224", "rows.csv, line 3: input_size is '3x224'"),
         (",True,", ",yes,", "rows.csv, line 3: channels_last is 'yes'"),
-        (",2026-01-02T03:04:05+00:00", "", "rows.csv, line 3: 36 fields, not 37"),
+        (",2026-01-02T03:04:05+00:00", "", "rows.csv, line 3: 36 cells, not 37"),
     ],
 )
 def test_damaged_or_foreign_rows_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -95,7 +99,7 @@ def test_damaged_or_foreign_rows_are_refused(tmp_path: Path, old: str, new: str,
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
-    with pytest.raises(ValueError, match=r"rows\.csv: not a readable CSV file"):
+    with pytest.raises(ValueError, match=r"rows\.csv is no readable CSV file"):
         read_rows(path)
 
 

@@ -87,7 +87,7 @@ def test_rows_are_written_read_and_shown(rows, tmp_path):
     assert "| decode | 0 | folder | 123 (6) | 1.00 (0.00) |" in table
     text = (tmp_path / "rows.csv").read_text()
     (tmp_path / "rows.csv").write_text(text.replace("decode,32,0", "decode,32,none"))
-    with pytest.raises(ValueError, match=r"rows\.csv, line 2: invalid literal for int"):
+    with pytest.raises(ValueError, match=r"rows\.csv, line 2: workers is 'none', which is no int"):
         read_records(tmp_path / "rows.csv", LoaderRate)
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="the columns are not those of a LoaderRate"):

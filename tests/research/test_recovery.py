@@ -212,7 +212,7 @@ def test_rows_that_are_damaged_are_named(tmp_path):
         read_recoveries(path)
     for wrong in (text.rstrip("\n") + ",more\n", text.rpartition(",")[0] + "\n"):
         path.write_text(wrong)
-        with pytest.raises(ValueError, match=r"rows\.csv, line 2: it has not as many cells as there are"):
+        with pytest.raises(ValueError, match=r"rows\.csv, line 2: [0-9]+ cells, not [0-9]+"):
             read_recoveries(path)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="the columns are not those of a Recovery"):

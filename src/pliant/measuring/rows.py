@@ -8,15 +8,14 @@ above the table; what differs is a column.
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pliant._files import atomic_path
-from pliant.records import Origin, columns
+from pliant._files import write_csv
+from pliant.records import Origin, cells, columns, read_records
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,6 +83,8 @@ class Measurement(Origin):
         runtime: the engine and its version, where it is not PyTorch.
     """
 
+    LATE: ClassVar[tuple[str, ...]] = ("form", "runtime")
+
     model: str
     variant: str = AS_IS
     parameters: int | None = None
@@ -132,12 +133,6 @@ class Measurement(Origin):
         return f"{self.model} {self.variant}"
 
 
-# Columns that files of before do not have: they come last, and have defaults.
-_NEW = ["form", "runtime"]
-_TYPES = {f.name: str(f.type) for f in fields(Measurement)}
-FIELDS = {name: _TYPES[name] for name in [n for n in columns(Measurement) if n not in _NEW] + _NEW}
-
-
 def write_rows(path: str | Path, rows: Iterable[Measurement], append: bool = False) -> None:
     """Write rows to a CSV file with a header; the file is replaced whole or not at all.
 
@@ -149,12 +144,8 @@ def write_rows(path: str | Path, rows: Iterable[Measurement], append: bool = Fal
     Raises:
         ValueError: `append` to a file that `read_rows` refuses.
     """
-    path = Path(path)
-    rows = [*(read_rows(path) if append and path.exists() else []), *rows]
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FIELDS)
-        writer.writerows([_to_text(getattr(row, name)) for name in FIELDS] for row in rows)
+    kept = read_rows(path) if append and Path(path).exists() else []
+    write_csv(path, columns(Measurement), map(cells, [*kept, *rows]), False, "measurements")
 
 
 def read_rows(path: str | Path) -> list[Measurement]:
@@ -164,53 +155,7 @@ def read_rows(path: str | Path) -> list[Measurement]:
         ValueError: a damaged or foreign file; the message names file and line.
         FileNotFoundError: no such file.
     """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            if header not in (list(FIELDS), list(FIELDS)[: -len(_NEW)]):
-                odd = sorted(set(header) ^ set(FIELDS))
-                why = f"columns that differ: {', '.join(odd)}" if odd else "columns in another order"
-                raise ValueError(f"{path}, line 1: not a file of pliant's measurements ({why})")
-            kinds = {name: FIELDS[name] for name in header}
-            return [_from_texts(texts, kinds, f"{path}, line {reader.line_num}") for texts in reader]
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not a readable CSV file: {e}") from e
-
-
-def _to_text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, tuple):
-        return "x".join(str(n) for n in value)
-    return repr(value) if isinstance(value, float) else str(value)
-
-
-def _from_texts(texts: Sequence[str], kinds: Mapping[str, str], where: str) -> Measurement:
-    if len(texts) != len(kinds):
-        raise ValueError(f"{where}: {len(texts)} fields, not {len(kinds)}; the line is damaged")
-    values: dict[str, Any] = {}
-    for (name, kind), text in zip(kinds.items(), texts, strict=True):
-        try:
-            values[name] = _from_text(kind, text)
-        except ValueError:
-            raise ValueError(f"{where}: {name} is {text!r}, which is no {kind}") from None
-    return Measurement(**values)
-
-
-def _from_text(kind: str, text: str) -> Any:
-    if not text and kind.endswith("| None"):
-        return None
-    kind = kind.removesuffix(" | None")
-    if kind == "tuple[int, int, int]":
-        channels, height, width = (int(n) for n in text.split("x"))
-        return channels, height, width
-    if kind == "bool":
-        if text not in ("True", "False"):
-            raise ValueError
-        return text == "True"
-    return {"int": int, "float": float, "str": str}[kind](text)
+    return read_records(path, Measurement, called="measurements")
 
 
 def grouped(rows: Iterable[Measurement]) -> list[list[Measurement]]:

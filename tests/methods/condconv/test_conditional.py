@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from _conditional import FORMS, KINDS, layer_of
 from pliant.methods.condconv.layers import (
-    ROUTING,
     CondConv2d,
     CondLinear,
     Router,
@@ -21,6 +20,7 @@ from pliant.methods.condconv.layers import (
     check_experts,
     check_form,
 )
+from pliant.methods.condconv.mixing import ROUTING
 from pliant.threaded import thread, threaded
 
 # Beside timm

@@ -341,20 +341,23 @@ STAGES = {
     "widest core": ((1, 1024, 64, 16, 14, 14, 1), 64),
     "widest two 3x3": ((1, 512, 32, None, 7, 7, 1), 32),
 }
+WAYS: list[dict[str, Any]] = [{"inplace": True}, {"order": "index"}]
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("name", "dtype", "ways"),
     [
-        pytest.param("stage 1", torch.bfloat16),
+        ("stage 1", torch.bfloat16, WAYS[:1]),
         *(
-            pytest.param(name, dtype, marks=pytest.mark.slow)
+            pytest.param(name, dtype, WAYS, marks=pytest.mark.slow)
             for name in STAGES
             for dtype in (torch.float32, torch.bfloat16)
         ),
     ],
 )
-def test_the_kernels_compile_for_a_gpu_and_fit_its_registers(name, dtype, h200, monkeypatch, tmp_path):
+def test_the_kernels_compile_for_a_gpu_and_fit_its_registers(
+    name, dtype, ways, h200, monkeypatch, tmp_path
+):
     from pliant.methods.mixture_of_depths.ops import _triton_launch
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -375,10 +378,10 @@ def test_the_kernels_compile_for_a_gpu_and_fit_its_registers(name, dtype, h200, 
     sizes, hidden = STAGES[name]
     with FakeTensorMode(), torch.no_grad():
         x, weights = on_a_gpu_that_is_not_there(sizes, dtype, hidden)
-        mod_block(x, *weights, inplace=True)
-        mod_block(x, *weights, order="index")
+        for way in ways:
+            mod_block(x, *weights, **way)
     once = ["pool", *["rank"] * (sizes[1] * hidden > 2**14), "basic" if sizes[3] is None else "bottleneck"]
-    assert [kernel.__name__ for kernel, _ in launched] == once * 2
+    assert [kernel.__name__ for kernel, _ in launched] == once * len(ways)
     for kernel, arguments in launched:
         assert "LOCAL:0" in resources(kernel, arguments, h200, tmp_path)
 

@@ -8,13 +8,17 @@ Shapes in this file::
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor, nn
 
-from pliant.methods.condconv.layers import ROUTING, CondConv2d
-from pliant.methods.condconv.mixing import mix
+from pliant.methods.condconv.mixing import ROUTING, mix
 from pliant.threaded import thread
+
+if TYPE_CHECKING:  # the layer itself asks for this form
+    from pliant.methods.condconv.layers import CondConv2d
 
 
 class OneImageConv(nn.Module):

@@ -22,7 +22,14 @@ import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor, nn
 
-from pliant.methods.condconv.mixing import Form, Geometry, conditional_conv2d, conditional_linear
+from pliant.methods.condconv.exported import OneImageConv
+from pliant.methods.condconv.mixing import (
+    ROUTING,
+    Form,
+    Geometry,
+    conditional_conv2d,
+    conditional_linear,
+)
 from pliant.parts import Part, Target
 from pliant.precision import full_precision, linear, pooled
 from pliant.threaded import arrived, thread
@@ -30,7 +37,6 @@ from pliant.threaded import arrived, thread
 Activation = Literal["sigmoid", "softmax"]
 Bias = Literal["shared", "experts"]
 
-ROUTING = "routing"  # the name under which routings are threaded
 MOST_EXPERTS = 64  # the paper's largest
 
 
@@ -325,8 +331,6 @@ class CondConv2d(_Conditional):
 
     def export_form(self, target: Target, batch: int | None) -> nn.Module:
         """For one image at a time, a convolution with its mixed kernel; see `Part.export_form`."""
-        from pliant.methods.condconv.exported import OneImageConv  # it is made of this layer
-
         return OneImageConv(self) if batch == 1 else self
 
     def extra_repr(self) -> str:

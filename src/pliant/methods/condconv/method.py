@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from pliant import anatomy
 from pliant.anatomy import Block, BlockInfo, Convolution, convolutions
 from pliant.methods.condconv.layers import (
-    ROUTING,
     Activation,
     CondConv2d,
     CondLinear,
@@ -37,7 +36,7 @@ from pliant.methods.condconv.layers import (
     check_experts,
     check_form,
 )
-from pliant.methods.condconv.mixing import Form
+from pliant.methods.condconv.mixing import ROUTING, Form
 from pliant.methods.condconv.recipes import (
     ABLATIONS,
     CONTROLS,

@@ -24,6 +24,8 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 Form = Literal["auto", "fused", "experts"]
 
+ROUTING = "routing"  # the name under which routings are threaded
+
 # Values of a kernel from which a CPU convolves examples one by one: as groups of one
 # convolution, large kernels take two to three times as long.
 LARGE = 2**18

@@ -1,7 +1,8 @@
 """CNN Mixture-of-Depths (arXiv 2409.17016): the method, its block, its networks and operators."""
 
 from pliant.methods.mixture_of_depths import networks as networks
-from pliant.methods.mixture_of_depths.block import Fusion, MoDBlock, without_mod_blocks
+from pliant.methods.mixture_of_depths.block import MoDBlock, without_mod_blocks
+from pliant.methods.mixture_of_depths.layers import Fusion
 from pliant.methods.mixture_of_depths.method import MixtureOfDepths, Selection
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Order, RandomSelector
 

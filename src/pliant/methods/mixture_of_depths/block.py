@@ -11,57 +11,33 @@ Shapes in this file::
 from __future__ import annotations
 
 import copy
-from typing import ClassVar, Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pliant.anatomy import Block, RemovedBlock
+from pliant.anatomy import RemovedBlock
+from pliant.methods.mixture_of_depths.exported import GraphMoD, ProgramMoD
+from pliant.methods.mixture_of_depths.layers import MoDLayers
+from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector, RandomSelector
 from pliant.methods.mixture_of_depths.training import At, fuse, gather, pool, usual
 from pliant.parts import OnnxOperator, Target
 
 Network = TypeVar("Network", bound=nn.Module)
 
-Fusion = Literal["first", "last", "original", "replace"]
 
-
-class MoDBlock(Block):
+class MoDBlock(MoDLayers):
     """One Mixture-of-Depths block: select, process, scale, fuse (sections 3.1 to 3.3).
 
-    Args:
-        core: the narrow block, [B, k, H, W] to [B, k, H, W].
-        selector: gives scores [B, k] or None, and index [B, k] or [k], for a feature map or its
-            means; None processes the first k channels, without scores.
-        channels: C.
-        k: number of channels that are processed.
-        fusion: where the core's output goes; see `pliant.MixtureOfDepths`.
-        inner_shortcut: add the core's input to its output.
-        last_act: activation behind that sum; None: none.
-        drop_path: drops whole samples of the core's output in training; None: none.
+    Its arguments are those of `MoDLayers`.
+
+    Example:
+        >>> selector = ChannelSelector(channels=8, k=2, hidden=4)
+        >>> block = MoDBlock(nn.Conv2d(2, 2, 3, padding=1), selector, channels=8, k=2)
+        >>> block(torch.rand(1, 8, 5, 5)).shape
+        torch.Size([1, 8, 5, 5])
     """
-
-    operators: ClassVar[str] = "pliant.methods.mixture_of_depths.ops.building"
-    selector: nn.Module | None
-
-    def __init__(
-        self,
-        core: nn.Module,
-        selector: nn.Module | None,
-        channels: int,
-        k: int,
-        *,
-        fusion: Fusion = "first",
-        inner_shortcut: bool = False,
-        last_act: nn.Module | None = None,
-        drop_path: nn.Module | None = None,
-    ) -> None:
-        super().__init__(channels)
-        self.k, self.fusion, self.inner_shortcut = k, fusion, inner_shortcut
-        self.selector = selector
-        self.core = core
-        self.last_act = nn.Identity() if last_act is None else last_act
-        self.drop_path = nn.Identity() if drop_path is None else drop_path
 
     def forward(self, x: Tensor) -> Tensor:
         """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
@@ -121,25 +97,15 @@ class MoDBlock(Block):
 
     def export_form(self, target: Target, batch: int | None) -> nn.Module:
         """The form for what runs the file; see `Part.export_form`."""
-        from pliant.methods.mixture_of_depths.exported import GraphMoD, ProgramMoD  # made of this
-
         return ProgramMoD(self) if target == "program" else GraphMoD(self, batch)
 
     def fast_form(self) -> nn.Module | str:
         """The block as one operator, or why not; see `Part.fast_form`."""
-        from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable  # made of this
-
         return fusable(self) or FusedMoDBlock(self)
 
     def onnx_operator(self) -> OnnxOperator | str:
-        """That of its fast form; see `Part.onnx_operator`."""
-        from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable  # made of this
-
+        """The operator of the fast form; see `Part.onnx_operator`."""
         return fusable(self) or FusedMoDBlock(self).onnx_operator()
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return f"channels={self.channels}, k={self.k}, fusion={self.fusion!r}"
 
 
 def without_mod_blocks(model: Network) -> Network:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.anatomy import Block
-from pliant.methods.mixture_of_depths.block import MoDBlock
+from pliant.methods.mixture_of_depths.layers import MoDLayers
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector, RandomSelector
 
 
@@ -35,7 +35,7 @@ class _ExportedMoD(Block):
 
     index: Tensor | None
 
-    def __init__(self, block: MoDBlock) -> None:
+    def __init__(self, block: MoDLayers) -> None:
         super().__init__(block.channels)
         self.k, self.fusion, self.inner_shortcut = block.k, block.fusion, block.inner_shortcut
         self.core, self.last_act = block.core, block.last_act
@@ -59,7 +59,7 @@ class ProgramMoD(_ExportedMoD):
         block: in evaluation mode; its parts are used.
     """
 
-    def __init__(self, block: MoDBlock) -> None:
+    def __init__(self, block: MoDLayers) -> None:
         super().__init__(block)
         self.selector = block.selector if self.index is None else None
 
@@ -114,7 +114,7 @@ class GraphMoD(_ExportedMoD):
     place: Tensor | None
     source: Tensor | None
 
-    def __init__(self, block: MoDBlock, batch: int | None) -> None:
+    def __init__(self, block: MoDLayers, batch: int | None) -> None:
         super().__init__(block)
         self.batch = batch
         self.first_channels = block.selector is None

@@ -30,9 +30,9 @@ import torch
 
 from pliant._files import atomic_path
 from pliant._version import __version__
-from pliant.methods.mixture_of_depths.ops import (
-    mod_block as mod_block,  # defines the operator that the library fills
-)
+
+# Defines the operator that the library fills.
+from pliant.methods.mixture_of_depths.ops.mod_block import mod_block_ as mod_block_
 
 SOURCE = Path(__file__).with_name("mod_block.cpp")  # for PyTorch
 ORT_SOURCE = Path(__file__).with_name("mod_block_ort.cpp")  # for any ONNX Runtime from 1.18 on

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.anatomy import Block
-from pliant.methods.mixture_of_depths.block import MoDBlock
+from pliant.methods.mixture_of_depths.layers import MoDLayers
 from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch, mod_block_
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector
 from pliant.parts import OnnxOperator
@@ -52,12 +52,12 @@ class FusedMoDBlock(Block):
         True
     """
 
-    operators: ClassVar[str] = MoDBlock.operators
+    operators: ClassVar[str] = MoDLayers.operators
     inplace: bool
     weight3: nn.Parameter | None
     bias3: nn.Parameter | None
 
-    def __init__(self, block: MoDBlock, *, inplace: bool = False) -> None:
+    def __init__(self, block: MoDLayers, *, inplace: bool = False) -> None:
         super().__init__(block.channels)
         if reason := fusable(block):
             raise ValueError(f"this block cannot be fused: {reason}")
@@ -112,7 +112,7 @@ class FusedMoDBlock(Block):
         )
 
 
-def fusable(block: MoDBlock) -> str:
+def fusable(block: MoDLayers) -> str:
     """Why this block has no fused form; empty where it has one.
 
     Example:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from pliant.methods.mixture_of_depths.block import Fusion
+from pliant.methods.mixture_of_depths.layers import Fusion
 from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch
 from pliant.methods.mixture_of_depths.selectors import Order
 

@@ -1,4 +1,4 @@
-"""Mixture-of-Depths blocks: their arithmetic, gradients, selection and scores."""
+"""Mixture-of-Depths blocks: their arithmetic and gradients."""
 
 from __future__ import annotations
 
@@ -126,15 +126,6 @@ def test_last_act_is_that_of_the_block_only_when_asked_for(block):
             assert (made(x)[:, :8] >= 0).all(), "the activation is behind the inner shortcut"
 
 
-def test_selector_has_no_bias_and_the_reduction_asked_for():
-    for reduction, hidden in ((16, 2), (8, 4), (64, 1)):
-        selector = mod_block(32, 4, reduction=reduction).selector
-        assert {name: tuple(p.shape) for name, p in selector.named_parameters()} == {
-            "fc1.weight": (hidden, 32),
-            "fc2.weight": (32, hidden),
-        }
-
-
 # --- which channels change ---------------------------------------------------------
 
 
@@ -176,10 +167,14 @@ def separated(made: MoDBlock, batch=2, size=3):
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize(
-    ("selection", "order"),
-    [("learned", "score"), ("learned", "index"), ("fixed", "score"), ("first", "score")],
+    ("selection", "order", "inner_shortcut"),
+    [
+        ("learned", "score", False),
+        ("learned", "index", True),
+        ("fixed", "score", False),
+        ("first", "score", True),
+    ],
 )
-@pytest.mark.parametrize("inner_shortcut", [False, True])
 def test_gradients(selection, order, fusion, inner_shortcut):
     made = mod_block(
         8,
@@ -225,7 +220,7 @@ def test_selector_learns(order, fusion):
             assert not torch.equal(value, before[name]), name
 
 
-# --- a sample alone, and random selection -----------------------------------------------
+# --- a sample alone, and autocast -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("selection", ["learned", "fixed", "first"])
@@ -237,127 +232,6 @@ def test_a_sample_alone_is_as_in_a_batch(selection, order):
         together = made(x)
         for b in range(5):
             torch.testing.assert_close(made(x[b : b + 1])[0], together[b], rtol=1e-12, atol=1e-12)
-
-
-def test_learned_selection_is_per_sample():
-    made = mod_block(32, 8)
-    torch.manual_seed(1)
-    index = made.selector(torch.randn(6, 32, 4, 4, dtype=torch.double))[1]
-    assert len({tuple(sorted(row)) for row in index.tolist()}) > 1
-
-
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("order", ORDERS)
-def test_random_selection_is_fresh_per_sample_and_reproducible(train, order):
-    selector = mod_block(64, 16, selection="random", order=order).train(train).selector
-    x = torch.randn(4, 64, 2, 2, dtype=torch.double)
-    torch.manual_seed(3)
-    (none, first), (_, second) = selector(x), selector(x)
-    assert none is None
-    assert first.shape == (4, 16)
-    assert not torch.equal(first, second)
-    assert len({tuple(sorted(row)) for row in first.tolist()}) == 4
-    assert all(len(set(row)) == 16 for row in first.tolist())
-    torch.manual_seed(3)
-    assert torch.equal(selector(x)[1], first)
-    ascending = bool((first.diff(dim=1) > 0).all())
-    assert ascending == (order == "index")
-    assert not list(selector.parameters())
-    assert not selector.state_dict()
-
-
-def test_random_selection_visits_all_channels_alike():
-    selector = RandomSelector(8, 2, fixed=False)
-    torch.manual_seed(0)
-    counts = selector(torch.zeros(4000, 8, 1, 1))[1].flatten().bincount(minlength=8)
-    assert counts.sum() == 8000
-    assert ((counts - 1000).abs() < 150).all(), "five standard deviations"
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_fixed_selection_stays_and_is_saved(order):
-    made = mod_block(64, 16, selection="fixed", order=order)
-    index = made.state_dict()["selector.index"]
-    assert index.shape == (16,)
-    assert len(set(index.tolist())) == 16
-    assert bool((index.diff() > 0).all()) == (order == "index")
-    x = torch.randn(2, 64, 3, 3, dtype=torch.double)
-    with torch.no_grad():
-        out = made(x)
-        assert torch.equal(made(x), out)
-        other = mod_block(64, 16, seed=9, selection="fixed", order=order)
-        assert not torch.equal(other.selector.index, index)
-        other.load_state_dict(made.state_dict())
-        assert torch.equal(other(x), out)
-
-
-# --- scores -----------------------------------------------------------------------------
-
-
-def test_order_of_channels_and_their_scores():
-    by_score = mod_block(64, 16).selector
-    by_index = copy.deepcopy(by_score)
-    by_index.order = "index"
-    x = torch.randn(3, 64, 4, 4, dtype=torch.double)
-    all_scores = by_score.logits(x).sigmoid()
-    scores, index = by_score(x)
-    assert (scores.diff(dim=1) <= 0).all()
-    assert torch.equal(scores, all_scores.gather(1, index))
-    assert (scores[:, -1:] >= all_scores.scatter(1, index, 0)).all(), "the best, and none better left out"
-    sorted_scores, sorted_index = by_index(x)
-    assert (sorted_index.diff(dim=1) > 0).all()
-    assert torch.equal(sorted_index, index.sort(1).values)
-    assert torch.equal(sorted_scores, all_scores.gather(1, sorted_index))
-
-
-def test_saturated_scores_are_ranked_by_their_logits():
-    selector = ChannelSelector(8, 3, 8)
-    with torch.no_grad():
-        selector.fc1.weight.copy_(torch.eye(8))
-        selector.fc2.weight.copy_(torch.eye(8))
-    x = torch.tensor([50.0, 90, 60, 1, 70, 40, 80, 30])[None, :, None, None]
-    scores, index = selector(x)
-    assert scores.tolist() == [[1.0, 1.0, 1.0]], "all saturate"
-    assert index.tolist() == [[1, 6, 4]]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "wide"),
-    [
-        (torch.half, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.double, torch.double),
-    ],
-)
-def test_scores_are_wide(dtype, wide):
-    made = mod_block(32, 8, double=False).to(dtype)
-    x = torch.randn(2, 32, 4, 4).to(dtype)
-    with torch.no_grad():
-        scores, index = made.selector(x)
-        out = made(x)
-    assert scores.dtype == wide
-    assert out.dtype == dtype
-    exact = copy.deepcopy(made.selector).double()(x.double())
-    torch.testing.assert_close(scores.double(), exact[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(index, exact[1])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
-def test_autocast_leaves_the_selector_alone(dtype):
-    made = mod_block(32, 8, double=False)
-    x = torch.randn(2, 32, 4, 4)
-    with torch.no_grad():
-        plain = made.selector(x)
-        with torch.autocast("cpu", dtype):
-            cast = made.selector(x)
-            assert made.core(x[:, :8]).dtype == dtype, "autocast is on"
-            out = made(x)
-    assert cast[0].dtype == torch.float32
-    assert torch.equal(cast[0], plain[0])
-    assert torch.equal(cast[1], plain[1])
-    assert out.dtype == torch.float32
-    assert torch.equal(out[:, 8:], x[:, 8:])
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
