@@ -73,7 +73,7 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 # The site needs neither torch nor pliant, but for the page of commands, which pliant itself writes.
 docs: setup $(DOCS)/.installed ## the documentation as a site, build/site/index.html; a dead link fails
 	$(BIN)/python -m typer pliant.cli utils docs --name pliant --title Commands --output docs/reference/commands.md
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
 	@echo "written: build/site/index.html"
 
 $(DOCS)/.installed: pyproject.toml constraints.txt

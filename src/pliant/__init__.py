@@ -108,7 +108,7 @@ if not TYPE_CHECKING:  # a type checker knows the names from above, and is to mi
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return list(__all__)
 
 
 register_networks()

@@ -25,6 +25,8 @@ from pliant.threaded import take_over
 
 Network = TypeVar("Network", bound=nn.Module)
 Made = TypeVar("Made", bound="Method")
+# Data set -> form -> a function from a network's name to settings of a recipe.
+RecipeForms = Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Method(ABC):
     named: ClassVar[Mapping[str, Any]] = {}
     narrow: ClassVar[Mapping[str, Any]] = {}
     start: ClassVar[Mapping[str, Any]] = {}
-    recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {}
+    recipes: ClassVar[RecipeForms] = {}
     paper: ClassVar[Mapping[str, str]] = {}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     gone: ClassVar[tuple[Gone, ...]] = ()

@@ -187,3 +187,53 @@ def test_the_accuracies_of_the_vision_transformer_are_those_of_the_rows():
     for data in ("digits", "imagenet"):
         both = [scores[data, f"ADN, {end}-net"] for end in ("super", "base")]
         assert f"| {both[0]:.1f} | {both[1]:.1f} |" in text
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (ROOT / "results" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_figures_of_the_readme_are_those_of_the_rows():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    depths = {row["variant"]: row for row in rows_of("depths-cpu")}
+    full, least = depths["depth FFF"], depths["depth TTT"]
+    plain = next(r for r in rows_of("cifar10-adn-specialized") if r["label"] == "plain")
+    share = float(least["median_ms"]) / float(full["median_ms"])
+    work = int(least["macs"]) / int(full["macs"])
+    assert f"depth it scores {float(full['accuracy']):.1f} %;" in readme
+    assert f"by the same recipe, scores {float(plain['test_accuracy']):.1f} %" in readme
+    assert f"it takes {share:.2f} of the time and scores {float(least['accuracy']):.1f} %" in readme
+    assert f"{share:.2f} of the time for {work:.2f} of the MACs" in readme
+    speed = {
+        (r["engine"], r["model"], r["variant"], r["form"]): 1 / float(r["time_ratio"])
+        for r in rows_of("latency-cpu")
+        if r["batch"] == "1" and r["time_ratio"]
+    }
+    eager = speed["eager", "resnet50_mod", "network", "optimized"]
+    native = speed["onnxruntime", "resnet50_mod", "network", "native"]
+    smaller = [speed[e, "resnet50", "lower resolution", "plain"] for e in ("eager", "onnxruntime")]
+    assert f"{eager:.2f} times in eager PyTorch and {native:.2f} times in ONNX Runtime" in readme
+    assert f"176 pixels is {smaller[0]:.2f} and {smaller[1]:.2f} times as fast" in readme
+    counted = (ROOT / "docs" / "published-counts.md").read_text()
+    for paper, name in (("mod", "Mixture-of-Depths"), ("condconv", "CondConv"), ("adn", "adaptive depth")):
+        table = counted.partition(f"counts-{paper}:begin")[2].partition(f"counts-{paper}:end")[0]
+        match, differs = (table.count(f"| {verdict} |") for verdict in ("match", "differs"))
+        found = re.search(rf"(\d+) of (\d+) (rows )?of {name}", readme)
+        assert found is not None
+        assert found.groups()[:2] == (str(match), str(match + differs))
+
+
+def test_the_table_of_recovery_is_that_of_the_rows():
+    page = (ROOT / "docs" / "how-to" / "recover.md").read_text()
+    found: dict[str, dict[str, list[str]]] = {"test_accuracy": {}, "test_accuracy_base": {}}
+    for row in rows_of("cifar10-recover"):
+        if row["epoch"] in ("0", row["epochs"]) and "20" in row["model"]:
+            network = row["model"] + "selection" * ("selection" in row["model_args"])
+            for column, cells in found.items():
+                if row[column]:
+                    cells.setdefault(network, []).append(f"{float(row[column]):.2f}")
+    for cells in found.values():
+        for before, taught, _, alone in cells.values():
+            assert f"| {before} | {taught} | {alone} |" in page
+    assert [len(cells) for cells in found.values()] == [4, 1]

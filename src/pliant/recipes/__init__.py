@@ -1,11 +1,11 @@
 """Recipes by name: ``<data>.<network>`` or ``<data>.<network>.<form>``.
 
-A recipe is a function of a network that returns a `Recipe`; each module here has some,
-its *forms*. ``short`` is the form that a name without one means; ``paper`` is that of
-the paper. So ``cifar10.resnet50_mod.paper`` is ``cifar10.paper("resnet50_mod")``.
+A recipe is a function of a network that returns a `Recipe`; each module here has some of ours, its
+*forms*. ``short`` is the form that a name without one means: ``cifar10.resnet50_mod`` is
+``cifar10.short("resnet50_mod")``.
 
-Methods add forms: the recipes of their papers, for every network (`Method.recipes`), and their
-ablations, for their own networks (``ablation-<name>``, `Method.ablations`).
+Methods add forms: the recipes of their papers, for every network (`Method.recipes`), ``paper`` among
+them; and their ablations, for their own networks (``ablation-<name>``, `Method.ablations`).
 """
 
 from __future__ import annotations

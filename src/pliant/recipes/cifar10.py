@@ -1,4 +1,4 @@
-"""CIFAR-10: the recipe of *CNN Mixture-of-Depths* (appendix D), and some of ours, short and shorter."""
+"""CIFAR-10: recipes of ours; the methods bring those of their papers (`Method.recipes`)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ from typing import Any
 from pliant.models._build import base_of
 from pliant.recipes._networks import cifar_network, objective_of, start_arguments
 from pliant.train.recipe import PLAIN, Recipe
-
-PAPER = (
-    "arXiv 2409.17016, appendix D: 90/10 split for training and validation, the best epoch on "
-    "validation tested once, 5 seeds (0 to 4). Not given there, and ours: 200 epochs, batch 128, "
-    "SGD 0.1 with momentum 0.9, weight decay 5e-4, cosine schedule, shifts and flips"
-)
-
 
 SHARED: dict[str, Any] = {"data": "cifar10", "path": "data/cifar10"}
 network_of = cifar_network
@@ -112,45 +105,8 @@ def recover(network: str = "resnet20_mod") -> Recipe:
     )
 
 
-def paper(network: str = "resnet18_mod") -> Recipe:
-    """The paper's protocol; `Recipe.note` says what it leaves open and we chose.
-
-    Run it with seeds 0 to 4, and give mean and standard deviation of the test accuracy.
-
-    Args:
-        network: a short name; the paper's are resnet18, 34 and 50, plain and ``_mod``.
-
-    Example:
-        >>> recipe = paper("resnet50_mod")
-        >>> recipe.name, recipe.val_fraction
-        ('cifar10.resnet50_mod.paper', 0.1)
-    """
-    return Recipe(
-        name=f"cifar10.{network}.paper",
-        note=PAPER,
-        model=(model := network_of(network)),
-        **SHARED,
-        val_fraction=0.1,
-        epochs=200,
-        batch=128,
-        lr=0.1,
-        momentum=0.9,
-        weight_decay=5e-4,
-        schedule="cosine",
-        objective=objective_of(model),
-        augmentation="flip_crop",
-    )
-
-
-def for_cifar100(recipe: Recipe) -> Recipe:
-    """The same recipe for CIFAR-100."""
-    name = recipe.name.replace("cifar10.", "cifar100.")
-    return replace(recipe, name=name, data="cifar100", path="data/cifar100")
-
-
 FORMS: dict[str, Callable[[str], Recipe]] = {
     "short": short,
     "controls": controls,
     "recover": recover,
-    "paper": paper,
 }

@@ -1,8 +1,4 @@
-"""ImageNet: the recipe of *CNN Mixture-of-Depths* (appendix A.1), and a short one of ours.
-
-Other methods bring the recipes of their papers (`Method.recipes`): ``condconv`` and ``adn``, for
-their plain baselines too.
-"""
+"""ImageNet: a short recipe of ours; the methods bring those of their papers (`Method.recipes`)."""
 
 from __future__ import annotations
 
@@ -13,13 +9,6 @@ import timm
 
 from pliant.recipes._networks import close, imagenet_networks, objective_of
 from pliant.train.recipe import Recipe
-
-PAPER = (
-    "arXiv 2409.17016, section 4.1 and appendix A.1: 100 epochs, batch 256 in all, SGD 0.1 times 0.1 "
-    "every 30 epochs, momentum 0.9, weight decay 1e-4, 3 seeds (0 to 2), after PyTorch's reference "
-    "(random resized crops and flips at 224 px, centre crop of 256). The official validation set gives "
-    "the figure, as everyone's; the best epoch on it is chosen, which favours every network alike"
-)
 
 DATA: dict[str, Any] = {"data": "imagenet", "path": "data/imagenet", "val_fraction": None}
 # What the papers' recipes share: 224 pixels, momentum, crops and flips.
@@ -75,32 +64,4 @@ def short(network: str = "resnet50_mod") -> Recipe:
     )
 
 
-def paper(network: str = "resnet50_mod") -> Recipe:
-    """The paper's recipe; run it with seeds 0 to 2.
-
-    Args:
-        network: a network of pliant or of timm.
-
-    Example:
-        >>> recipe = paper("resnet75_mod")
-        >>> recipe.epochs, recipe.batch, recipe.schedule, recipe.step_size
-        (100, 256, 'step', 30)
-    """
-    model = network_of(network)
-    return Recipe(
-        name=f"imagenet.{network}.paper",
-        note=PAPER,
-        model=model,
-        **SHARED,
-        epochs=100,
-        batch=256,
-        lr=0.1,
-        weight_decay=1e-4,
-        schedule="step",
-        step_size=30,
-        gamma=0.1,
-        objective=objective_of(model),
-    )
-
-
-FORMS: dict[str, Callable[[str], Recipe]] = {"short": short, "paper": paper}
+FORMS: dict[str, Callable[[str], Recipe]] = {"short": short}

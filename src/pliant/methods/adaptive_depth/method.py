@@ -37,7 +37,7 @@ from pliant.methods.adaptive_depth.switch import (
     find_depth,
 )
 from pliant.objectives import Objective
-from pliant.surgery import Method, PassedOver, Site, Survey, convert, record_conversion
+from pliant.surgery import Method, PassedOver, RecipeForms, Site, Survey, convert, record_conversion
 from pliant.threaded import borrowed
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -73,9 +73,7 @@ class AdaptiveDepth(Method):
     wraps: ClassVar[bool] = True
     objectives: ClassVar[Mapping[str, type[Objective]]] = {"joint": Joint, "specialize": Specialization}
     objective: ClassVar[str] = "specialize"
-    recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {
-        "imagenet": {"adn": adn}
-    }
+    recipes: ClassVar[RecipeForms] = {"imagenet": {"adn": adn}}
     paper: ClassVar[Mapping[str, str]] = {"imagenet": "adn"}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = ABLATIONS
 

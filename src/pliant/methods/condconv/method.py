@@ -14,7 +14,7 @@ Shapes in this file::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -44,7 +44,7 @@ from pliant.methods.condconv.recipes import (
     condconv,
     regularized,
 )
-from pliant.surgery import Method, PassedOver, Site, Survey
+from pliant.surgery import Method, PassedOver, RecipeForms, Site, Survey
 from pliant.threaded import Bound, between, pass_along, passes_along, thread
 
 Routing = Literal["block", "layer", "single", "shared", "hierarchical"]
@@ -107,7 +107,7 @@ class CondConv(Method):
     named: ClassVar[Mapping[str, Any]] = {"upcycle": False}
     # Experts start as copies of the trained layers.
     start: ClassVar[Mapping[str, Any]] = {"upcycle": True}
-    recipes: ClassVar[Mapping[str, Mapping[str, Callable[[str], Mapping[str, Any]]]]] = {
+    recipes: ClassVar[RecipeForms] = {
         "imagenet": {"condconv": condconv, "condconv-regularized": regularized}
     }
     paper: ClassVar[Mapping[str, str]] = {"imagenet": "condconv"}

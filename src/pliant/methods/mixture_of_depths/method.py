@@ -26,9 +26,9 @@ from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
 from pliant.methods.mixture_of_depths.block import MoDBlock, without_mod_blocks
 from pliant.methods.mixture_of_depths.cores import core_width, last_activation, narrow_core, unfit
 from pliant.methods.mixture_of_depths.layers import Fusion
-from pliant.methods.mixture_of_depths.recipes import CONTROLS
+from pliant.methods.mixture_of_depths.recipes import CONTROLS, cifar, imagenet
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Order, RandomSelector
-from pliant.surgery import Gone, Method, PassedOver, Site, Survey
+from pliant.surgery import Gone, Method, PassedOver, RecipeForms, Site, Survey
 
 Selection = Literal["learned", "random", "fixed", "first", "none"]
 
@@ -92,6 +92,11 @@ class MixtureOfDepths(Method):
     narrow: ClassVar[Mapping[str, Any]] = {"reduction": 4}
     # Blocks start as no blocks, so that nothing untrained is added.
     start: ClassVar[Mapping[str, Any]] = {"zero_init_last": True}
+    recipes: ClassVar[RecipeForms] = {
+        "imagenet": {"paper": imagenet},
+        "cifar10": {"paper": cifar},
+        "cifar100": {"paper": cifar},
+    }
     gone: ClassVar[tuple[Gone, ...]] = (
         Gone("gate", "output", _TAG),
         Gone("temperature", 1.0, _TAG),

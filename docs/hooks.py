@@ -1,7 +1,8 @@
-"""Hooks of mkdocs: what stands beside docs/ in the repository is part of the site too.
+"""Hooks of the site: of mkdocs, and of mkdocstrings.
 
-Pages link to files of the repository as GitHub shows them (``../results/latency-cpu.md``). On the site
-these files lie below the pages (``results/latency-cpu.md``), so such links are rewritten.
+What stands beside docs/ in the repository is part of the site too. Pages link to files of the repository as
+GitHub shows them (``../results/latency-cpu.md``). On the site these files lie below the pages
+(``results/latency-cpu.md``), so such links are rewritten.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,3 +41,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return PurePosixPath(os.path.relpath(on_site, here.parent)).as_posix()
 
     return _LINK.sub(moved, markdown)
+
+
+class Examples(griffe.Extension):
+    """Shows an ``Example:`` of a docstring as code, which mkdocstrings does with ``Examples:`` alone."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rename the section."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.M)
