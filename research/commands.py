@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from pliant.commands._common import Changes, Device, Threads, progress_of, show
-from research.experimenting import experiment
 
 app = typer.Typer(
     help="Reproduce the papers and the tables of results.",
@@ -20,12 +20,12 @@ app = typer.Typer(
 
 def quickstart(
     changes: Changes = None,
-    folder: Annotated[Path, typer.Option(help="for runs, rows, figures and the page")] = Path(
+    folder: Annotated[Path, typer.Option(help="Folder for runs, rows, figures and the page.")] = Path(
         "runs/quickstart"
     ),
     threads: Threads = None,
-    readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table")] = None,
-    results: Annotated[Path | None, typer.Option(help="folder that gets the rows too")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Folder that gets a copy of the rows.")] = None,
 ) -> None:
     """Train and measure plain and converted networks, all three methods, in five minutes."""
     from research.quickstart import quickstart as run
@@ -34,15 +34,17 @@ def quickstart(
 
 
 def counts(
-    method: Annotated[str | None, typer.Option(help="mod, condconv or adn; by default every paper")] = None,
-    table: Annotated[list[str] | None, typer.Option(help="only this one; repeat for several")] = None,
-    markdown: Annotated[bool, typer.Option(help="print Markdown")] = False,
+    method: Annotated[str | None, typer.Option(help="Paper: mod, condconv or adn; by default all.")] = None,
+    table: Annotated[
+        list[str] | None, typer.Option(help="Only this table of the paper; repeat for several.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print Markdown.")] = False,
 ) -> None:
     """Parameters and MACs of every published row that pliant builds, beside ours."""
     from research import published
 
     if table and method is None:
-        raise ValueError(f"--table needs --method, the paper's: one of {', '.join(published.PAPERS)}")
+        raise ValueError(f"--table needs the paper; add --method with one of {', '.join(published.PAPERS)}")
     for name in published.PAPERS if method is None else [method]:
         report = published.reproduce_counts(name, table)
         if markdown:
@@ -53,20 +55,24 @@ def counts(
 
 
 def experts(
-    folder: Annotated[Path, typer.Argument(help="a saved CondConv network, as for evaluate")],
+    folder: Annotated[Path, typer.Argument(help="Saved CondConv network, or its run.")],
     data: Annotated[
         str | None,
-        typer.Option(help="digits, cifar10, cifar100, folder, imagenet, shards; or the run's own"),
+        typer.Option(
+            help="Data set: digits, cifar10, cifar100, folder, imagenet, shards; by default the run's."
+        ),
     ] = None,
-    path: Annotated[Path | None, typer.Option(help="folder of the data; digits need none")] = None,
-    to: Annotated[Path | None, typer.Option(help="folder of the files, if not experts/ in FOLDER")] = None,
-    part: Annotated[str, typer.Option(help="test or val")] = "test",
+    path: Annotated[Path | None, typer.Option(help="Folder of the data; digits need none.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder of the files; by default experts/ in FOLDER.")
+    ] = None,
+    part: Annotated[str, typer.Option(help="Images: test or val.")] = "test",
     class_: Annotated[
-        list[str] | None, typer.Option("--class", help="drawn against all; repeat for several")
+        list[str] | None, typer.Option("--class", help="Class to draw beside all; repeat for several.")
     ] = None,
-    per_class: Annotated[int | None, typer.Option(help="at most so many images of a class", min=1)] = None,
-    batch: Annotated[int, typer.Option(help="images a forward")] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    per_class: Annotated[int | None, typer.Option(help="Most images of a class.", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Images in a forward.")] = 256,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Routing weights by layer, class and example: a file, rows, and four figures."""
     from pliant.train.data import Part
@@ -92,26 +98,29 @@ def experts(
 
 
 def recover(
-    recipe: Annotated[str, typer.Argument(help="of a converted network: cifar10.resnet20_mod.recover")],
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe of a converted network: cifar10.resnet20_mod.recover.")
+    ],
     changes: Changes = None,
-    folder: Annotated[Path, typer.Option(help="of runs; finished ones are kept")] = Path("runs/recover"),
-    rows: Annotated[Path | None, typer.Option(help="CSV file that gets the rows, appended")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder of the runs; finished runs are kept.")] = Path(
+        "runs/recover"
+    ),
+    rows: Annotated[Path | None, typer.Option(help="CSV file to append the rows to.")] = None,
     page: Annotated[
-        Path | None, typer.Option(help="Markdown file that is written from all rows of --rows")
+        Path | None, typer.Option(help="With --rows: Markdown file to write from all rows.")
     ] = None,
-    teacher: Annotated[bool, typer.Option(help="train with the teacher")] = True,
-    control: Annotated[bool, typer.Option(help="train without it too")] = True,
-    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+    teacher: Annotated[bool, typer.Option(help="Train with the teacher.")] = True,
+    control: Annotated[bool, typer.Option(help="Train without the teacher too.")] = True,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Convert a trained network (weights=PATH), train a little, and report each epoch's accuracy."""
-    from rich.table import Table
-
+    from pliant import tables
     from pliant.recipes import get_recipe
     from pliant.train.recipe import override
     from research import recovery
 
     if page is not None and rows is None:
-        raise ValueError("--page is written from the rows: add --rows")
+        raise ValueError("--page needs the rows; add --rows FILE")
 
     def keep(found: list[recovery.Recovery]) -> None:
         if rows is not None:
@@ -123,11 +132,87 @@ def recover(
     if page is not None:
         assert rows is not None
         recovery.write_recovery_page(page, recovery.read_recoveries(rows))
-    headings, lines = recovery.recovery_table(found)
-    table = Table(*headings, caption="test accuracy, %")
-    for line in lines:
-        table.add_row(*line)
-    show(table)
+    show(tables.terminal(*recovery.recovery_table(found), recovery.TEXT, caption="test accuracy, %"))
+
+
+def experiment(
+    name: Annotated[str, typer.Argument(help="cifar10-controls, or cifar10-variants with --page")],
+    where: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value changes of where it runs: path=FOLDER threads=2 workers=0"),
+    ] = None,
+    device: Device = "cpu",
+    folder: Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/NAME.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the rows.")] = Path("results"),
+    docs: Annotated[Path, typer.Option(help="With --page: folder of the page.")] = Path("docs"),
+    only: Annotated[list[str] | None, typer.Option(help="Only this label; repeat for several.")] = None,
+    network: Annotated[
+        list[str] | None, typer.Option(help="Only this plain network; repeat for several.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Only the first seeds of each label.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of a rehearsal.")] = None,
+    limit_minutes: Annotated[
+        float | None, typer.Option(help="Minutes after which no further run begins.")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Runs at a time, each in its own process.", min=1)] = 1,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="With --measure: only this engine; repeat for several.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the state of each run; run none.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Time the networks; train none.")] = False,
+    page: Annotated[bool, typer.Option("--page", help="Write the page from the rows; train none.")] = False,
+) -> None:
+    """Train all networks of an experiment, a row for each; a repeated command goes on where it stopped."""
+    from research import experiments
+    from research.experiments.execution import scores_in
+
+    if list_ + measure + page > 1:
+        raise ValueError("--list, --measure and --page exclude each other; give one of them")
+    if engine and not measure:
+        raise ValueError("--engine has no effect on training; add --measure or remove --engine")
+    if processes > 1 and (list_ or measure or page):
+        raise ValueError("--processes is for training; remove it, or --list, --measure and --page")
+    if page:
+        from research.experiments.evidence_page import write_evidence
+
+        if only or network or seeds is not None:
+            raise ValueError("the page shows all rows; remove --only, --network and --seeds")
+        typer.echo(f"written: {write_evidence(name, results, docs, epochs=epochs)}")
+        return
+    runs = experiments.planned_runs(
+        name, device, only=only or (), networks=network or (), seeds=seeds, epochs=epochs, where=where or ()
+    )
+    rows = results / f"{name}-{device}.csv"
+    place = folder or Path("runs", name)
+    if list_:
+        found = experiments.states(runs, scores_in(rows), place)
+        for run, state in zip(runs, found, strict=True):
+            typer.echo(f"{run.network:9} {run.label:28} seed {run.recipe.seed}  {state}")
+        done = sum(state.kind == "done" for state in found)
+        typer.echo(f"{done} of {len(runs)} done; rows in {rows}")
+        return
+    if measure:
+        from research.experiments.network_times import time_networks
+
+        times = results / f"{name}-latency-{device}.csv"
+        with progress_of("timing") as step:
+            timed = time_networks(
+                runs, times, device=device, threads=runs[0].recipe.threads, engines=engine, progress=step
+            )
+        typer.echo(f"{len(timed)} rows of times in {times}")
+        return
+    limit = None if limit_minutes is None else 60 * limit_minutes
+    try:
+        if processes > 1:
+            added = experiments.execute_together(runs, rows, place, processes, limit=limit)
+        else:
+            added = experiments.execute(
+                runs, rows, place, limit=limit, progress=sys.stdout.isatty(), tell=typer.echo
+            )
+    except KeyboardInterrupt as stop:
+        typer.secho("pliant: interrupted; repeat the command to go on from here", fg="red", err=True)
+        raise typer.Exit(130) from stop
+    typer.echo(f"{len(added)} rows added to {rows}")
 
 
 def bench(
@@ -151,8 +236,8 @@ def bench(
 ) -> None:
     """Measure the speed tables: plain and converted networks in each engine."""
     from research.bench.depths import run_depth_bench
-    from research.bench.forms import run_forms
     from research.bench.loader import run_loader_bench
+    from research.bench.mixing_forms import run_forms
     from research.bench.steps import run_step_bench
     from research.bench.suites import SUITES, run_bench
 

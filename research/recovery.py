@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pliant._files import atomic_path, write_csv
+from pliant import tables
+from pliant._files import atomic_path
 from pliant.methods.adaptive_depth.depth import at_depth, get_depth
 from pliant.methods.adaptive_depth.switch import Depth
-from pliant.records import Origin, cells, columns, read_records
+from pliant.records import Origin, read_records, write_records
 from pliant.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
     from pliant.train.data import Data
 
 NO_TEACHER = "none"
-# Columns that came later; in rows without them they are empty.
-ADDED = ("taught_by", "teacher_sha256")
+TEXT = ("network", "teacher")  # columns of the table that are no figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Recovery(Origin):
         distill_args: JSON.
         weights: name of the file or folder that the plain network came from.
         weights_sha256: a hash of the plain network's state (`pliant.train.distillation.digest`).
-        taught_by: name of the teacher, as checkpoints have it; empty: none, or not known any more.
+        taught_by: name of the teacher, as checkpoints have it; empty: none, or no longer known.
         teacher_sha256: a hash of the teacher's state: `weights_sha256`, where it is the plain
             network.
         data: name of the data set.
@@ -245,34 +245,24 @@ def write_recoveries(path: str | Path, rows: Iterable[Recovery], append: bool = 
     """Write rows to a CSV file, whole or not at all.
 
     Args:
-        path: the file; its folder is made if missing.
+        path: the file; its folder is made if it is missing.
         rows: what to write.
-        append: keep the rows that the file has and add these, but none twice. Columns that came
-            later are added.
+        append: keep the rows that the file has and add these, but none twice.
 
     Raises:
-        ValueError: `append` to a file that cannot be read.
+        ValueError: `append` to a file with other columns.
     """
-    rows = list(rows)
-    kept = map(_cells, read_recoveries(path)) if append and Path(path).exists() else ()
-    # A run that is read again gives its old rows what they lack.
-    whole = {_cells(replace(row, taught_by="", teacher_sha256="")): _cells(row) for row in rows}
-    found = dict.fromkeys([*(whole.get(row, row) for row in kept), *map(_cells, rows)])
-    write_csv(path, columns(Recovery), found, False, "recovery")
+    write_records(path, Recovery, rows, append=append, number=".4f")
 
 
 def read_recoveries(path: str | Path) -> list[Recovery]:
-    """Rows that `write_recoveries` wrote; those of before a column was added, too.
+    """Rows that `write_recoveries` wrote.
 
     Raises:
         ValueError: the file has other columns, or a value that is none of its column.
         FileNotFoundError: no such file.
     """
-    return read_records(path, Recovery, added=ADDED)
-
-
-def _cells(row: Recovery) -> tuple[str, ...]:
-    return tuple(cells(row, ".4f"))
+    return read_records(path, Recovery)
 
 
 def recovery_table(rows: Sequence[Recovery]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -286,7 +276,9 @@ def recovery_table(rows: Sequence[Recovery]) -> tuple[tuple[str, ...], list[tupl
         ValueError: there is no row.
     """
     if not rows:
-        raise ValueError("a table of no rows says nothing; run pliant recover first")
+        raise ValueError(
+            "there are no rows to make a table of; run `python -m research recover RECIPE` first"
+        )
     epochs = sorted({row.epoch for row in rows})
     headings = ("network", "teacher", "plain", *("converted" if e == 0 else f"epoch {e}" for e in epochs))
     runs: dict[tuple[Any, ...], dict[int, Recovery]] = {}
@@ -323,24 +315,13 @@ def _reached(row: Recovery) -> str:
     return f"{row.test_accuracy:.2f}{base}"
 
 
-def recovery_markdown(rows: Sequence[Recovery]) -> str:
-    """`recovery_table` in Markdown.
-
-    Raises:
-        ValueError: there is no row.
-    """
-    headings, lines = recovery_table(rows)
-    rule = ("---", "---", *("---:" for _ in headings[2:]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *lines))
-
-
 def write_recovery_page(path: str | Path, rows: Sequence[Recovery]) -> None:
     """Write rows as a page of Markdown: the table, and how it came about.
 
     Raises:
         ValueError: there is no row.
     """
-    table = recovery_markdown(rows)
+    table = tables.markdown(*recovery_table(rows), TEXT)
     recipes = sorted({f"`{row.recipe}` ({row.epochs} epochs, learning rate {row.lr:g})" for row in rows})
     seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
     images = dict.fromkeys(f"{row.data}, {row.pixels} px" for row in rows)
@@ -363,7 +344,7 @@ Images: {"; ".join(images)}; seeds: {seeds}. Machines:
 
 {chr(10).join(where)}
 
-Written by `pliant recover`.
+Written by `python -m research recover`.
 """
     with atomic_path(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")

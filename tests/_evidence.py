@@ -6,19 +6,19 @@ import json
 
 from pliant.compare import Score
 from pliant.measuring.rows import Measurement
-from research.experiments.cells import cells_of
+from research.experiments.plans import planned_runs
 
 NAME = "cifar10-controls"
-CELLS = cells_of(NAME)
+RUNS = planned_runs(NAME)
 VARIANTS = "cifar10-variants"
 
 
-def scores_of(accuracies, cells=CELLS):
+def scores_of(accuracies, runs=RUNS):
     """Rows for {label: accuracies of seeds 0, 1, ...}."""
     found = []
-    for cell in cells:
-        recipe = cell.recipe
-        for label in cell.labels:
+    for run in runs:
+        recipe = run.recipe
+        for label in run.labels:
             if recipe.seed < len(accuracies.get(label, ())):
                 found.append(
                     Score(

@@ -1,4 +1,4 @@
-"""Small cells of an experiment, on digits, and a walk through some."""
+"""Small runs of an experiment, on digits, and the execution of some."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import _cli
 from pliant.train.recipe import Recipe
 from research.commands import app
-from research.experiments import Cell, run_cells
+from research.experiments import PlannedRun, execute
 
 TINY = Recipe(
     name="tiny",
@@ -19,7 +19,7 @@ TINY = Recipe(
     threads=1,
     accelerator="cpu",
 )
-PLAIN = Cell(network="resnet20", family="controls", label="plain", recipe=TINY)
+PLAIN = PlannedRun(network="resnet20", family="controls", label="plain", recipe=TINY)
 REMOVED = replace(
     PLAIN,
     label="blocks removed",
@@ -33,13 +33,13 @@ ADN = replace(
 )
 
 
-def walk(cells, place, **options):
-    """Labels of the rows that a walk adds, and what it tells."""
+def executed(runs, place, **options):
+    """Labels of the rows that are added, and what is told."""
     told = []
-    added = run_cells(cells, place / "rows.csv", place / "runs", tell=told.append, **options)
+    added = execute(runs, place / "rows.csv", place / "runs", tell=told.append, **options)
     return [s.label for s in added], told
 
 
-def run(*arguments, code=0):
+def command(*arguments, code=0):
     """What ``python -m research experiment`` prints."""
     return _cli.run("experiment", *arguments, app=app, code=code)

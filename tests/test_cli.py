@@ -87,6 +87,16 @@ def test_a_run_can_be_measured_and_be_the_baseline(tmp_path):
     assert [(r.model, r.against) for r in read_rows(rows)] == [(folder, folder), ("resnet20_cifar", folder)]
 
 
+@pytest.mark.parametrize("error", [ValueError, OSError, ImportError, RuntimeError])
+def test_what_a_user_can_mend_is_one_sentence(monkeypatch, capsys, error):
+    def refused(*_, **__):
+        raise error("its package cannot be loaded; mend or uninstall it")
+
+    monkeypatch.setattr("pliant.surgery.plan", refused)
+    told = "pliant: its package cannot be loaded; mend or uninstall it\n"
+    assert fails(monkeypatch, capsys, "plan", "resnet18", "c=16") == told
+
+
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt("interrupted; runs/x can be continued with resume")

@@ -208,6 +208,19 @@ def test_a_third_partys_network_is_measured_with_its_control(kind, clock: Simple
     )
 
 
+def test_a_part_that_fails_to_answer_costs_its_rows(clock: SimpleNamespace, monkeypatch):
+    def no_answer(self):
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(Gate, "fast_form", no_answer)
+    rows = pliant.measure({"net": network(), "other": network("Plain")}, engines=["eager"], rounds=1)
+    assert [(r.model, r.error) for r in rows] == [
+        ("net", "RuntimeError: no answer"),
+        ("other", ""),
+        ("other", ""),
+    ]
+
+
 # --- how parts are found and replaced ------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """How many images a second are read, decoded and augmented: folders beside shards, in turn.
 
-A GPU that waits for images is an expensive heater, so what a step takes has to be held against what
-the loader gives (docs/imagenet.md does).
+A GPU that waits for images is an expensive heater, so the time of a step has to be compared with the
+rate of the loader (docs/imagenet.md does).
 
 Shapes: images are decoded to [H, W, 3] bytes; ``train`` gives batches float32 [B, 3, S, S].
 """
@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pliant._files import atomic_path, write_csv
+from pliant import tables
+from pliant._files import atomic_path
 from pliant.measuring.latency import median, spread
 from pliant.provenance import provenance
-from pliant.records import Origin, cells, columns
+from pliant.records import Origin, write_records
 from pliant.train.batches import make_batches
 from pliant.train.data import load_part, normalisation
 from pliant.train.images import ImageSet
@@ -268,7 +269,7 @@ def write_rates(path: str | Path, rows: Iterable[LoaderRate], append: bool = Fal
     Raises:
         ValueError: `append` to a file with other columns.
     """
-    write_csv(path, columns(LoaderRate), map(cells, rows), append, "loaders")
+    write_records(path, LoaderRate, rows, append=append)
 
 
 def rates_markdown(rows: Sequence[LoaderRate]) -> str:
@@ -282,13 +283,18 @@ def rates_markdown(rows: Sequence[LoaderRate]) -> str:
     indexed = next((r.index_us for r in rows if r.index_us is not None), None)
     note = "" if indexed is None else f" · shards indexed in {indexed:.0f} µs an image, at the start"
     lines = [
-        f"| {r.work} | {r.workers} | {r.source} | {r.images_per_s:.0f}"
-        f"{'' if r.iqr is None else f' ({r.iqr:.0f})'} | {r.ratio:.2f}"
-        f"{'' if r.ratio_iqr is None else f' ({r.ratio_iqr:.2f})'} |"
+        (
+            r.work,
+            str(r.workers),
+            r.source,
+            tables.with_spread(r.images_per_s, r.iqr, 0),
+            tables.with_spread(r.ratio, r.ratio_iqr, 2),
+        )
         for r in rows
     ]
-    head = "| work | workers | source | images a second | over folder |\n|---|---:|---|---:|---:|"
-    return "\n".join([*(f"{line}{note}" for line in where), "", head, *lines])
+    headings = ("work", "workers", "source", "images a second", "over folder")
+    table = tables.markdown(headings, lines, ("work", "source"))
+    return "\n".join([*(f"{line}{note}" for line in where), "", table])
 
 
 def run_loader_bench(
@@ -326,7 +332,7 @@ def run_loader_bench(
 
 
 _PREFACE = """\
-Written by `python -m pliant bench --suite loader`, from the CSV file beside it. `decode`: read and decoded
-to RGB; `train`: also a random resized crop, a flip, normalised, in batches. All ways are timed in turn in
-each round, and ratios are taken within a round; files are in the system's cache, so no disk is measured.
-Workers 0: the main process. In brackets: interquartile range over rounds."""
+Written by `python -m research bench --suite loader`, from the CSV file beside it. `decode`: read and
+decoded to RGB; `train`: also a random resized crop, a flip, normalised, in batches. All ways are timed in
+turn in each round, and ratios are taken within a round; files are in the system's cache, so no disk is
+measured. Workers 0: the main process. In brackets: interquartile range over rounds."""

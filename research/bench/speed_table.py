@@ -18,6 +18,7 @@ from pliant.measuring.rows import (
     Measurement,
     grouped,
 )
+from pliant.tables import markdown
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
@@ -49,16 +50,16 @@ def speed_table(rows: Sequence[Measurement]) -> str:
         raise ValueError(f"none of {len(rows)} rows has a tax: no table of speed can be made of them")
     groups = grouped(rows)
     against = rows[0].against
-    rivals = list(dict.fromkeys(row.label for row in rows if row.variant == LOWER_RESOLUTION))
+    lower = list(dict.fromkeys(row.label for row in rows if row.variant == LOWER_RESOLUTION))
     precise = len({row.dtype for row in rows}) > 1
-    headings = ["engine", "batch", *(["dtype"] if precise else []), f"{against}, ms", *rivals, *names]
+    headings = ["engine", "batch", *(["dtype"] if precise else []), f"{against}, ms", *lower, *names]
     lines = []
     for group in groups:
         first = group[0]
         base = next((r for r in group if (r.model, r.variant) == (against, AS_IS)), first)
         cells = [first.engine, str(first.batch), *([first.dtype] if precise else [])]
         cells.append("not measured" if base.median_ms is None else f"{base.median_ms:.1f}")
-        cells += [_cell([r for r in group if r.label == name]) for name in rivals]
+        cells += [_cell([r for r in group if r.label == name]) for name in lower]
         cells += [_cell([r for r in group if (r.model, r.variant) == (n, AS_IS)]) for n in names]
         lines.append(cells)
     steps = " → ".join(form for form in OF_PARTS if any(row.form == form for row in rows)) or OPTIMIZED
@@ -66,9 +67,7 @@ def speed_table(rows: Sequence[Measurement]) -> str:
     for heading, text in ORIGINS.values():
         if found := sorted({text(r) for r in rows} - {""}):
             told.append(f"{heading} {', '.join(found)}")
-    aligned = ["---", *["---:"] * (len(headings) - 1)]
-    table = [f"| {' | '.join(cells)} |" for cells in [headings, *lines]]
-    return "\n".join([" · ".join(filter(None, told)), "", table[0], f"|{'|'.join(aligned)}|", *table[1:]])
+    return f"{' · '.join(filter(None, told))}\n\n{markdown(headings, lines)}"
 
 
 def _cell(rows: Sequence[Measurement]) -> str:

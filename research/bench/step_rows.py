@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pliant._files import write_csv
-from pliant.records import Origin, cells, columns
+from pliant.records import Origin, write_records
+from pliant.tables import markdown, with_spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +74,14 @@ def write_steps(path: str | Path, rows: Iterable[StepCost], append: bool = False
     Raises:
         ValueError: `append` to a file with other columns.
     """
-    write_csv(path, columns(StepCost), map(cells, rows), append, "training steps")
+    write_records(path, StepCost, rows, append=append)
 
 
-_HEAD = """\
-| network | step | batch | dtype | time, ms | over plain | MoD tax | over both depths alone | peak, MB |
-|---|---|---:|---|---:|---:|---:|---:|---:|"""
+_TEXT = ("network", "step")
+_HEADINGS = (
+    *(*_TEXT, "batch", "dtype", "time, ms", "over plain"),
+    *("MoD tax", "over both depths alone", "peak, MB"),
+)
 
 
 def steps_markdown(rows: Sequence[StepCost]) -> str:
@@ -90,22 +92,18 @@ def steps_markdown(rows: Sequence[StepCost]) -> str:
         for r in rows
     )
     lines = [
-        f"| {r.network} | {r.step} | {r.batch} | {r.dtype} | {_spreading(r.median_ms, r.iqr_ms)} | "
-        f"{_spreading(r.ratio, r.ratio_iqr, 2)} | {_percent(r.tax, r.tax_iqr)} | "
-        f"{_spreading(r.both_ratio, r.both_ratio_iqr, 2)} | {_spreading(r.peak_mb, None)} |"
+        (
+            *(r.network, r.step, str(r.batch), r.dtype),
+            with_spread(r.median_ms, r.iqr_ms),
+            with_spread(r.ratio, r.ratio_iqr, 2),
+            with_spread(_percent(r.tax), _percent(r.tax_iqr), unit=" %"),
+            with_spread(r.both_ratio, r.both_ratio_iqr, 2),
+            with_spread(r.peak_mb, None),
+        )
         for r in rows
     ]
-    return "\n".join([*where, "", _HEAD, *lines])
+    return "\n".join([*where, "", markdown(_HEADINGS, lines, (*_TEXT, "dtype"))])
 
 
-def _spreading(value: float | None, spread: float | None, digits: int = 1) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{digits}f}" + ("" if spread is None else f" ({spread:.{digits}f})")
-
-
-def _percent(value: float | None, spread: float | None) -> str:
-    if value is None:
-        return ""
-    text = _spreading(100 * value, None if spread is None else 100 * spread)
-    return text.replace(" (", " % (") if " (" in text else f"{text} %"
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

@@ -2,11 +2,11 @@
 
 A step is forward, loss, backward and SGD with momentum.
 
-*CNN Mixture-of-Depths* (arXiv 2409.17016) claims faster training, so its networks are held against
-the plain network and against themselves without their blocks: no block can be cheaper than none.
-*CondConv* (arXiv 1904.04971) has two forms of one function. *Adaptive Depth Networks* (arXiv
-2312.16392, section 3.3): "the total training time is no greater than training two sub-networks
-individually", so a step of Algorithm 1 is held against one of each depth by itself.
+*CNN Mixture-of-Depths* (arXiv 2409.17016) claims faster training, so its baselines are the plain
+network and the network with its blocks removed, which is a lower bound. *CondConv* (arXiv 1904.04971)
+has two forms of one function. *Adaptive Depth Networks* (arXiv 2312.16392, section 3.3): "the total
+training time is no greater than training two sub-networks individually", so the baseline of a step of
+Algorithm 1 is one step of each depth by itself.
 
 Shapes: images [B, C, S, S]; classes int64 [B].
 """
@@ -14,11 +14,8 @@ Shapes: images [B, C, S, S]; classes int64 [B].
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +25,16 @@ from torch import Tensor, nn
 from pliant._files import atomic_path
 from pliant.measuring.candidates import Model, Size, by_name, variants
 from pliant.measuring.latency import median, spread
-from pliant.measuring.running import FEWEST_ROUNDS, Setting, setting_of
+from pliant.measuring.running import setting_of
 from pliant.methods.adaptive_depth import Joint, Specialization
 from pliant.methods.adaptive_depth.depth import get_depth, subnet
 from pliant.methods.condconv.layers import CondConv2d, CondLinear
 from pliant.methods.condconv.mixing import Form
 from pliant.methods.mixture_of_depths import MoDBlock, without_mod_blocks
-from pliant.objectives import CrossEntropy
+from pliant.objectives import CrossEntropy, ManyPasses, Objective
 from pliant.provenance import provenance
 from research.bench.memory import peak_memory
+from research.bench.rounds import in_turn
 from research.bench.step_rows import StepCost, steps_markdown, write_steps
 
 if TYPE_CHECKING:
@@ -47,8 +45,6 @@ WRITTEN = "network, as written"
 SUPER, BASE = "super alone", "base alone"
 FORMS: tuple[Form, ...] = ("fused", "experts")
 DTYPES = ("float32", "bfloat16")
-
-Terms = Callable[[], dict[str, Tensor]]
 
 
 def measure_steps(
@@ -66,7 +62,7 @@ def measure_steps(
     max_run_time: float | None = None,
     seed: int = 0,
 ) -> list[StepCost]:
-    """Time training steps of a network of one method, and of what it stands beside.
+    """Time training steps of a network of one method, and of its baselines and controls.
 
     Args:
         model: a name that timm knows, or a network (which is copied), with one method applied.
@@ -116,10 +112,22 @@ def measure_steps(
             # A copy: norms keep statistics of what they see.
             classes = copy.deepcopy(next(iter(networks.values())))(x[:1].repeat(2, 1, 1, 1)).shape[1]
         y = torch.randint(classes, (batch,), device=setting.device)
-        steps = {key: _step_of(key, n, x, y, dtype) for key, n in networks.items()}
-        times, peaks = _timed(steps, networks, setting, rounds, min_run_time, max_run_time)
+        steps = {}
+        for key, n in networks.items():
+            objective: Any = {"specialize": Specialization, "joint": Joint}.get(key, CrossEntropy)()
+            # So small a rate that nothing overflows on images that mean nothing.
+            optimizer = torch.optim.SGD(n.parameters(), lr=1e-4, momentum=0.9)
+            steps[key] = training_step(n, x, y, objective, optimizer, dtype)
+        peaks = {key: _peak(step, networks[key], setting.device) for key, step in steps.items()}
+        seconds = in_turn(
+            steps,
+            threads=setting.threads,
+            rounds=rounds,
+            min_run_time=min_run_time,
+            max_run_time=max_run_time,
+        )
     return _rows(
-        times,
+        {key: [1000 * s for s in own] for key, own in seconds.items()},
         peaks,
         network=name,
         batch=batch,
@@ -147,7 +155,7 @@ def _networks(name: str, network: nn.Module, against: Model | None, size: Size) 
     )
     if mod or conditional:
         if against is None:
-            raise ValueError(f"{name} is held against its plain network: name it by against=")
+            raise ValueError(f"{name} needs its plain network as the baseline; add against=NAME")
         ((plain_name, plain),) = by_name(against).items()
         networks = {PLAIN: _built(plain_name, plain, size)[0]}
         if mod:
@@ -160,7 +168,7 @@ def _networks(name: str, network: nn.Module, against: Model | None, size: Size) 
         return networks | {form: _in_form(network, form) for form in FORMS}
     flags = len(get_depth(network))  # refuses a network without adaptive depth
     if against is not None:
-        raise ValueError(f"{name} is adaptive and holds its plain networks: leave against= out")
+        raise ValueError(f"{name} is adaptive and contains its plain networks; remove against=")
     ends = {SUPER: (False,) * flags, BASE: (True,) * flags}
     networks = {key: subnet(network, skip) for key, skip in ends.items()}
     return networks | {"specialize": network, "joint": network}
@@ -199,57 +207,41 @@ def _in_form(network: nn.Module, form: Form) -> nn.Module:
     return network
 
 
-def _step_of(key: str, network: nn.Module, x: Tensor, y: Tensor, dtype: str) -> Callable[[], None]:
-    objective = {"specialize": Specialization, "joint": Joint}.get(key)
+def training_step(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    objective: Objective | ManyPasses,
+    optimizer: torch.optim.Optimizer,
+    dtype: str,
+) -> Callable[[], None]:
+    """A step of training, on the same images each time: forward, loss, backward, optimizer.
 
-    def plain() -> dict[str, Tensor]:
-        return CrossEntropy()(network(x), y)
+    Args:
+        network: what is trained.
+        x: images [B, C, S, S].
+        y: classes int64 [B].
+        objective: what is minimised.
+        optimizer: of the network's parameters.
+        dtype: ``float32``, or ``bfloat16``: by autocast.
+    """
 
-    def of_both(both: Joint) -> dict[str, Tensor]:
-        return both(both.run(network, x), y)
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            outputs = objective.run(network, x) if isinstance(objective, ManyPasses) else network(x)
+            loss: Any = torch.stack(list(objective(outputs, y).values())).sum()
+        loss.backward()
+        optimizer.step()
 
-    terms: Terms = plain if objective is None else partial(of_both, objective())
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)  # that nothing overflows
-    cast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    return partial(_step, optimizer, terms, cast)
-
-
-def _step(optimizer: torch.optim.Optimizer, terms: Terms, cast: Callable[[], Any]) -> None:
-    optimizer.zero_grad()
-    with cast():
-        loss: Any = torch.stack(list(terms().values())).sum()
-    loss.backward()
-    optimizer.step()
+    return step
 
 
-def _timed(
-    steps: dict[str, Callable[[], None]],
-    networks: dict[str, nn.Module],
-    setting: Setting,
-    rounds: int,
-    min_run_time: float,
-    max_run_time: float | None,
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Milliseconds of each kind of step in each round, in turn; and the bytes that it takes."""
-    from torch.utils.benchmark import Timer  # on use: it looks for compilers as it loads
-
-    timers: dict[str, tuple[Timer, int]] = {}
-    peaks: dict[str, int] = {}
-    for key, step in steps.items():
-        timer = Timer("step()", globals={"step": step}, num_threads=setting.threads)
-        seconds = timer.timeit(1).mean  # after two steps that warm up
-        timers[key] = timer, max(1, math.ceil(min_run_time / seconds))
-        networks[key].zero_grad()  # gradients are part of what a step adds
-        peaks[key] = peak_memory(step, setting.device)
-    times: dict[str, list[float]] = {key: [] for key in steps}
-    start = time.monotonic()
-    for done in range(rounds):
-        spent = time.monotonic() - start
-        if max_run_time is not None and spent >= max_run_time and done >= FEWEST_ROUNDS:
-            break
-        for key, (timer, calls) in timers.items():
-            times[key].append(1000 * timer.timeit(calls).mean)
-    return times, peaks
+def _peak(step: Callable[[], None], network: nn.Module, device: torch.device) -> int:
+    """Bytes that a step adds, once the optimizer has its momentum."""
+    step()
+    network.zero_grad()  # gradients are part of what a step adds
+    return peak_memory(step, device)
 
 
 def _rows(times: dict[str, list[float]], peaks: dict[str, int], **shared: Any) -> list[StepCost]:
@@ -367,9 +359,9 @@ def run_step_bench(
 
 
 _PREFACE = """\
-Written by `python -m pliant bench --suite steps`, from the CSV file beside it. A step is forward, loss,
+Written by `python -m research bench --suite steps`, from the CSV file beside it. A step is forward, loss,
 backward and SGD with momentum, channels_last; bfloat16 is by autocast. All kinds of step of a network are
 timed in turn in each round, and ratios are taken within a round. The MoD tax is time over that of the same
-network without its MoD blocks, minus one; an adaptive network (both depths) is held against a plain step
-of the whole network and one of the base network together. Peak is the most memory of tensors that a step
-adds at a time. In brackets: interquartile range over rounds."""
+network without its MoD blocks, minus one. The baseline of an adaptive network (both depths) is a plain
+step of the full-depth network and one of the base network together. Peak is the most memory of tensors
+that a step adds at a time. In brackets: interquartile range over rounds."""

@@ -1,6 +1,6 @@
 """The benchmark behind ``make bench``: what the methods save and cost in time, honestly.
 
-A suite is a list of networks and of settings. Each setting (engine, batch, dtype) is one
+A suite is a list of networks and of conditions. Each condition (engine, batch, dtype) is one
 interleaved run of all networks, against their plain network in the same engine and, for
 Mixture-of-Depths, against it at a lower resolution; the rows of an engine are written as
 soon as it is done, so that a run that is stopped keeps what it had. The figures in results/
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class Condition:
     """One interleaved run: what `measure` takes and all its networks share."""
 
     engine: str
@@ -66,10 +66,10 @@ class Suite:
     Attributes:
         models: names that timm knows.
         against: the baseline.
-        lower_resolution: pixels at which the baseline is a rival to itself; None: none.
+        lower_resolution: pixels at which the baseline is timed too, as a second baseline; None: none.
         options: of all `models`, as keywords of ``timm.create_model``.
         forms: of all networks, as for `measure`.
-        settings: one run each.
+        conditions: one run each.
         rounds: of each run.
         min_run_time: seconds of one network in one round, at least.
         max_run_time: seconds after which a run begins no further round.
@@ -79,7 +79,7 @@ class Suite:
     models: tuple[str, ...]
     against: str
     lower_resolution: int | None
-    settings: tuple[Setting, ...]
+    conditions: tuple[Condition, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     forms: tuple[str, ...] = (AS_BUILT,)
     rounds: int = 20
@@ -89,9 +89,9 @@ class Suite:
 
     def quick(self) -> Suite:
         """A rehearsal: the smallest batch alone, three rounds, the first model."""
-        smallest = min(s.batch for s in self.settings)
-        settings = tuple(s for s in self.settings if s.batch == smallest)
-        return replace(self, models=self.models[:1], settings=settings, rounds=3, min_run_time=0.0)
+        smallest = min(s.batch for s in self.conditions)
+        conditions = tuple(s for s in self.conditions if s.batch == smallest)
+        return replace(self, models=self.models[:1], conditions=conditions, rounds=3, min_run_time=0.0)
 
     def patient(self) -> Suite:
         """All of it, however long it takes."""
@@ -118,12 +118,14 @@ def _mod(
     lower_resolution: int | None = 176,
     **limits: Any,
 ) -> Suite:
-    settings = tuple(Setting(engine=e, batch=b, dtype=d) for e in engines for d in dtypes for b in batches)
+    conditions = tuple(
+        Condition(engine=e, batch=b, dtype=d) for e in engines for d in dtypes for b in batches
+    )
     return Suite(
         models=_RESNETS,
         against="resnet50",
         lower_resolution=lower_resolution,
-        settings=settings,
+        conditions=conditions,
         forms=forms,
         **limits,
     )
@@ -138,13 +140,13 @@ _CONDCONV = (
 )
 
 
-def _condconv(*settings: Setting, **limits: Any) -> tuple[Suite, ...]:
+def _condconv(*conditions: Condition, **limits: Any) -> tuple[Suite, ...]:
     return tuple(
         Suite(
             models=(name,),
             against=plain,
             lower_resolution=None,
-            settings=settings,
+            conditions=conditions,
             options={"experts": experts},
             **limits,
         )
@@ -154,7 +156,7 @@ def _condconv(*settings: Setting, **limits: Any) -> tuple[Suite, ...]:
 
 # The limits keep `make bench` (Mixture-of-Depths on a CPU, and training steps) under 20 minutes on 2
 # cores, and CondConv under 30: AOTInductor, which compiles longest, and bfloat16 get the best form of
-# blocks alone, and no rival of lower resolution.
+# blocks alone, and no baseline of lower resolution.
 SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
     "mod": {
         "cpu": (
@@ -193,13 +195,13 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
     },
     "condconv": {
         "cpu": _condconv(
-            *(Setting(engine="eager", batch=b, channels_last=c) for b in (1, 32) for c in (False, True)),
-            *(Setting(engine="compiled", batch=b) for b in (1, 32)),
+            *(Condition(engine="eager", batch=b, channels_last=c) for b in (1, 32) for c in (False, True)),
+            *(Condition(engine="compiled", batch=b) for b in (1, 32)),
             max_run_time=25.0,
         ),
         "cuda": _condconv(
             *(
-                Setting(engine=e, batch=b, dtype=d)
+                Condition(engine=e, batch=b, dtype=d)
                 for b in (1, 32, 128)
                 for d in ("float32", "bfloat16")
                 for e in ("eager", "compiled")
@@ -276,11 +278,11 @@ def run_bench(
     rows = _kept(Path(f"{stem}.csv"), device) if resume else []
     finished = {_key(row) for row in rows}
     with _progress(console) as progress:
-        runs = [(one, settings) for one in chosen for settings in _together(one.settings)]
+        runs = [(one, conditions) for one in chosen for conditions in _together(one.conditions)]
         runs.sort(key=lambda run: run[1][0].engine != "eager")  # what is quick to prepare comes first
         overall = progress.add_task("benchmark", total=len(runs))
-        for one, settings in runs:
-            left = [s for s in settings if (*s.key, one.against) not in finished]
+        for one, conditions in runs:
+            left = [s for s in conditions if (*s.key, one.against) not in finished]
             for why in {ENGINES[s.engine].missing: None for s in left if ENGINES[s.engine].missing}:
                 console.print(f"left out: {why}", markup=False)
             for some in _in_one_call([s for s in left if not ENGINES[s.engine].missing]):
@@ -315,7 +317,7 @@ def write(stem: Path, rows: Sequence[Measurement]) -> None:
 
 
 _PREFACE = """\
-Written by `python -m pliant bench`, from the CSV file beside it. Each table is one run, its networks
+Written by `python -m research bench`, from the CSV file beside it. Each table is one run, its networks
 timed in turn in each round; time and MAC ratios are to the baseline in the same run. The MoD tax is
 time over that of the same network without its MoD blocks, minus one. Absolute times drift on a shared
 machine; ratios are taken within a round. Exporting and compiling are not in the time. Weights are
@@ -328,35 +330,35 @@ def _rehearsed(suites: Sequence[Suite]) -> tuple[Suite, ...]:
     """Each engine once, in the first suite that has it, on one network."""
     found, seen = [], set[str]()
     for suite in suites:
-        settings = tuple(s for s in suite.settings if s.engine not in seen)
-        seen |= {s.engine for s in settings}
-        found += [replace(suite, settings=settings).quick()] if settings else []
+        conditions = tuple(s for s in suite.conditions if s.engine not in seen)
+        seen |= {s.engine for s in conditions}
+        found += [replace(suite, conditions=conditions).quick()] if conditions else []
     return tuple(found)
 
 
-def _together(settings: Sequence[Setting]) -> list[list[Setting]]:
-    """Settings by what shares files: in one dtype and layout, an engine of PyTorch's, or the others."""
-    groups: dict[Any, list[Setting]] = {}
-    for setting in settings:
-        own = setting.engine if ENGINES[setting.engine].by_pytorch else ""
-        groups.setdefault((own, setting.dtype, setting.channels_last), []).append(setting)
+def _together(conditions: Sequence[Condition]) -> list[list[Condition]]:
+    """Conditions by what shares files: in one dtype and layout, an engine of PyTorch's, or the others."""
+    groups: dict[Any, list[Condition]] = {}
+    for condition in conditions:
+        own = condition.engine if ENGINES[condition.engine].by_pytorch else ""
+        groups.setdefault((own, condition.dtype, condition.channels_last), []).append(condition)
     return list(groups.values())
 
 
-def _in_one_call(settings: Sequence[Setting]) -> list[list[Setting]]:
+def _in_one_call(conditions: Sequence[Condition]) -> list[list[Condition]]:
     """All of a group, where it is each of its engines at each of its batches; else by engine.
 
     A run that is resumed may have left something else.
     """
-    by_engine: dict[str, list[Setting]] = {}
-    for setting in settings:
-        by_engine.setdefault(setting.engine, []).append(setting)
+    by_engine: dict[str, list[Condition]] = {}
+    for condition in conditions:
+        by_engine.setdefault(condition.engine, []).append(condition)
     alike = len({tuple(s.batch for s in some) for some in by_engine.values()}) == 1
-    return [list(settings)] if alike else list(by_engine.values())
+    return [list(conditions)] if alike else list(by_engine.values())
 
 
 def _key(row: Measurement) -> tuple[str, int, str, bool, str]:
-    """What tells the runs of a benchmark apart: a `Setting`, and the baseline."""
+    """What tells the runs of a benchmark apart: a `Condition`, and the baseline."""
     return row.engine, row.batch, row.dtype, row.channels_last, row.against
 
 
@@ -369,7 +371,7 @@ def _kept(path: Path, device: str) -> list[Measurement]:
 
 
 def _run(
-    suite: Suite, settings: Sequence[Setting], device: str, threads: int | None, report: Any
+    suite: Suite, conditions: Sequence[Condition], device: str, threads: int | None, report: Any
 ) -> list[Measurement]:
     import torch
 
@@ -378,11 +380,11 @@ def _run(
     rows = measure(
         models,
         against=suite.against,
-        batch=list(dict.fromkeys(setting.batch for setting in settings)),
+        batch=list(dict.fromkeys(condition.batch for condition in conditions)),
         device=device,
-        dtype=settings[0].dtype,
-        channels_last=settings[0].channels_last,
-        engines=list(dict.fromkeys(setting.engine for setting in settings)),
+        dtype=conditions[0].dtype,
+        channels_last=conditions[0].channels_last,
+        engines=list(dict.fromkeys(condition.engine for condition in conditions)),
         forms=suite.forms,
         threads=threads,
         rounds=suite.rounds,
@@ -396,8 +398,8 @@ def _run(
     return rows
 
 
-def _advance(progress: Progress, task: TaskID, setting: str, done: int, total: int, what: str) -> None:
-    progress.update(task, completed=done, total=total, description=f"{setting}: {what}")
+def _advance(progress: Progress, task: TaskID, condition: str, done: int, total: int, what: str) -> None:
+    progress.update(task, completed=done, total=total, description=f"{condition}: {what}")
 
 
 def _progress(console: Console) -> Progress:

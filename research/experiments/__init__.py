@@ -1,11 +1,11 @@
 """Experiments: many training runs that answer one question, by one command.
 
-``pliant experiment NAME`` walks through the cells of an experiment (`cells`), adds a row to
-``results/`` for each (`walking`), times the same networks (`timing`), and writes a page that says
-what the rows show (`claims`, `page`, `figure`).
+``python -m research experiment NAME`` trains what an experiment plans (`plans`), adds a row to
+``results/`` for each run (`execution`), times the same networks (`network_times`), and writes a page
+that says what the rows show (`claims`, `evidence_page`, `evidence_figure`).
 """
 
-from research.experiments.cells import EXPERIMENTS, Cell, cells_of, rivals_of
-from research.experiments.walking import run_cells, run_cells_together, states
+from research.experiments.execution import execute, execute_together, states
+from research.experiments.plans import EXPERIMENTS, PlannedRun, planned_runs
 
-__all__ = ["EXPERIMENTS", "Cell", "cells_of", "rivals_of", "run_cells", "run_cells_together", "states"]
+__all__ = ["EXPERIMENTS", "PlannedRun", "execute", "execute_together", "planned_runs", "states"]

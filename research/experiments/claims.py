@@ -1,9 +1,9 @@
 """What rows of an experiment allow one to say: paired differences, in plain words.
 
 Two networks are compared seed by seed, because runs of one seed see the same images in the same
-order, and on one device, because nobody has shown that two devices train alike. The interval is
-Student's, of the mean of these differences, at 95 %; where it holds zero nothing has been shown, and
-with fewer than three seeds nothing can be.
+order, and on one device, because nobody has shown that two devices train alike. The 95 % interval is
+Student's, of the mean of these differences. A difference whose interval contains zero is not
+significant; fewer than three seeds give no verdict.
 """
 
 from __future__ import annotations
@@ -15,16 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom. Beyond the last one it
-# is used on: the interval is then a little too wide, never too narrow.
-T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)  # fmt: skip
+from scipy.stats import t
 
-BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
+BETTER, WORSE, UNDECIDED = "better", "worse", "not significant"
 FEW, MISSING, SLOWER = "too few seeds", "not run yet", "slower than the plain network"
-FEWEST = 3  # seeds that a verdict takes
+FEWEST = 3  # seeds for a verdict
 RESOLUTION = 0.01  # points: one of the 10,000 test images; no deviation is known more finely
 
 T = TypeVar("T")
@@ -41,7 +36,7 @@ class Paired:
         >>> found.n, round(found.mean, 2), [round(end, 2) for end in found.interval], found.verdict
         (3, 0.5, [0.25, 0.75], 'better')
         >>> Paired((0.4, -0.5, 0.6)).verdict, Paired((0.4, 0.4)).verdict, Paired(()).verdict
-        ('undecided', 'too few seeds', 'not run yet')
+        ('not significant', 'too few seeds', 'not run yet')
     """
 
     differences: tuple[float, ...]
@@ -68,12 +63,12 @@ class Paired:
         """Student's, at 95 %; infinite for fewer than two seeds."""
         if self.n < 2:
             return -math.inf, math.inf
-        reach = T95[min(self.n - 1, len(T95)) - 1] * self.error
-        return self.mean - reach, self.mean + reach
+        low, high = t.interval(0.95, self.n - 1, loc=self.mean, scale=self.error)
+        return float(low), float(high)
 
     @property
     def verdict(self) -> str:
-        """`BETTER` or `WORSE` where the interval does not hold zero, or why neither can be said."""
+        """`BETTER` or `WORSE` where the interval does not contain zero; otherwise why there is neither."""
         if self.n < FEWEST:
             return FEW if self.n else MISSING
         low, high = self.interval
@@ -109,40 +104,52 @@ def once(runs: Mapping[tuple[int, str], T]) -> dict[int, T]:
 
 
 def sentence(one: str, other: str, found: Paired) -> str:
-    """What can be said of two networks, with the figures.
+    """The comparison of two networks, with its figures.
 
     Example:
         >>> sentence("A", "B", Paired((-0.4, -0.5, -0.6)))
-        'A is worse than B: -0.50 points, 95 % interval -0.75 to -0.25, paired over 3 seeds.'
+        'A against B: worse, -0.50 points (95 % interval -0.75 to -0.25, paired over 3 seeds).'
+        >>> sentence("MoD, score order", "B", Paired((0.4, -0.5, 0.6)))[:48]
+        'MoD (score order) against B: no significant diff'
         >>> sentence("A", "B", Paired((0.3,)))
-        'Whether A or B is better cannot be said from 1 seed: +0.30 points.'
+        'A against B: +0.30 points from 1 seed, too few for an interval.'
         >>> sentence("A", "B", Paired(()))
-        'A against B: no seed of both on one device yet.'
+        'A against B: no seed ran with both networks on one device.'
     """
+    pair = f"{spoken(one)} against {spoken(other)}"
     if found.verdict == MISSING:
-        return f"{one} against {other}: no seed of both on one device yet."
+        return f"{pair}: no seed ran with both networks on one device."
     if found.verdict == FEW:
-        told = f"cannot be said from {_seeds(found.n)}: {found.mean:+.2f} points"
-        return f"Whether {one} or {other} is better {told}."
+        return f"{pair}: {found.mean:+.2f} points from {_seeds(found.n)}, too few for an interval."
     low, high = found.interval
-    figures = (
-        f"{found.mean:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}, paired over {found.n} seeds"
-    )
-    if found.verdict == UNDECIDED:
-        return f"Between {one} and {other} nothing is decided: {figures}; the interval holds zero."
-    return f"{one} is {found.verdict} than {other}: {figures}."
+    said = "no significant difference" if found.verdict == UNDECIDED else found.verdict
+    interval = f"95 % interval {low:+.2f} to {high:+.2f}, paired over {found.n} seeds"
+    return f"{pair}: {said}, {found.mean:+.2f} points ({interval})."
+
+
+def spoken(label: str) -> str:
+    """A label within a sentence: what follows its comma stands in brackets.
+
+    Example:
+        >>> spoken("MoD, c = 2, original"), spoken("MoD + ADN, base-net"), spoken("plain")
+        ('MoD (c = 2, original)', 'MoD + ADN (base-net)', 'plain')
+        >>> spoken("CondConv, 4 experts + ADN, base-net")
+        'CondConv (4 experts) + ADN (base-net)'
+    """
+    parts = (part.partition(", ") for part in label.split(" + "))
+    return " + ".join(f"{name} ({rest})" if rest else name for name, _, rest in parts)
 
 
 def answer(verdicts: Sequence[str]) -> str:
-    """The short answer to a question "is it better?" that several comparisons bear on.
+    """The short answer to a question "is it better?" from several comparisons.
 
     A no needs all of them to have been made.
 
     Example:
-        >>> answer(["better", "better"]), answer(["undecided", "worse"])
-        ('Yes, in all 2 comparisons.', 'No: better in 0 of 2 comparisons, worse in 1, undecided in 1.')
-        >>> answer(["undecided"]), answer(["not run yet"])
-        ('Not shown: undecided in the one comparison.', 'Not run yet.')
+        >>> answer(["better", "better"]), answer(["better", "worse"])
+        ('Yes, in all 2 comparisons.', 'In part: better in 1 of 2 comparisons, worse in 1.')
+        >>> answer(["not significant"]), answer(["not run yet"])
+        ('Not shown: not significant in the one comparison.', 'Not run yet.')
         >>> answer(["worse", "not run yet"])
         'Not shown yet: better in 0 of 2 comparisons, worse in 1, not run yet in 1.'
     """
@@ -172,8 +179,8 @@ def any_of(verdicts: Mapping[str, Sequence[str]]) -> str:
     Example:
         >>> any_of({"A": ["better", "better"], "B": ["better", "worse"], "C": ["worse", "worse"]})
         'Yes: A; B in 1 of 2 settings.'
-        >>> any_of({"A": ["worse"], "B": ["undecided"], "C": ["too few seeds"]})
-        'Not shown of any so far: undecided 1, worse 1, too few seeds 1.'
+        >>> any_of({"A": ["worse"], "B": ["not significant"], "C": ["too few seeds"]})
+        'Not shown of any so far: not significant 1, worse 1, too few seeds 1.'
         >>> any_of({"A": ["worse"], "B": ["worse", "slower than the plain network"]})
         'No, not one of 2.'
     """
@@ -219,8 +226,8 @@ def mean_and_spread(values: Iterable[float], digits: int = 2) -> str:
 
 
 @dataclass(frozen=True)
-class Rival:
-    """A plain network of some depth: what time buys without any method.
+class Baseline:
+    """A plain network of some depth, which takes some time and reaches some accuracy without any method.
 
     Attributes:
         label: its.
@@ -235,17 +242,17 @@ class Rival:
 
 @dataclass(frozen=True)
 class AtEqualTime:
-    """A network held against what its time buys without it.
+    """A network compared with plain networks that take the same time.
 
-    That is the straight line between the two plain networks of some depth that take a little less
-    time and a little more. It is better if it is better than the line at the longest that its time may
-    be, and than each of them that is no slower; worse if it is worse than the line at the shortest; and
-    where it is slower than all of them it is not better at equal time, whatever it reaches, and where
-    it is faster than all of them it is not worse.
+    The baseline is the straight line between the two plain networks that take a little less and a
+    little more time. The network is better if it is better than the line at the longest time that the
+    margin allows, and better than each plain network that is no slower. It is worse if it is worse than
+    the line at the shortest time. A network that is slower than all plain networks is not better at
+    equal time, whatever it reaches; one that is faster than all of them is not worse.
 
     Attributes:
         time: of the network, over the plain one's.
-        line: the rival at that time, in words.
+        line: the baseline at that time, in words.
         found: the network minus the line, by seed.
         verdict: one of those of `Paired`, or `SLOWER`.
     """
@@ -256,33 +263,35 @@ class AtEqualTime:
     verdict: str
 
 
-def at_equal_time(accuracy: Accuracies, time: float, margin: float, rivals: Sequence[Rival]) -> AtEqualTime:
+def at_equal_time(
+    accuracy: Accuracies, time: float, margin: float, baselines: Sequence[Baseline]
+) -> AtEqualTime:
     """Compare at equal time; see `AtEqualTime`.
 
     Args:
         accuracy: of the network's runs.
         time: of the network, over the plain one's.
         margin: how much longer or shorter that may be.
-        rivals: at least two, the plain network among them.
+        baselines: at least two, the plain network among them.
 
     Example:
         >>> runs = [(0, "cpu"), (1, "cpu"), (2, "cpu")]
-        >>> bare, plain = (Rival("bare", dict.fromkeys(runs, 87.0), 0.6),
-        ...                Rival("plain", dict.fromkeys(runs, 89.0), 1.0))
+        >>> bare, plain = (Baseline("bare", dict.fromkeys(runs, 87.0), 0.6),
+        ...                Baseline("plain", dict.fromkeys(runs, 89.0), 1.0))
         >>> found = at_equal_time(dict.fromkeys(runs, 88.2), 0.8, 0.01, [bare, plain])
         >>> found.line, round(found.found.mean, 2), found.verdict
         ('0.50 bare + 0.50 plain', 0.2, 'better')
         >>> at_equal_time(dict.fromkeys(runs, 88.2), 0.8, 0.05, [bare, plain]).verdict
-        'undecided'
+        'not significant'
         >>> at_equal_time(dict.fromkeys(runs, 90.0), 1.2, 0.05, [bare, plain]).verdict
         'slower than the plain network'
     """
-    rivals = sorted(rivals, key=lambda r: r.time)
+    baselines = sorted(baselines, key=lambda r: r.time)
 
     def over(at: float) -> tuple[str, Paired]:
         """The line at a time, in words, and the network minus it."""
-        low = max((r for r in rivals if r.time <= at), key=lambda r: r.time, default=rivals[0])
-        high = min((r for r in rivals if r.time >= at), key=lambda r: r.time, default=rivals[-1])
+        low = max((r for r in baselines if r.time <= at), key=lambda r: r.time, default=baselines[0])
+        high = min((r for r in baselines if r.time >= at), key=lambda r: r.time, default=baselines[-1])
         if low.time >= high.time:  # at one of them, or beyond the last
             return low.label, paired(accuracy, low.accuracy)
         share = (at - low.time) / (high.time - low.time)
@@ -295,11 +304,11 @@ def at_equal_time(accuracy: Accuracies, time: float, margin: float, rivals: Sequ
     told, found = over(time)
     verdict = found.verdict
     if verdict not in (FEW, MISSING):
-        no_slower = [paired(accuracy, r.accuracy) for r in rivals if r.time <= time + margin]
+        no_slower = [paired(accuracy, r.accuracy) for r in baselines if r.time <= time + margin]
         if over(time - margin)[1].verdict == WORSE:
-            verdict = UNDECIDED if time + margin < rivals[0].time else WORSE
+            verdict = UNDECIDED if time + margin < baselines[0].time else WORSE
         elif any(p.verdict != BETTER for p in [over(time + margin)[1], *no_slower]):
             verdict = UNDECIDED
         else:
-            verdict = SLOWER if time - margin > rivals[-1].time else BETTER
+            verdict = SLOWER if time - margin > baselines[-1].time else BETTER
     return AtEqualTime(time, told, found, verdict)

@@ -1,4 +1,4 @@
-"""Variants of Mixture-of-Depths that may be worth their time, and what each is held against.
+"""Variants of Mixture-of-Depths that were tried, and the control of each.
 
 Each changes options of `MixtureOfDepths` as it stands in the paper (c = 16, score order, first k
 channels). The rows say what they are worth. Most were not shown to be better than no block, and their

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from research.published import adn, condconv, mod
 from research.published.adn import fvcore_macs, without_attention_macs
 from research.published.condconv import tf_profiler_macs
+from research.published.counts import CountReport, CountRow, Paper, markdown, render
 from research.published.mod import INSTALL_COUNTS, has_ptflops, ptflops_macs
-from research.published.report import CountReport, CountRow, Paper, markdown, render
-from research.published.rows import PublishedRow, published_rows
+from research.published.printed import PublishedRow, published_rows
 
 __all__ = [
     "INSTALL_COUNTS",

@@ -18,8 +18,8 @@ from pliant.counting import count_macs, count_parameters, run_once
 from pliant.methods.adaptive_depth.depth import subnet
 from pliant.methods.adaptive_depth.switch import Skip
 from research.analysis._passes import watched
-from research.published.report import CountRow, Paper
-from research.published.rows import PublishedRow
+from research.published.counts import CountRow, Paper
+from research.published.printed import PublishedRow
 
 Convention = Literal["fvcore", "without attention"]
 

@@ -27,8 +27,8 @@ from pliant.counting import count_macs, count_parameters, run_once
 from pliant.methods.condconv import CondConvBlock
 from pliant.methods.condconv.layers import CondConv2d, CondLinear, Router
 from research.analysis._passes import watched
-from research.published.report import CountRow, Paper
-from research.published.rows import PublishedRow
+from research.published.counts import CountRow, Paper
+from research.published.printed import PublishedRow
 
 Mixing = Literal["product", "sum"]
 

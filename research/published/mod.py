@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pliant.counting import count_macs, count_parameters
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector
-from research.published.report import CountRow, Paper
-from research.published.rows import PublishedRow
+from research.published.counts import CountRow, Paper
+from research.published.printed import PublishedRow
 
 Convention = Literal["ptflops", "ptflops, functional", "conv and linear"]
 
@@ -33,7 +33,7 @@ CONVENTIONS: dict[str, str] = {
     "conv and linear": "convolutions and matrix products only, our own figure (ResNet-101 in Table 1)",
 }
 
-INSTALL_COUNTS = "pip install 'pliant[counts]'"
+INSTALL_COUNTS = "pip install 'ptflops==0.7.5'"
 
 
 def has_ptflops() -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -111,28 +110,3 @@ def put_between(path: str | Path, begin: str, end: str, text: str) -> None:
         raise ValueError(f"{path} has no part between {begin} and {end} for the table; add the two lines")
     with atomic_path(path) as temporary:
         temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-def write_csv(
-    path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]], append: bool, what: str
-) -> None:
-    """Write rows of text to a CSV file, whole or not at all; `append` keeps those it has.
-
-    No row is written twice: what is run again gives its rows again.
-
-    Raises:
-        ValueError: `append` to a file that does not hold `what`.
-    """
-    path = Path(path)
-    old: list[list[str]] = []
-    if append and path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            first, *old = list(csv.reader(file)) or [[]]
-        if first != list(header):
-            raise ValueError(
-                f"{path} has the columns {first}, which are not those of {what}; name another file"
-            )
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([*old, *(row for row in map(list, rows) if row not in old)])

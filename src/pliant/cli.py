@@ -1,8 +1,8 @@
 """The command line: ``pliant COMMAND --help`` describes each command.
 
 Each command (`pliant.commands`) is a thin layer over functions of the library, which it imports
-when it runs: help needs no torch. A mistake that a user can mend is a `ValueError` or `OSError`
-there, and one sentence without a traceback here.
+when it runs: help needs no torch. A mistake that a user can mend is a `ValueError`, `OSError` or
+`ImportError` there, and one sentence without a traceback here.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def run(app: typer.Typer) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         app()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.secho(f"pliant: {error}", fg="red", err=True)
         sys.exit(1)
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pliant._files import write_csv
+from pliant import tables
 from pliant.methods import METHODS
 from pliant.recipes import get_recipe
 from pliant.recipes._networks import objective_of
-from pliant.records import Origin, cells, columns, read_records
+from pliant.records import Origin, read_records, write_records
 from pliant.surgery import networks_in
 from pliant.train.recipe import Recipe, differences, override
 
@@ -269,7 +269,7 @@ def write_scores(path: str | Path, scores: Iterable[Score], append: bool = False
     Raises:
         ValueError: `append` to a file with other columns.
     """
-    write_csv(path, columns(Score), (cells(s, ".4f") for s in scores), append, "scores")
+    write_records(path, Score, scores, append=append, number=".4f", called="scores")
 
 
 def read_scores(path: str | Path) -> list[Score]:
@@ -321,14 +321,7 @@ def summary(scores: Sequence[Score]) -> list[tuple[str, ...]]:
 
 def terminal_summary(scores: Sequence[Score]) -> Table:
     """`summary` for `rich.print`."""
-    from rich.table import Table
-
-    table = Table(*HEADINGS)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in summary(scores):
-        table.add_row(*row)
-    return table
+    return tables.terminal(HEADINGS, summary(scores))
 
 
 def _mean(values: Sequence[float], digits: int) -> str:

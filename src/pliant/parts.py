@@ -55,7 +55,7 @@ class OnnxOperator:
     channels in a block, 1 for planes.
 
     Attributes:
-        name: of the operator, in the domain ``pliant``.
+        name: name of the operator, in the domain ``pliant``.
         weights: inputs after the feature map, in their order.
         attributes: besides ``block``.
         ranking: path, within the part, of the module whose logits and channels the operator gives
@@ -92,7 +92,7 @@ class Part(nn.Module):
         switches: which of its modules run differs from forward to forward, so what one forward
             shows does not hold for all: norms in it are not folded, and no part of the network
             changes its input in place.
-        inplace: of a fast form: it changes its input instead of a copy; `pliant.deploy.optimize`
+        inplace: whether a fast form changes its input instead of a copy; `pliant.deploy.optimize`
             sets it where nobody else reads the input. None: it never does.
         operators: name of the Python module (`Operators`) with the native operators of its fast
             form and of its `onnx_operator`; empty: they need none.

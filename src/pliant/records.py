@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
+
+from pliant._files import atomic_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +95,55 @@ def _text(value: Any, number: str) -> str:
     return format(value, number) if isinstance(value, float) else str(value)
 
 
-def read_records(
-    path: str | Path, kind: type[T], *, called: str = "", added: Collection[str] = ()
-) -> list[T]:
+def write_records(
+    path: str | Path,
+    kind: type[T],
+    rows: Iterable[T],
+    *,
+    append: bool = False,
+    number: str = "",
+    called: str = "",
+) -> None:
+    """Write rows to a CSV file, whole or not at all.
+
+    Args:
+        path: the file; its folder is made if it is missing.
+        kind: the dataclass of the rows, whose fields are the columns.
+        rows: may be none, which leaves the header.
+        append: keep the rows that the file has. A run that is repeated gives its rows again, and
+            they are not added a second time.
+        number: format of floats, as for `cells`.
+        called: what the rows are called in an error; by default the dataclass by its name.
+
+    Raises:
+        ValueError: `append` to a file with other columns.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for cores in (1, 2, 1):
+        ...         write_records(f"{folder}/a.csv", Origin, [Origin(cores=cores)], append=True)
+        ...     [row.cores for row in read_records(f"{folder}/a.csv", Origin)]
+        [1, 2]
+    """
+    path, header = Path(path), columns(kind)
+    old: list[list[str]] = []
+    if append and path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            first, *old = list(csv.reader(file)) or [[]]
+        if first != header:
+            raise ValueError(
+                f"{path} has the columns {first}, which are not those of {called or f'a {kind.__name__}'}; "
+                f"name another file"
+            )
+    new = [cells(row, number) for row in rows]
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([*old, *(row for row in new if row not in old)])
+
+
+def read_records(path: str | Path, kind: type[T], *, called: str = "") -> list[T]:
     """The rows of a CSV file whose columns are the fields of a flat dataclass.
 
     Args:
@@ -103,8 +151,6 @@ def read_records(
         kind: a dataclass of ``str``, ``int``, ``float``, ``bool``, ``tuple[int, int, int]``, and
             these or None (an empty cell).
         called: what the rows are called in an error; by default the dataclass by its name.
-        added: fields, besides `Origin.LATE`, that older files have no columns of; rows of these
-            get their defaults. A file has all of them or none.
 
     Raises:
         ValueError: other columns, or a cell that is not of its field's type; names file and line.
@@ -113,7 +159,7 @@ def read_records(
     path = Path(path)
     types = {f.name: str(f.type) for f in fields(kind)}
     kinds = {name: types[name] for name in columns(kind)}
-    late = {*added, *getattr(kind, "LATE", ())}
+    late = getattr(kind, "LATE", ())
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.reader(file, strict=True)

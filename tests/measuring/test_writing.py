@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pliant.compiling import torch_threads
 from pliant.deploy.engines import ENGINES, FileEngine
-from pliant.deploy.engines.base import torch_threads
 from pliant.measuring import worker
 from pliant.measuring.candidates import Candidate
 from pliant.measuring.isolation import Isolated

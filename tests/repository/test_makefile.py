@@ -69,8 +69,6 @@ def test_gpu_runs_every_step_and_fails_if_one_did(tmp_path):
         "-m research bench --device cuda --suite condconv",
         "-m research bench --device cuda --suite forms",
         f"-m research experiment cifar10-controls --network resnet20 {trained}",
-        f"-m research experiment cifar10-variants --seeds 1 {trained}",
-        f"-m research experiment cifar10-variants --chosen 4 {trained}",
         "-m research experiment cifar10-controls --device cuda --network resnet20 --measure --engine eager",
         f"-m research experiment cifar10-controls --network resnet18 --network resnet50 {trained}",
     ]

@@ -17,7 +17,7 @@ from pliant.measuring.rows import LOWER_RESOLUTION, Measurement, read_rows
 from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 from research.bench import suites as bench
 from research.bench.speed_table import BEGIN, END, speed_table
-from research.bench.suites import SUITES, Setting, Suite, run_bench
+from research.bench.suites import SUITES, Condition, Suite, run_bench
 from research.commands import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,10 @@ TINY = Suite(
     models=("resnet20_cifar_mod",),
     against="resnet20_cifar",
     lower_resolution=16,
-    settings=(Setting(engine="eager", batch=2), Setting(engine="eager", batch=1, channels_last=False)),
+    conditions=(
+        Condition(engine="eager", batch=2),
+        Condition(engine="eager", batch=1, channels_last=False),
+    ),
     rounds=2,
     min_run_time=0.0,
 )
@@ -82,7 +85,7 @@ def test_rows_are_kept_when_a_later_run_is_stopped(
 def test_resume_does_only_what_is_missing(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = replace(TINY, models=("resnet20_cifar",), settings=TINY.settings[:1])
+    small = replace(TINY, models=("resnet20_cifar",), conditions=TINY.conditions[:1])
     first = run_bench(results=tmp_path, suite=small, console=console)
     runs: list[int] = []
 
@@ -120,8 +123,8 @@ def test_a_rehearsal_is_small_and_has_files_of_its_own(tmp_path: Path, console: 
 def test_a_rehearsal_sees_each_engine_once() -> None:
     for name, engines in (("mod", {e.name for e in named("all")}), ("condconv", {"eager", "compiled"})):
         rehearsed = bench._rehearsed(SUITES[name]["cpu"])
-        settings = [s for suite in rehearsed for s in suite.settings]
-        assert {(s.engine, s.batch) for s in settings} == {(e, 1) for e in engines}
+        conditions = [s for suite in rehearsed for s in suite.conditions]
+        assert {(s.engine, s.batch) for s in conditions} == {(e, 1) for e in engines}
         assert all(len(suite.models) == 1 for suite in rehearsed)
 
 
@@ -140,7 +143,7 @@ def test_a_suite_in_which_nothing_can_be_timed_says_so(
 def test_suites_name_networks_and_settings_that_exist() -> None:
     for suite in (suite for suites in SUITES.values() for some in suites.values() for suite in some):
         assert all(timm.is_model(name) for name in (*suite.models, suite.against))
-        assert len(set(suite.settings)) == len(suite.settings)
+        assert len(set(suite.conditions)) == len(suite.conditions)
     for suite in (
         s for name in ("mod", "mod-bfloat16", "mod-int8") for some in SUITES[name].values() for s in some
     ):
@@ -149,13 +152,13 @@ def test_suites_name_networks_and_settings_that_exist() -> None:
         assert "optimized" in suite.forms
     for suite in (s for some in SUITES["mod"].values() for s in some):
         assert suite.lower_resolution == (None if suite.forms == ("optimized",) else 176)
-    settings = {
-        device: [(s.engine, s.batch, s.dtype) for suite in suites for s in suite.settings]
+    conditions = {
+        device: [(s.engine, s.batch, s.dtype) for suite in suites for s in suite.conditions]
         for device, suites in SUITES["mod"].items()
     }
-    assert all(len(set(some)) == len(some) for some in settings.values())
-    assert set(settings["cpu"]) == {(e.name, b, "float32") for e in named("all") for b in (1, 16)}
-    assert set(settings["cuda"]) == {
+    assert all(len(set(some)) == len(some) for some in conditions.values())
+    assert set(conditions["cpu"]) == {(e.name, b, "float32") for e in named("all") for b in (1, 16)}
+    assert set(conditions["cuda"]) == {
         (e, b, d) for e in ("eager", "compile") for b in (1, 16, 128) for d in ("float32", "bfloat16")
     }
     for device in ("cpu", "cuda"):
@@ -166,7 +169,7 @@ def test_suites_name_networks_and_settings_that_exist() -> None:
             (("cc_resnet50",), {"experts": 2}, "resnet50"),
             (("cc_mobilenetv2_100",), {"experts": 8}, "mobilenetv2_100"),
         ]
-        assert all({1, 32} <= {s.batch for s in suite.settings} for suite in suites)
+        assert all({1, 32} <= {s.batch for s in suite.conditions} for suite in suites)
 
 
 def test_no_suite_for_a_device_is_a_clear_error(tmp_path: Path) -> None:
@@ -185,7 +188,7 @@ def test_the_command_names_all_suites_and_refuses_what_one_does_not_do(
     def unwanted(*args: Any, **options: Any) -> None:
         raise AssertionError("something was timed")
 
-    monkeypatch.setattr("research.bench.forms.run_forms", unwanted)
+    monkeypatch.setattr("research.bench.mixing_forms.run_forms", unwanted)
     monkeypatch.setattr(bench, "run_bench", unwanted)
 
     def said(*options: str) -> str:
@@ -206,7 +209,7 @@ def test_a_suite_of_converted_networks_names_their_options(tmp_path: Path, conso
         models=("cc_resnet20_cifar",),
         against="resnet20_cifar",
         lower_resolution=None,
-        settings=(Setting(engine="eager", batch=1),),
+        conditions=(Condition(engine="eager", batch=1),),
         options={"experts": 2},
         rounds=1,
         min_run_time=0.0,
@@ -216,7 +219,7 @@ def test_a_suite_of_converted_networks_names_their_options(tmp_path: Path, conso
     assert rows[1].parameters > rows[0].parameters
     assert rows[1].time_ratio is not None
     assert read_rows(tmp_path / "condconv-latency-cpu.csv") == rows
-    # The same settings against another network are another run.
+    # The same conditions against another network are another run.
     more = replace(tiny, models=("cc_resnet56_cifar",), against="resnet56_cifar")
     again = run_bench(results=tmp_path, suite=more, console=console, name="condconv", resume=True)
     assert [row.against for row in again] == ["resnet20_cifar"] * 2 + ["resnet56_cifar"] * 2
@@ -226,8 +229,8 @@ def test_engines_that_are_not_installed_are_named_and_left_out(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    settings = tuple(Setting(engine=e, batch=1) for e in ("openvino", "eager"))
-    rows = run_bench(results=tmp_path, suite=replace(TINY, settings=settings), console=console)
+    conditions = tuple(Condition(engine=e, batch=1) for e in ("openvino", "eager"))
+    rows = run_bench(results=tmp_path, suite=replace(TINY, conditions=conditions), console=console)
     assert {row.engine for row in rows} == {"eager"}
     told = " ".join(console.export_text().split())
     assert 'onnxruntime and openvino not installed: pip install "pliant[openvino]"' in told

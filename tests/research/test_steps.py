@@ -150,9 +150,9 @@ def test_each_kind_of_step_trains_what_it_says(monkeypatch):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="resnet20_cifar_mod is held against its plain network"):
+    with pytest.raises(ValueError, match="resnet20_cifar_mod needs its plain network as the baseline"):
         measure_steps("resnet20_cifar_mod", **QUICK)
-    with pytest.raises(ValueError, match="is adaptive and holds its plain networks"):
+    with pytest.raises(ValueError, match="is adaptive and contains its plain networks"):
         measure_steps("resnet20_cifar_adn", against="resnet20_cifar", **QUICK)
     with pytest.raises(ValueError, match="no dtype 'float16' for training steps"):
         measure_steps("resnet20_cifar_adn", **{**QUICK, "dtype": "float16"})

@@ -193,7 +193,7 @@ def test_train_and_val_folders(tmp_path):
     make_folder(tmp_path / "test", 1)
     assert len(load_data(folder_recipe(tmp_path, val_fraction=None)).test) == 3
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "rouge")
-    with pytest.raises(ValueError, match="other classes than train/: red, rouge"):
+    with pytest.raises(ValueError, match="must have the classes of train/; they differ in red, rouge"):
         load_data(folder_recipe(tmp_path))
 
 
@@ -205,7 +205,7 @@ def test_missing_data_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="as ImageNet is laid out"):
         load_data(replace(folder_recipe(tmp_path, val_fraction=None), data="imagenet"))
     for name in ("cifar10", "cifar100"):
-        with pytest.raises(FileNotFoundError, match=rf"{name} is not in .*download=true"):
+        with pytest.raises(FileNotFoundError, match=rf"holds no {name} .*download=true"):
             load_data(Recipe(name="x", model="x", data=name, path=tmp_path))
     with pytest.raises(ValueError, match="part must be one of test, val, not 'train'"):
         load_part(Recipe(name="x", model="x"), "train")

@@ -201,7 +201,7 @@ def test_features_of_each_depth_are_those_of_its_pass(objective):
         ({"alpha": 0}, "leaves nothing to learn from the teacher"),
         ({"features": 1, "stages": (1, 1)}, "numbers from 0, each once"),
         ({"features": 1, "stages": ()}, r"stages=\(\) compares no features"),
-        ({"stages": (1,)}, "give features=1"),
+        ({"stages": (1,)}, "set features=1"),
         ({"tau": 1}, "no option 'tau'; known: alpha, temperature, features, match, stages"),
     ],
 )
@@ -246,7 +246,12 @@ def test_teachers_that_do_not_fit_are_refused():
     state = copy.deepcopy(student.state_dict())
     cases = [
         ("resnet20_cifar", {"num_classes": 7}, {}, "t gives 7 classes, the network 10"),
-        ("resnet18_cifar", {}, {"features": 1}, "the teacher has 4 stages and the network 3; name those"),
+        (
+            "resnet18_cifar",
+            {},
+            {"features": 1},
+            "the teacher has 4 stages and the network 3; name",
+        ),
         (
             "resnet18_cifar",
             {},
@@ -254,7 +259,7 @@ def test_teachers_that_do_not_fit_are_refused():
             r"stage 0 of the teacher and of the network: outputs of shape \(64, 8, 8\) and \(16, 8, 8\)",
         ),
         ("resnet18_cifar", {}, {"features": 1, "stages": (3,)}, "no stage 3 in ResNet; it has 0 to 2"),
-        ("vgg11", {"num_classes": 10}, {"features": 1}, "no stages are known of VGG"),
+        ("vgg11", {"num_classes": 10}, {"features": 1}, "features of VGG cannot be compared"),
     ]
     for name, arguments, options, message in cases:
         with torch.device("meta" if name == "vgg11" else "cpu"):
@@ -293,7 +298,7 @@ def test_recipes_without_what_a_teacher_needs_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             override(TINY, changes)
-    with pytest.raises(ValueError, match="distill_args are of a teacher, and there is none"):
+    with pytest.raises(ValueError, match="distill_args needs a teacher; set teacher="):
         fit(override(TINY, ["distill_args.alpha=0.5"]), tmp_path / "a", progress=False)
     recipe = override(TINY, ["teacher=resnet20_cifa", "teacher_weights=x"])
     with pytest.raises(

@@ -73,7 +73,7 @@ def test_a_process_by_itself_is_of_no_launch(told):
     assert launched() is None
     assert environment_plugins() == []
     check_launch(TWO)  # Lightning starts the second
-    with pytest.raises(ValueError, match="nodes = 2: start the run on each of them, by torchrun or SLURM"):
+    with pytest.raises(ValueError, match="nodes=2 needs a launcher; start the run on each machine by"):
         check_launch(replace(TWO, nodes=2))
 
 
@@ -119,7 +119,7 @@ def test_a_finished_run_is_given_back_wherever_it_is_asked_for(told, tmp_path, m
 def test_ntasks_without_ntasks_per_node_is_refused(told):
     told(slurm(0, 4, 20000))
     del os.environ["SLURM_NTASKS_PER_NODE"]
-    with pytest.raises(ValueError, match="give srun --ntasks-per-node, the devices of a node"):
+    with pytest.raises(ValueError, match="srun was given --ntasks=4; give --ntasks-per-node"):
         check_launch(TWO)
 
 
@@ -234,7 +234,7 @@ def test_where_shares_do_not_fit_is_told(told, tmp_path):
         replace(TWO, strategy="fsdp", teacher="resnet20_cifar")
     with pytest.raises(ValueError, match="strategy=fsdp shares a network out over several devices"):
         fit(replace(TWO, strategy="fsdp", devices=1), tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match="strategy=fsdp would leave a given network in shares"):
+    with pytest.raises(ValueError, match="strategy=fsdp cannot train a network or teacher that is given"):
         fit(
             replace(TWO, strategy="fsdp"),
             tmp_path / "run",
@@ -259,7 +259,7 @@ def test_a_folder_that_machines_do_not_share_is_told(tmp_path):
         running += start([sys.executable, "-c", PROGRAM, *arguments], [torchrun(rank, 2, port)])
     for text, status in ended(running, timeout=100):
         assert status != 0
-        assert "go on from different steps, [4, 0]: its folder has to be on a disk" in text
+        assert "continue from different steps, [4, 0]; put its folder on a disk" in text
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from _runs import StopAfter
 from pliant.checkpoint import load, read_config
 from pliant.objectives import CrossEntropy
 from pliant.recipes import get_recipe
-from pliant.train import Recipe, Run, evaluate, fit, override, read_run
+from pliant.train import Recipe, evaluate, fit, override, read_run
 from pliant.train.optimizing import make_optimizer, rate
 from pliant.train.run import claimed
 from pliant.train.seeds import seed_torch
@@ -89,7 +89,7 @@ def test_the_saved_network_is_the_best_one_and_scores_the_same(tiny):
 
 
 def test_a_run_is_read_back(tiny):
-    again = Run.load(tiny.folder)
+    again = read_run(tiny.folder)
     assert replace(again, model=tiny.model) == tiny
     assert same(weights(again), weights(tiny))
 

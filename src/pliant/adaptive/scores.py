@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pliant._files import write_csv
+from pliant import tables
 from pliant.figures import check_suffix, plain, write_figure
 from pliant.measuring.candidates import by_name
 from pliant.methods.adaptive_depth.depth import at_depth, depths, get_depth
@@ -27,7 +27,7 @@ from pliant.methods.adaptive_depth.switch import (
     depth_role,
 )
 from pliant.provenance import provenance
-from pliant.records import Origin, cells, columns
+from pliant.records import Origin, write_records
 from pliant.train.data import Part
 from pliant.train.evaluation import Scores, prepare
 
@@ -184,23 +184,14 @@ _COLUMNS: dict[str, Callable[[DepthScore], str]] = {
 
 def depth_table(scores: Sequence[DepthScore]) -> Table:
     """Scores as a table for `rich.print`."""
-    from rich.table import Table
-
     title, headings, body = _layout(scores)
-    table = Table(*headings, title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for line in body:
-        table.add_row(*line)
-    return table
+    return tables.terminal(headings, body, title=title)
 
 
 def depth_markdown(scores: Sequence[DepthScore]) -> str:
     """Scores as a Markdown table, under a line that names network and images."""
     title, headings, body = _layout(scores)
-    lines = [f"| {' | '.join(cells)} |" for cells in [headings, *body]]
-    lines.insert(1, f"|---|{'---:|' * (len(headings) - 1)}")
-    return "\n".join([title, "", *lines])
+    return f"{title}\n\n{tables.markdown(headings, body)}"
 
 
 def _layout(scores: Sequence[DepthScore]) -> tuple[str, list[str], list[list[str]]]:
@@ -228,8 +219,7 @@ def write_depth_scores(path: str | Path, scores: Iterable[DepthScore], append: b
     Raises:
         ValueError: `append` to a file with other columns.
     """
-    rows = (cells(score, ".4f") for score in scores)
-    write_csv(path, columns(DepthScore), rows, append, "scores of depths")
+    write_records(path, DepthScore, scores, append=append, number=".4f", called="scores of depths")
 
 
 def plot_depths(

@@ -55,7 +55,7 @@ def measure(
         float, typer.Option(help="Seconds for the export or compilation of one network")
     ] = 600.0,
     tax: Annotated[
-        bool, typer.Option(help="Time Mixture-of-Depths networks without their blocks too, for the MoD tax")
+        bool, typer.Option(help="Time the control of each converted network too, for the MoD tax")
     ] = True,
     lower_resolution: Annotated[
         int | None, typer.Option(help="Height and width at which the baseline is timed too")

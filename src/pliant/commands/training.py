@@ -111,7 +111,7 @@ def compare(
     recipe: Annotated[str, typer.Argument(help="Recipe of the plain network, such as cifar10.resnet20")],
     changes: Changes = None,
     method: Annotated[
-        str, typer.Option(help="Forms to compare: mod, condconv, condconv-ablations or adn")
+        str, typer.Option(help="Comparison of a method, such as mod, condconv, condconv-ablations or adn")
     ] = "mod",
     seeds: Annotated[int, typer.Option(help="Number of seeds, from the recipe's seed on", min=1)] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Label to train; repeat for several")] = None,

@@ -98,28 +98,29 @@ def export(
         example: images [B, C, H, W] as the network takes them, of which only the shape counts;
             by default of the size that the network states.
         dynamic_batch: the file takes any number of images; otherwise the example's.
-        opset: of an ONNX file, and of what an OpenVINO file is made from.
-        precision: that the file computes in, ``float32``, ``float16``, or in a program
+        opset: ONNX opset of an ONNX file, and of the ONNX graph that an OpenVINO file is made from.
+        precision: precision that the file computes in: ``float32``, ``float16``, or in a program
             ``bfloat16``; compared with the network in float32.
-        takes: ``"normalised"`` images, as the network does; ``"float"`` in [0, 1] or
-            ``"uint8"``, normalised in the file.
+        takes: images that the file takes: ``"normalised"`` ones, as the network does; ``"float"``
+            in [0, 1] or ``"uint8"``, which the file normalises.
         image_size: height and width of the images, which the file then resizes to the
             network's (bilinear, without antialiasing).
-        mean: of each channel; by default what timm says of the network; so `std` and `classes`.
-        std: of each channel.
-        classes: their names, stated in the file.
-        compiled: of a ``.pt2``: machine code by AOTInductor, for this kind of machine. It does
-            not tell what it selected, so its outputs alone are compared; images whose scores tie
-            may differ, and are counted. Of an ``.onnx``: the graph as ONNX Runtime optimises
-            it here, each learned Mixture-of-Depths block one operator, whose library, ``FILE.so``,
-            is written beside it (`onnx_native`); in float32.
-        portable: of an ``.onnx`` that is not compiled: only what TensorRT's parser documents may
-            be in the graph.
-        batches: sizes to check at (of a fixed batch, that alone).
+        mean: mean of each channel; by default what timm says of the network. `std` and
+            `classes` have such defaults, too.
+        std: standard deviation of each channel.
+        classes: names of the classes, stated in the file.
+        compiled: compile the file for this kind of machine. A ``.pt2`` is then machine code by
+            AOTInductor. It does not tell what it selected, so its outputs alone are compared;
+            images whose scores tie may differ, and are counted. An ``.onnx`` is the graph as ONNX
+            Runtime optimises it here, each learned Mixture-of-Depths block one operator, whose
+            library, ``FILE.so``, is written beside it (`onnx_native`); in float32.
+        portable: allow only what TensorRT's parser documents in the graph of an ``.onnx`` that is
+            not compiled.
+        batches: batch sizes to check at; a file of a fixed batch is checked at that alone.
         check_images: folder of images to check with; by default scikit-learn's digits.
         tolerance: largest relative error; by default 1e-4 in float32, 2e-2 in float16, 1e-1 in
             bfloat16.
-        seed: of the random images.
+        seed: seed of the random images.
 
     Returns:
         `path`.

@@ -28,7 +28,7 @@ class Facts:
         input_size: channels, height and width of the images.
         batch: images of each call; None: any number.
         network_size: channels, height and width that the network sees.
-        mean: of each channel, that is subtracted from values in [0, 1], in the file unless it
+        mean: mean of each channel, that is subtracted from values in [0, 1], in the file unless it
             takes normalised images.
         std: by which they are then divided.
         classes: their names; None: not known.
@@ -109,7 +109,7 @@ def read_report(path: str | Path) -> ExportReport:
     """The report that `export` wrote beside a file.
 
     Args:
-        path: of the exported file.
+        path: path of the exported file.
 
     Raises:
         ValueError: there is none, it is damaged, or a file was changed after it was checked.

@@ -33,8 +33,8 @@ class Preparation:
         size: channels, height and width of the images.
         network_size: those that the network sees; others are resized (bilinear, without
             antialiasing).
-        mean: of each channel, subtracted.
-        std: of each channel, by which the difference is divided.
+        mean: mean of each channel, subtracted.
+        std: standard deviation of each channel, by which the difference is divided.
 
     Raises:
         ValueError: one does not fit another.

@@ -31,8 +31,8 @@ def quantise(source: Path, path: Path, images: Iterable[Tensor]) -> Path:
     """Write an ONNX file again, in 8-bit integers.
 
     Args:
-        source: of a file in float32, with one input.
-        path: of the new one.
+        source: path of a file in float32, with one input.
+        path: path of the new file.
         images: [B, C, H, W], several times; their activations set the ranges.
 
     Returns:

@@ -27,7 +27,7 @@ class ExportedNetwork:
     """A file that `pliant.export` wrote, to be called with images.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         facts: what it says of itself.
     """
 
@@ -82,9 +82,9 @@ def open_export(path: str | Path, *, threads: int | None = None) -> ExportedNetw
     """Open a file that `pliant.export` wrote, in its own engine on the CPU.
 
     Args:
-        path: of the ``.pt2``, ``.onnx`` or ``.xml``.
-        threads: of its engine, in PyTorch for each call; None: as many as the engine takes. What
-            AOTInductor compiled runs partly on as many as PyTorch had when it was compiled.
+        path: path of the ``.pt2``, ``.onnx`` or ``.xml``.
+        threads: threads of the engine; None: as many as the engine takes. PyTorch gets them for
+            each call. What AOTInductor compiled runs partly on as many as PyTorch had then.
 
     Raises:
         ValueError: no such file, a package is missing, no such number of threads, or the file was

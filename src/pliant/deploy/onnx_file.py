@@ -167,8 +167,8 @@ def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], tup
     """A function that runs the file by ONNX Runtime on the CPU.
 
     Args:
-        path: of the file.
-        threads: of ONNX Runtime; None: as many as it takes.
+        path: path of the file.
+        threads: threads of ONNX Runtime; None: as many as it takes.
     """
     session = open_session(Path(path), threads)
 
@@ -182,7 +182,7 @@ def runner(path: Path, ranking: list[str], tell: Callable[[Any], None] | None = 
     """Runs the file, its selections as further outputs; these change nothing else in it.
 
     Args:
-        path: of the file.
+        path: path of the file.
         ranking: paths of the parts that rank; where the graph lacks a tensor of one, nothing is told.
         tell: makes nodes of the model give more of what they compute.
     """
@@ -224,7 +224,7 @@ def open_session(path: Path, threads: int | None, library: Path | None = None) -
     """A session of ONNX Runtime on the CPU, with all of its graph optimisations.
 
     Args:
-        path: of the file.
+        path: path of the file.
         threads: for each operator; None: as many as ONNX Runtime takes.
         library: of operators that the file has; None: the one beside it (`library_path`), if any.
 

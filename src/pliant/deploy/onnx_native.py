@@ -164,8 +164,8 @@ def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Pat
     Args:
         graph: with a pool of its name for each operator.
         native: the operators.
-        path: of the file; their library is written beside it.
-        facts: of the file.
+        path: path of the file; their library is written beside it.
+        facts: facts of the file.
 
     Returns:
         The two files.
@@ -210,7 +210,7 @@ def runner(path: Path, native: Native, others: list[str]) -> Run:
     """Runs the file for a check, what its parts selected as further outputs.
 
     Args:
-        path: of the file.
+        path: path of the file.
         native: the operators in it.
         others: paths of the parts that rank in the graph; where ONNX Runtime left no tensor of
             that name, nothing is told of any selection.

@@ -53,8 +53,8 @@ def load(
     """A function that runs the file by OpenVINO on the CPU.
 
     Args:
-        path: of the ``.xml``.
-        threads: of OpenVINO; None: as many as it takes. A ``ValueError`` if it would take others.
+        path: path of the ``.xml``.
+        threads: threads of OpenVINO; None: as many as it takes. A ``ValueError`` if it would take others.
         precision: that it computes in, ``f32``, ``bf16`` or ``f16``. OpenVINO's own default on
             a CPU with bfloat16 is that, which changes which channels are selected.
     """
@@ -92,7 +92,7 @@ def compile_model(model: Any, threads: int | None, precision: str) -> Any:
 
     Args:
         model: read by OpenVINO.
-        threads: of OpenVINO; None: as many as it takes.
+        threads: threads of OpenVINO; None: as many as it takes.
         precision: ``f32``, ``bf16`` or ``f16``; OpenVINO's own default depends on the processor.
 
     Raises:

@@ -50,20 +50,20 @@ class Parity:
         batches: sizes that were run, each on random and on real images.
         images: that were compared.
         tolerance: largest error that is admitted, relative.
-        max_abs_error: of an output.
-        max_rel_error: over the largest absolute value of that image's output.
+        max_abs_error: largest error of an output, absolute.
+        max_rel_error: largest error of an output over the largest absolute value of that
+            image's output.
         top1_differs: images with another best class.
-        top1_ties: of these, images whose two best classes are no further apart than twice the
-            error.
+        top1_ties: those of them whose two best classes are no further apart than twice the error.
         selections: decisions that were compared, one for each image and part that ranks.
         score_error: largest error of a part's logits, relative; where the file does not tell
             them, that of the network in the file's precision, measured if outputs differed.
         flips: decisions for other channels, scores being nearer than they are off.
         wrong_selections: decisions for other channels that this does not excuse.
         told: the file tells its selections, or has none; otherwise its outputs alone were compared.
-        unexplained: of a file that does not tell, images with other outputs that are no ties.
-        ties: of a file that does not tell, images with other outputs whose scores tie; the
-            errors and the top-1 are those of all other images.
+        unexplained: images with other outputs that are no ties, if the file does not tell.
+        ties: images with other outputs whose scores tie, if the file does not tell. The errors
+            and the top-1 are those of all other images.
     """
 
     batches: tuple[int, ...]
@@ -256,7 +256,7 @@ def ties(logits: Tensor, k: int, by_index: bool, error: float) -> Tensor:
         logits: [B, C].
         k: channels that are selected.
         by_index: only which channels are selected matters, not their order.
-        error: of the logits, relative to the largest of an image.
+        error: error of the logits, relative to the largest of an image.
 
     Example:
         >>> logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.99], [3.0, 2.99, 1.0]])

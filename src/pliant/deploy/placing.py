@@ -25,7 +25,7 @@ def workshop(path: Path, need: int = 0) -> Iterator[Path]:
     fail when they read. So whatever is raised, the disk is asked.
 
     Args:
-        path: of the main file.
+        path: path of the main file.
         need: bytes that its files are known to take; 0: not known.
 
     Raises:

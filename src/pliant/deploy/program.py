@@ -47,7 +47,7 @@ def package(
 
     Args:
         program: what `torch.export` made.
-        path: of the package.
+        path: path of the package.
         metadata: kept in it.
         freezing: let weights be constants of the code; for CPUs.
 
@@ -90,7 +90,7 @@ def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], Any
     """A function that runs the program in `path`, compiled or not.
 
     Args:
-        path: of the program.
+        path: path of the program.
         threads: of PyTorch's pool during a call; None: as many as it has.
 
     Raises:

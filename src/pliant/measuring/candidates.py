@@ -41,15 +41,15 @@ class Candidate:
 
     Attributes:
         model: the network's name.
-        variant: of the network, as in `Measurement`.
-        form: as in `Measurement`.
+        variant: variant of the network, as in `Measurement`.
+        form: form of the network, as in `Measurement`.
         network: the network, until it is prepared.
         size: channels, height, width of its images.
         parameters: counted before all runs, as `macs`.
         macs: multiply-accumulates of one image.
         clock: times the network, once it is prepared.
         calls: forwards in each round.
-        seconds: of one forward, a value for each round.
+        seconds: time of one forward, a value for each round.
         note: what a reader of the times must know.
         error: why the candidate is out of the run; empty while it is in.
     """
@@ -148,7 +148,17 @@ def variants(
     if network is None:
         return [replace(first, form=form) for form in plain]
     size = channels, height, _ = _size(name, network, input_size)
-    own = dict.fromkeys(form if _has_form(network, form) else PLAIN for form in forms)
+    own: list[str] = []
+    controls: list[tuple[str, nn.Module]] = []
+
+    def ask(_: Candidate) -> None:
+        own.extend(dict.fromkeys(form if _has_form(network, form) else PLAIN for form in forms))
+        control = control_of(network) if tax else None
+        controls.extend([control] if control else [])
+
+    attempt(first, ask)
+    if first.error:  # a part or a method failed to answer
+        return [replace(first, form=form, size=size) for form in plain]
     candidates = [Candidate(name, AS_IS, form, network, size) for form in own]
     if low is not None:
         if not 0 < low < height:
@@ -156,9 +166,7 @@ def variants(
         candidates += [
             Candidate(name, LOWER_RESOLUTION, form, network, (channels, low, low)) for form in plain
         ]
-    if tax and (control := control_of(network)) is not None:
-        label, bare = control
-        candidates += [Candidate(name, label, form, bare, size) for form in plain]
+    candidates += [Candidate(name, label, form, bare, size) for label, bare in controls for form in plain]
     return candidates
 
 
@@ -217,7 +225,7 @@ def _size(name: str, network: nn.Module, given: int | Size | None) -> Size:
 
 
 def attempt(candidate: Candidate, step: Callable[[Candidate], None]) -> None:
-    """Do a step for an candidate that is still in the run; a failure takes it out."""
+    """Do a step for a candidate that is still in the run; a failure takes it out."""
     if candidate.error:
         return
     try:

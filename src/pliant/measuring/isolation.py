@@ -84,8 +84,8 @@ class Isolated(AbstractContextManager["Isolated"]):
             path: that the engine's `write` made.
             example: images of the shape, dtype and memory format that are run; the child
                 draws its own.
-            precision: of the engine.
-            threads: likewise.
+            precision: precision of the engine.
+            threads: threads of the engine.
 
         Raises:
             EngineError: the child crashed or hung, or something went wrong in it.

@@ -95,7 +95,7 @@ def measure(
             timed too. None: no ratios.
         input_size: channels, height and width, or pixels alone. By default each
             network's own; rows state it.
-        batch: images a forward; several are a run each.
+        batch: images of a forward; several batches are a run each.
         device: ``cpu`` or ``cuda``.
         dtype: ``float32``, ``bfloat16`` or ``float16``: of weights and images where
             PyTorch runs the network, else that in which the engine computes; ``int8`` in
@@ -105,10 +105,10 @@ def measure(
             ``compiled`` (`torch.compile`; with CUDA graphs on a GPU).
         engines: instead of it, names in `pliant.deploy.engines.ENGINES`, or ``"all"``. One
             that is not installed, or cannot do a dtype, gives rows that say so.
-        forms: of the networks: ``as built`` (the default with `engine`), ``plain``,
+        forms: forms of the networks: ``as built`` (the default with `engine`), ``plain``,
             ``optimized``, and ``native``, which only ONNX Runtime has (the defaults with
             `engines`).
-        threads: of PyTorch's pool and of each engine's. By default `torch.get_num_threads`.
+        threads: threads of PyTorch's pool and of each engine's. By default `torch.get_num_threads`.
         rounds: how often each network is timed.
         min_run_time: seconds that one network runs in one round, at least.
         max_run_time: seconds after which no further round of a run begins (three are
@@ -121,7 +121,7 @@ def measure(
             or compile it. AOTInductor takes some 10 s for a ResNet-50, and minutes for large networks.
         tax: time the control of each converted network too (`Method.without`), for its tax.
         lower_resolution: pixels at which the baseline is timed too, for comparison.
-        seed: of random weights and images; the caller's generators are left alone.
+        seed: seed of random weights and images; the caller's generators are left alone.
         progress: called with steps done, steps in all, and what comes next.
         done: called with the rows of a run as soon as it is over, so that they can be kept
             whatever happens to the next.

@@ -14,8 +14,8 @@ def write_page(path: str | Path, rows: Sequence[Measurement], command: str = "pl
     """Write rows as a page that needs nothing beside itself.
 
     Args:
-        path: of the page.
-        rows: of one machine.
+        path: path of the page.
+        rows: rows of one machine.
         command: that made them.
 
     Returns:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pliant._files import write_csv
-from pliant.records import Origin, cells, columns, read_records
+from pliant import tables
+from pliant.records import Origin, read_records, write_records
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,12 +62,12 @@ class Measurement(Origin):
         engine: name in `pliant.deploy.engines.ENGINES`.
         dtype: in which it computes; of weights and images too where PyTorch runs it.
         channels_last: memory format of both; False where the engine chooses it itself.
-        threads: of PyTorch's pool, or the engine's.
+        threads: threads of PyTorch's pool, or of the engine's.
         rounds: rounds that were timed.
         median_ms: median time of a forward over rounds.
         iqr_ms: its spread.
-        min_ms: of the fastest round.
-        max_ms: of the slowest round.
+        min_ms: time of a forward in the fastest round.
+        max_ms: time of a forward in the slowest round.
         against: name of the baseline.
         time_ratio: time over the baseline's.
         time_ratio_iqr: its spread.
@@ -145,7 +145,7 @@ def write_rows(path: str | Path, rows: Iterable[Measurement], append: bool = Fal
         ValueError: `append` to a file that `read_rows` refuses.
     """
     kept = read_rows(path) if append and Path(path).exists() else []
-    write_csv(path, columns(Measurement), map(cells, [*kept, *rows]), False, "measurements")
+    write_records(path, Measurement, [*kept, *rows])
 
 
 def read_rows(path: str | Path) -> list[Measurement]:
@@ -239,10 +239,7 @@ def markdown_table(
         | a | 2.5 (0.2) |
     """
     shared, headings, body = layout(rows, columns, leave_out)
-    aligned = ["---" if h in _LEFT else "---:" for h in headings]
-    lines = [f"| {' | '.join(cells)} |" for cells in [headings, *_escaped(body)]]
-    lines.insert(1, f"|{'|'.join(aligned)}|")
-    return "\n".join([shared, "", *lines])
+    return f"{shared}\n\n{tables.markdown(headings, body, _LEFT)}"
 
 
 def terminal_table(
@@ -287,7 +284,7 @@ def layout(
     Args:
         rows: measurements.
         columns: as for `markdown_table`.
-        leave_out: likewise.
+        leave_out: as for `markdown_table`.
 
     Returns:
         A line of the conditions that all rows share, the headings, and each row's cells.
@@ -333,10 +330,6 @@ def _silent(row: Measurement, condition: str) -> bool:
         if condition == "rounds"
         else condition == "pixels" and row.variant == LOWER_RESOLUTION
     )
-
-
-def _escaped(body: list[list[str]]) -> list[list[str]]:
-    return [[cell.replace("|", r"\|").replace("\n", " ") for cell in cells] for cells in body]
 
 
 def _pixels(size: tuple[int, int, int] | None) -> str:

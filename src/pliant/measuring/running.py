@@ -133,9 +133,9 @@ def run(
     Args:
         candidates: in their order; those with an error stay out.
         setting: what holds for all.
-        limits: of the time that it takes.
-        files: of engines that run files; those that serve another run are kept.
-        report: called with steps done and what comes next; an candidate is a step in the
+        limits: how long the run may take.
+        files: files of the engines that run files; those that serve another run are kept.
+        report: called with steps done and what comes next; a candidate is a step in the
             preparation, and in each round.
     """
     engine = setting.engine
@@ -157,7 +157,7 @@ def run(
         _prepare(candidates, setting, limits, child, writing, report)
         # An engine that quietly compiled anew, or gave up, would spoil the times.
         with torch.compiler.set_stance("fail_on_recompile"):
-            _race(candidates, limits, report)
+            _time_in_turn(candidates, limits, report)
 
 
 def _operators(candidates: list[Candidate], form: str) -> list[Operators]:
@@ -272,7 +272,7 @@ def _formed(network: nn.Module, candidate: Candidate, setting: Setting, images: 
     return network
 
 
-def _race(candidates: list[Candidate], limits: Limits, report: Callable[[int, str], None]) -> None:
+def _time_in_turn(candidates: list[Candidate], limits: Limits, report: Callable[[int, str], None]) -> None:
     """Time all candidates in turn, round after round."""
     start = time.monotonic()
     for i in range(limits.rounds):

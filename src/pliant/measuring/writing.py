@@ -63,10 +63,10 @@ class Writing(AbstractContextManager["Writing"]):
     others, but what takes its exporter down takes all.
 
     Args:
-        files: of all runs; those that serve this one are not written again.
+        files: files of all runs; those that serve this one are not written again.
         engine: that writes.
         child: in which it runs networks.
-        candidates: of the run, to know how many files it needs.
+        candidates: candidates of the run, to know how many files it needs.
         how: ``precision`` and ``threads``, as the engine's ``write`` takes them.
         device: kind of device.
         limit: seconds that a child may take for one file.

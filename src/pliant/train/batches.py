@@ -1,9 +1,8 @@
 """Images in batches, shuffled, augmented and normalised.
 
-Those in memory (digits, CIFAR) lie on the device and are augmented a batch at a time
-without worker processes; those in files are read by workers and go through timm's
-transforms. Either way order and augmentation are functions of (seed, epoch, index of
-the image), so a run that is continued repeats what it would have seen.
+Images in memory (digits, CIFAR) lie on the device and are augmented a batch at a time without worker
+processes. Images in files are read by workers and go through timm's transforms. Either way, order and
+augmentation depend on (seed, epoch, index of the image) alone, so a resumed run sees the same images.
 
 Shapes in this file::
 
@@ -30,24 +29,22 @@ from pliant.train.seeds import mixed_seed, seeded
 class Batches(ABC):
     """Batches of one set, ``(x, y)``, for one epoch after another.
 
-    Training batches are shuffled, augmented and of one size, the last incomplete one
-    dropped; evaluation's are all images in order. With several processes each takes its
-    own share.
+    Training batches are shuffled, augmented and of one size; the last incomplete one is dropped.
+    Evaluation batches are all images in order. With several processes, each takes its own share.
+
+    An iteration can begin in the middle of an epoch: `state_dict` says where it is, and after
+    `load_state_dict` the next iteration continues there. Lightning saves and restores both.
 
     Args:
         images: the set.
-        recipe: says how large batches and images are, and how they are augmented.
-        mean: with `std`, the normalisation.
-        std: see `mean`.
+        recipe: size of batches and images, and augmentation.
+        mean: mean of each channel, for the normalisation.
+        std: standard deviation of each channel.
         train: for training rather than evaluation.
 
-    An iteration can begin in the middle of an epoch: `state_dict` says where one stands,
-    and after `load_state_dict` the next one goes on there (Lightning keeps and restores
-    loaders that have these two).
-
     Attributes:
-        epoch: of which the order and augmentation are; set by `set_epoch`.
-        taken: batches of this epoch that have been given, those before a resumption included.
+        epoch: epoch that order and augmentation belong to; set by `set_epoch`.
+        taken: batches of this epoch given so far, also before a resumption.
         unreadable: paths that could not be read so far.
     """
 
@@ -61,15 +58,15 @@ class Batches(ABC):
         self.unreadable: set[str] = set()
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is; it begins with the first batch."""
+        """Set the epoch of the next iteration, which begins with the first batch."""
         self.epoch, self._first = epoch, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Which epoch this is, and how many of its batches have been given."""
+        """The epoch, and the number of its batches given so far."""
         return {"epoch": self.epoch, "taken": self.taken}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Make the next iteration go on where `state` says."""
+        """Let the next iteration continue where `state` says."""
         self.epoch, self._first = state["epoch"], state["taken"]
 
     def __len__(self) -> int:
@@ -79,11 +76,11 @@ class Batches(ABC):
         return self.steps(world)
 
     def steps(self, processes: int) -> int:
-        """Training batches of an epoch in each of so many processes, which may not have started yet."""
+        """Training batches of an epoch in each of `processes`, which need not have started yet."""
         return max(1, len(self.images) // processes // self.recipe.batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each batch of this epoch, or what is left of it."""
+        """The batches of this epoch that are left."""
         self.taken, self._first = self._first, 0
         for batch in self._batches(self.taken):
             self.taken += 1
@@ -91,7 +88,7 @@ class Batches(ABC):
 
     @abstractmethod
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of this epoch from number `first` on."""
+        """The batches of this epoch from number `first`."""
 
     def order(self) -> list[Tensor]:
         """Indices of the images in each batch of this epoch, for this process."""
@@ -150,7 +147,7 @@ class TensorBatches(Batches):
             yield x, self.labels[there]
 
     def _moves(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """For every image of the set: rows and columns to shift by, and whether to flip."""
+        """Rows and columns to shift each image of the set by, and whether to flip it."""
         if self.recipe.augmentation == "none":
             return None
         reach, n = max(1, self.recipe.pixels // 8), len(self.images)
@@ -171,8 +168,8 @@ def shifted(x: Tensor, rows: Tensor, columns: Tensor, flip: Tensor) -> Tensor:
     Args:
         x: [B, C, H, W].
         rows: int64 [B]; row i of the result is row i + rows of the image.
-        columns: int64 [B], likewise.
-        flip: bool [B]; mirrored left to right after shifting.
+        columns: int64 [B]; the same for columns.
+        flip: bool [B]; images to mirror left to right, after shifting.
 
     Example:
         >>> x = torch.arange(1, 5).view(1, 1, 2, 2)
@@ -197,11 +194,11 @@ def shifted(x: Tensor, rows: Tensor, columns: Tensor, flip: Tensor) -> Tensor:
 class FileBatches(Batches):
     """Batches of images that are read and transformed one by one; see `Batches`.
 
-    An unreadable image is replaced, in training, by the next one of the set that can be
-    read; in evaluation it is left out. `Batches.unreadable` names it.
+    In training, the next readable image of the set replaces an unreadable one; in evaluation it is
+    left out. `Batches.unreadable` names it.
 
     Raises:
-        UnreadableImageError: when read, if the recipe says ``unreadable="stop"``.
+        UnreadableImageError: while iterating, if the recipe says ``unreadable="stop"``.
     """
 
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -218,16 +215,16 @@ class FileBatches(Batches):
         )
         for x, y, bad, stop in loader:
             self.unreadable.update(bad)
-            if stop:  # raised here: an error of a worker comes with its traceback as text
+            if stop:  # raised here, because a worker's error would carry its traceback as text
                 raise UnreadableImageError(stop)
             if len(y):
                 yield x, y
 
 
 class _Samples(torch.utils.data.Dataset[Any]):
-    """Transformed images by (epoch, index); ``None`` for one that is left out.
+    """Transformed images by (epoch, index), or None for one that is left out.
 
-    Each with its label, the paths that could not be read, and why to stop (or "").
+    Each comes with its label, the paths that could not be read, and a reason to stop (or "").
     """
 
     def __init__(
@@ -269,7 +266,7 @@ def _collated(
 def transform(
     images: ImageSet, recipe: Recipe, mean: Sequence[float], std: Sequence[float], *, train: bool
 ) -> Any:
-    """The transform of one image, by timm, for a recipe: a callable, PIL image to [C, S, S]."""
+    """The recipe's transform of one image, by timm: a callable from a PIL image to [C, S, S]."""
     from timm.data import create_transform
     from timm.data.auto_augment import (
         augment_and_mix_transform,
@@ -312,7 +309,7 @@ def transform(
 
 
 def eval_size(images: ImageSet, recipe: Recipe) -> int:
-    """Short side that an image is resized to before its centre is cropped in evaluation."""
+    """Short side of an image in evaluation, before its centre is cropped."""
     if isinstance(images, TensorImages):  # fits already
         return recipe.pixels
     return recipe.resize or round(recipe.pixels * 8 / 7)
@@ -327,7 +324,7 @@ def make_batches(
     train: bool = False,
     device: torch.device | str = "cpu",
 ) -> Batches:
-    """Batches of a set, made the way that suits it; see `Batches`."""
+    """Batches of a set in memory or in files; see `Batches`."""
     if isinstance(images, TensorImages):
         if not (train and recipe.augmentation not in AUGMENTATIONS):
             return TensorBatches(images, recipe, mean, std, train=train, device=device)

@@ -1,4 +1,4 @@
-"""Which images a recipe trains, validates and tests on: `load_data`.
+"""The images that a recipe trains, validates and tests on: `load_data`.
 
 Shapes in this file::
 
@@ -51,15 +51,14 @@ class Data:
     """The sets of one run.
 
     Attributes:
-        train: what is trained on.
-        check: a fixed part of `train`, as large as `val` where there are enough, on
-            which accuracy is measured as it is on `val`.
-        val: chooses the best epoch.
-        test: scored once, at the end; None where there is no such set.
+        train: training images.
+        check: a fixed part of `train`, as large as `val` if possible; accuracy is measured on both alike.
+        val: validation images, which choose the best epoch.
+        test: test images, scored once at the end; None without a test set.
         classes: names, in the order of the labels.
-        mean: of each channel, of values in [0, 1].
-        std: standard deviation, likewise.
-        recipe: says how batches are made.
+        mean: mean of each channel, for values in [0, 1].
+        std: standard deviation of each channel.
+        recipe: how batches are made.
 
     Example:
         >>> data = load_data(Recipe(name="example", model="resnet20_cifar", batch=32))
@@ -82,22 +81,22 @@ class Data:
         return make_batches(self.train, self.recipe, self.mean, self.std, train=True, device=device)
 
     def check_batches(self, device: torch.device | str = "cpu") -> Batches:
-        """Batches of `check`, in order, not augmented; likewise the next two."""
+        """Batches of `check`, in order and not augmented."""
         return make_batches(self.check, self.recipe, self.mean, self.std, device=device)
 
     def val_batches(self, device: torch.device | str = "cpu") -> Batches:
-        """Batches of `val`."""
+        """Batches of `val`, in order and not augmented."""
         return make_batches(self.val, self.recipe, self.mean, self.std, device=device)
 
     def test_batches(self, device: torch.device | str = "cpu") -> Batches:
-        """Batches of `test`.
+        """Batches of `test`, in order and not augmented.
 
         Raises:
             ValueError: there is no test set.
         """
         if self.test is None:
             raise ValueError(
-                f"{self.recipe.data} at {self.recipe.path} has no test set; score another part"
+                f"data={self.recipe.data} at path={self.recipe.path} has no test set; score another part"
             )
         return make_batches(self.test, self.recipe, self.mean, self.std, device=device)
 
@@ -122,7 +121,7 @@ def load_data(recipe: Recipe) -> Data:
         return _shards(recipe)
     else:
         return _folders(recipe)
-    assert recipe.val_fraction is not None  # `Recipe` sees to it
+    assert recipe.val_fraction is not None  # checked by `Recipe`
     train, val = divide(whole, recipe.val_fraction, recipe.split_seed)
     return _data(recipe, train, val, rest, classes, normalisation(recipe))
 
@@ -130,17 +129,17 @@ def load_data(recipe: Recipe) -> Data:
 def load_part(
     recipe: Recipe, part: Part = "test", *, divided: bool = False
 ) -> tuple[ImageSet, tuple[str, ...]]:
-    """One set to score, and its classes; of a folder, without looking at ``train/``.
+    """One set to score, and its classes. In a folder, ``train/`` is not looked at.
 
     Args:
         recipe: names the data.
-        part: of a folder, ``"test"`` is ``test/``, else ``val/``, else all of its images.
-        divided: divide a folder too as a run of the recipe does; without a test set its
-            ``"test"`` is the validation set.
+        part: ``"test"`` or ``"val"``. In a folder, ``"test"`` is ``test/``, else ``val/``, else all images.
+        divided: divide a folder as a run of the recipe does; without a test set, ``"test"`` is then the
+            validation set.
 
     Raises:
         FileNotFoundError: the data is not there.
-        ValueError: it has no such part, or no part is called so.
+        ValueError: the data has no such part, or there is no part of this name.
     """
     if part not in get_args(Part):
         raise ValueError(f"part must be one of {', '.join(get_args(Part))}, not {part!r}")
@@ -149,7 +148,7 @@ def load_part(
         names = ("test", "val") if part == "test" else ("val",)
         found = next((root / name for name in names if (root / name).is_dir()), root)
         if part == "val" and found == root:
-            raise ValueError(f"{root} has no val/; score its test images")
+            raise ValueError(f"{root} has no val/; score part=test")
         images, classes = _files(found, recipe)
         return images, tuple(classes)
     if recipe.data == "shards" and not divided:
@@ -181,10 +180,10 @@ def divide(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, Imag
     """Hold out `fraction` of some images, the same share of every class.
 
     Returns:
-        The rest, and what is held out.
+        The rest, and the images held out.
 
     Raises:
-        ValueError: a class has too few images to be in both.
+        ValueError: a class has too few images for both.
     """
     from sklearn.model_selection import train_test_split
 
@@ -237,8 +236,8 @@ def _cifar(recipe: Recipe) -> tuple[TensorImages, TensorImages, list[str]]:
             found = kind(recipe.path, train=train, download=recipe.download)
         except RuntimeError as error:
             raise FileNotFoundError(
-                f"{recipe.data} is not in {recipe.path!r} (no whole {kind.base_folder}): point path at "
-                f"it, or unpack {kind.url} there, or let download=true do it"
+                f"path={recipe.path} holds no {recipe.data} (no whole {kind.base_folder}); set path to its "
+                f"folder, unpack {kind.url} there, or set download=true"
             ) from error
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
         sets.append(TensorImages(_fitted(images, recipe), torch.tensor(found.targets)))
@@ -262,8 +261,8 @@ def _folders(recipe: Recipe) -> Data:
     parts = {name: root / name for name in PARTS if (root / name).is_dir()}
     if recipe.data == "imagenet" and not {"train", "val"} <= parts.keys():
         raise FileNotFoundError(
-            f"{root} has no train/ and val/ folders that hold one folder a class, as ImageNet is laid out; "
-            f"for other layouts use data=folder, or data=shards for tar files"
+            f"{root} must hold train/ and val/ with one folder a class, as ImageNet is laid out; for other "
+            f"layouts set data=folder, for tar files data=shards"
         )
     train, classes = _files(parts.get("train", root), recipe)
     read = {name: _files(folder, recipe, classes)[0] for name, folder in parts.items() if name != "train"}
@@ -276,26 +275,26 @@ def _shards(recipe: Recipe) -> Data:
     train = read.pop("train", None) or read.pop("", None)
     if train is None:
         raise ValueError(
-            f"the shards of {recipe.path} are of {', '.join(read)}: there is nothing to train on"
+            f"path={recipe.path} has shards for {', '.join(read)} and none to train on; add shards of train"
         )
     classes = _named([*parts.get("train", []), *parts.get("", [])], train)
     for name, images in read.items():
         if len(images) and int(images.labels.max()) >= len(classes):
             raise ValueError(
-                f"the {name} shards of {recipe.path} have class {int(images.labels.max())}, and those that "
-                f"are trained on {len(classes)} classes"
+                f"the {name} shards of {recipe.path} have class {int(images.labels.max())}, but the "
+                f"shards to train on have {len(classes)} classes; write both from one list of classes"
             )
     return _parted(recipe, train, read, classes, divided="train" in parts)
 
 
 def _shard_part(recipe: Recipe, part: Part) -> tuple[ShardImages, tuple[str, ...]]:
-    """One set of shards: ``"test"`` is those of test, else of val, else all."""
+    """One set of shards; ``"test"`` is the part test, else val, else all shards."""
     parts = find_shards(recipe.path or "")
     wanted = ("test", "val", "") if part == "test" else ("val",)
     found = next((name for name in wanted if name in parts), None)
     if found is None:
         has = ", ".join(sorted(parts)) or "no part"
-        raise ValueError(f"the shards of {recipe.path} have no {part}: they are of {has}")
+        raise ValueError(f"path={recipe.path} has no shards for {part}, only for {has}")
     images = _packed(parts[found], recipe)
     return images, tuple(_named(parts[found], images))
 
@@ -303,20 +302,22 @@ def _shard_part(recipe: Recipe, part: Part) -> tuple[ShardImages, tuple[str, ...
 def _parted(
     recipe: Recipe, train: ImageSet, read: Mapping[str, ImageSet], classes: Sequence[str], *, divided: bool
 ) -> Data:
-    """The sets, where some parts are given: `train` is all there is unless `divided`."""
+    """The sets from given parts; without `divided`, `train` is all there is and is divided here."""
     test: ImageSet | None
     if not divided:
-        if read or recipe.val_fraction is None:
-            raise ValueError(
-                f"{recipe.path} has no train/ beside {', '.join(read) or 'the classes'}; set val_fraction"
-            )
+        if read:
+            raise ValueError(f"path={recipe.path} has {', '.join(read)} and no train; add train")
+        if recipe.val_fraction is None:
+            raise ValueError(f"path={recipe.path} is not divided into train and val; set val_fraction")
         whole, test = train, None
         if recipe.test_fraction:
             whole, test = divide(train, recipe.test_fraction, recipe.split_seed)
         rest, val = divide(whole, recipe.val_fraction, recipe.split_seed)
     elif recipe.val_fraction is None:
         if "val" not in read:
-            raise ValueError(f"{recipe.path} has no val/; set val_fraction to hold images of train/ out")
+            raise ValueError(
+                f"path={recipe.path} has no val/; set val_fraction to hold out images of train/"
+            )
         rest, val, test = train, read["val"], read.get("test")
     else:
         rest, val = divide(train, recipe.val_fraction, recipe.split_seed)
@@ -328,7 +329,7 @@ def _root(recipe: Recipe) -> Path:
     root = Path(recipe.path or "")
     if not root.is_dir():
         raise FileNotFoundError(
-            f"path = {recipe.path!r} is no folder; it should hold train/ and val/, or classes"
+            f"path={recipe.path} is no folder; give one that holds train/ and val/, or one folder a class"
         )
     return root
 
@@ -344,12 +345,13 @@ def _files(
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{folder} should hold one folder of images for each class ({error}); see data= and path="
+            f"{folder} must hold one folder of images for each class ({error}); see data= and path="
         ) from error
     if wanted is not None and found.classes != list(wanted):
         odd = sorted(set(found.classes) ^ set(wanted))
         raise ValueError(
-            f"{folder} has other classes than train/: {', '.join(odd[:5])}{' ...' * (len(odd) > 5)}"
+            f"{folder} must have the classes of train/; they differ in {', '.join(odd[:5])}"
+            f"{' ...' * (len(odd) > 5)}"
         )
     paths, labels = zip(*found.samples, strict=True)
     return FileImages(paths, torch.tensor(labels), recipe.in_chans), list(found.classes)
@@ -369,5 +371,5 @@ def _named(shards: Sequence[Path], images: ShardImages) -> list[str]:
 def _check_channels(recipe: Recipe) -> None:
     if recipe.in_chans not in (1, 3):
         raise ValueError(
-            f"images have 1 or 3 channels, but model_args asks for in_chans = {recipe.in_chans}"
+            f"model_args.in_chans must be 1 or 3, the channels of images, not {recipe.in_chans}"
         )

@@ -1,4 +1,4 @@
-"""Learning from a frozen teacher, by its logits and by what its stages give.
+"""Learning from a frozen teacher, by its logits and by the outputs of its stages.
 
 - logits: Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, arXiv
   1503.02531, section 2: the Kullback-Leibler divergence of both softmaxes at temperature T,
@@ -8,7 +8,7 @@
 
 Shapes in this file::
 
-    x       [B, C, S, S] images, as the student gets them: augmented, mixed
+    x       [B, C, S, S] images as the student sees them: augmented and mixed
     logits  [B, classes]
     h       [B, C, H, W], [B, H, W, C] or [B, tokens, C]: the output of a stage
 """
@@ -30,7 +30,7 @@ from pliant._options import NotNegative, Positive, Probability, check, refuse_un
 from pliant.objectives import Feature, ManyPasses, channel_dim, divergence, stage_numbers
 
 Match = Literal["maps", "attention"]
-Seen = dict[int, list[Feature]]  # by number of the stage: one for each forward
+Seen = dict[int, list[Feature]]  # by number of the stage, one feature for each forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,9 @@ class Distillation:
         alpha: weight of the teacher's logits, in [0, 1]; labels have the rest.
         temperature: T, by which logits are divided; gradients keep their size by T squared.
         features: weight of the distance between the stages' outputs, summed over stages; 0: off.
-        match: what of a stage's output is compared: ``"maps"``, all of it, or ``"attention"``,
-            the energy of each position, which networks of different widths have alike.
-        stages: numbers of the network's stages (`pliant.anatomy.stages`), from 0; None: all.
+        match: what is compared: ``"maps"``, the whole output of a stage, or ``"attention"``, the energy
+            at each position, which also fits networks of different widths.
+        stages: numbers of the stages to compare (`pliant.anatomy.stages`), from 0; None: all.
 
     Raises:
         ValueError: an option is out of its range, or nothing is left to learn from.
@@ -68,38 +68,40 @@ class Distillation:
             object.__setattr__(self, "stages", stage_numbers(self.stages))
         check(self)
         if not (self.alpha or self.features):
-            raise ValueError("alpha=0 with features=0 leaves nothing to learn from the teacher")
+            raise ValueError(
+                "alpha=0 with features=0 leaves nothing to learn from the teacher; set one of them above 0"
+            )
         if self.stages is None:
             return
         if not self.stages:
-            raise ValueError("stages=() compares no features: name some (numbers from 0), or none for all")
+            raise ValueError("stages=() compares no features; give numbers of stages, or none for all")
         if not self.features:
-            raise ValueError("stages are of the features, whose weight is 0: give features=1")
+            raise ValueError(f"stages={self.stages} needs features above 0; set features=1")
 
 
 def make_distillation(options: Mapping[str, Any]) -> Distillation:
-    """The `Distillation` of a recipe's options.
+    """The `Distillation` of a recipe's ``distill_args``.
 
     Raises:
-        ValueError: an option that there is not, or whose value is wrong.
+        ValueError: an option is unknown, or its value is wrong.
     """
     refuse_unknown(options, [f.name for f in fields(Distillation)], "distill_args")
     return Distillation(**options)
 
 
 class Teaching:
-    """A frozen teacher, and what it adds to a student's loss.
+    """A frozen teacher, and the terms that it adds to a student's loss.
 
-    It is no module, so neither the student's state, nor its optimiser, nor its average has the
-    teacher in it; copies share it.
+    It is no module, so the student's state, optimiser and average do not contain the teacher; copies
+    share it.
 
     Args:
-        teacher: is put into evaluation mode and frozen, in place.
-        rule: how it is learned from.
-        name: what it is called.
+        teacher: network to freeze and put into evaluation mode, in place.
+        rule: how the student learns from it.
+        name: name of the teacher.
 
     Attributes:
-        identity: the name, and a hash of the weights; a run's checkpoints keep it.
+        identity: name, and hash of the weights; a run's checkpoints keep both.
     """
 
     def __init__(self, teacher: nn.Module, rule: Distillation, name: str) -> None:
@@ -110,10 +112,10 @@ class Teaching:
         return self
 
     def check(self, student: nn.Module, size: tuple[int, int, int]) -> None:
-        """Refuse a teacher that the student cannot learn from; both see one image of zeros.
+        """Refuse a teacher that the student cannot learn from. Both are run on an image of zeros.
 
         Raises:
-            ValueError: other classes; stages that there are not, or of other shapes.
+            ValueError: the classes differ, or the stages to compare are missing or differ in shape.
         """
         training = [module for module in student.modules() if module.training]
         x = torch.zeros(1, *size, device=next(student.parameters()).device)
@@ -128,12 +130,12 @@ class Teaching:
         if told.shape != logits.shape:
             raise ValueError(
                 f"the teacher {self.identity['network']} gives {told.shape[-1]} classes, the network "
-                f"{logits.shape[-1]}; take a teacher for the same classes"
+                f"{logits.shape[-1]}; give a teacher for the same classes"
             )
         if features.keys() != seen.keys():
             raise ValueError(
-                f"the teacher has {len(features)} stages and the network {len(seen)}; name those to "
-                f"compare in stages"
+                f"the teacher has {len(features)} stages and the network {len(seen)}; name the stages to "
+                f"compare, such as distill_args.stages=(0, 1)"
             )
         for n, (feature,) in seen.items():
             try:
@@ -143,7 +145,7 @@ class Teaching:
 
     @contextmanager
     def watch(self, network: nn.Module) -> Iterator[Seen]:
-        """Collect what stages of a network give, if features are compared, while the block runs."""
+        """Collect the outputs of a network's stages within the block, if features are compared."""
         if not self.rule.features:
             yield {}
             return
@@ -188,14 +190,14 @@ class Teaching:
         return result
 
     def to(self, device: torch.device, *, channels_last: bool = False) -> None:
-        """Move the teacher to where the student is, its weights as the student's lie."""
+        """Move the teacher to the student's device and memory format."""
         self.teacher.to(device)
         if channels_last:
             self.teacher.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def _look(self, x: Tensor) -> tuple[Tensor, Seen]:
-        """The teacher's logits and stages for `x`."""
+        """The teacher's logits and stage outputs for `x`."""
         with self.watch(self.teacher) as seen:
             logits: Tensor = self.teacher(x)
         return logits, seen
@@ -206,7 +208,7 @@ def soft_divergence(teacher: Tensor, student: Tensor, temperature: float) -> Ten
 
     Args:
         teacher: logits [B, classes].
-        student: likewise.
+        student: logits [B, classes].
         temperature: T.
 
     Example:
@@ -220,10 +222,10 @@ def soft_divergence(teacher: Tensor, student: Tensor, temperature: float) -> Ten
 def distance(teacher: Feature, student: Feature, match: Match = "maps") -> Tensor:
     """Half the squared distance of two feature maps of length 1, averaged over the batch.
 
-    That is one minus the cosine of their angle: 0 where they are alike, up to their size, and at
-    most 2. FitNets' equation 3 without its regressor, on maps of length 1 as in Attention
-    Transfer, so that no stage outweighs another; with ``match="attention"`` the latter's maps, the
-    mean of ``h ** 2`` over the channels (its equation 2 with p = 2, squared).
+    This is one minus the cosine of their angle: 0 for equal directions, at most 2. It is FitNets'
+    equation 3 without the regressor, on maps of length 1 as in Attention Transfer, so that no stage
+    outweighs another. With ``match="attention"`` the maps are those of Attention Transfer: the mean of
+    ``h ** 2`` over the channels (its equation 2 with p = 2, squared).
 
     Raises:
         ValueError: the shapes differ; with ``"attention"`` the channels may.
@@ -247,7 +249,7 @@ def distance(teacher: Feature, student: Feature, match: Match = "maps") -> Tenso
 
 
 def digest(network: nn.Module) -> str:
-    """A hash of a network's state: names, kinds, shapes and bits of all that it holds.
+    """A hash of a network's state: names, types, shapes and bits of all entries.
 
     Example:
         >>> one, two = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -260,7 +262,7 @@ def digest(network: nn.Module) -> str:
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             found.update(bits.numpy().tobytes())
-        else:  # what a module keeps beside tensors
+        else:  # extra state of a module
             found.update(f"{name} {value!r}".encode())
     return found.hexdigest()
 
@@ -271,7 +273,8 @@ def _outputs(network: nn.Module, stages: Iterable[int] | None) -> Iterator[Seen]
     ends = [stage.blocks[-1] for stage in anatomy.stages(network)]
     if not ends:
         raise ValueError(
-            f"no stages are known of {type(network).__name__}: features cannot be compared; set features=0"
+            f"features of {type(network).__name__} cannot be compared, as its stages are unknown; set "
+            f"features=0"
         )
     numbers = range(len(ends)) if stages is None else stages
     seen: Seen = {}

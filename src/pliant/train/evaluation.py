@@ -24,7 +24,7 @@ from pliant.train.images import ImageSet
 from pliant.train.recipe import Recipe
 from pliant.train.run import BEST, RECIPE
 
-# What of a recipe says which images are held out.
+# Options of a recipe that decide which images are held out.
 DIVISION = ("val_fraction", "test_fraction", "split_seed")
 
 
@@ -37,9 +37,9 @@ class Evaluation:
         top5: share whose class is among the five highest; None below ten classes.
         loss: mean cross entropy.
         per_class: class name to top-1 share; NaN for a class without an image.
-        images: how many were scored.
-        unreadable: how many more could not be read, and are left out.
-        unreadable_paths: which.
+        images: number of images scored.
+        unreadable: number of further images, left out because they could not be read.
+        unreadable_paths: paths of these images.
     """
 
     top1: float
@@ -73,24 +73,24 @@ def evaluate(
 ) -> Evaluation:
     """Score a network, or a saved one, in float32.
 
-    A saved network is given images as its checkpoint says (size, mean, standard
-    deviation); one in memory as its ``pretrained_cfg`` says, as far as it does.
+    A saved network gets images of the size, mean and standard deviation in its checkpoint; a network
+    in memory gets those in its ``pretrained_cfg``, as far as it names them.
 
     Args:
         model: a network, or the folder of a saved one or of a run.
-        data: as `Recipe.data`. None: what the run in the folder `model` was trained on,
-            divided as it was, so that no image it learnt from is scored; else digits.
+        data: as `Recipe.data`. None: the data of the run in the folder `model`, divided in the same way,
+            so that no training image is scored; else digits.
         path: as `Recipe.path`.
-        part: ``"test"`` or ``"val"``. Of a folder, ``"test"`` is ``test/``, else ``val/``,
-            else all of its images.
-        batch: images at once.
+        part: ``"test"`` or ``"val"``. In a folder, ``"test"`` is ``test/``, else ``val/``, else all
+            images.
+        batch: images in a batch.
         device: ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"``, ...
         workers: processes that read images from folders.
-        pixels: side of the images, if not what the checkpoint says.
+        pixels: side of the images, instead of the checkpoint's.
 
     Raises:
-        ValueError: the network has another number of classes than the data; or the data
-            has classes that the checkpoint does not name (it may have fewer).
+        ValueError: the network has another number of classes than the data, or the data has classes
+            that the checkpoint does not name (fewer are fine).
         FileNotFoundError: no data, or no checkpoint.
     """
     given = prepare(
@@ -102,16 +102,16 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A network, and the images that it is to be run on, as it wants them.
+class NetworkOnData:
+    """A network, and images in the size and normalisation that it expects.
 
     Attributes:
-        network: as it was given or saved.
+        network: the network as it was given or saved.
         images: the set, not normalised.
-        batches: of `images`, in order, normalised and of the network's size.
+        batches: batches of `images`, in order, normalised and of the network's size.
         classes: names, in the order of the labels.
-        device: where `batches` are best used; `network` is not moved there.
-        recipe: which says what the images are.
+        device: device of the batches; `network` is not moved there.
+        recipe: describes the images.
     """
 
     network: nn.Module
@@ -132,7 +132,7 @@ def prepare(
     device: str = "auto",
     workers: int = 2,
     pixels: int | None = None,
-) -> Prepared:
+) -> NetworkOnData:
     """Bring a network, or a saved one, and the images of a data set together.
 
     Arguments and errors are those of `evaluate`.
@@ -164,7 +164,7 @@ def prepare(
     mean, std = normalisation(recipe)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     loader = make_batches(images, recipe, settings.mean or mean, settings.std or std, device=where)
-    return Prepared(network, images, loader, classes, where, recipe)
+    return NetworkOnData(network, images, loader, classes, where, recipe)
 
 
 @torch.no_grad()
@@ -175,10 +175,10 @@ def score(
     *,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Score a network on batches; it stays on `device`, and keeps its mode.
+    """Score a network on batches. The network stays on `device` and keeps its mode.
 
     Raises:
-        ValueError: its outputs are not one for each of `classes`; or there is no image.
+        ValueError: the network has not one output for each of `classes`, or there is no image.
     """
     scores = Scores(classes, device)
     mode = model.training
@@ -192,11 +192,11 @@ def score(
 
 
 class Scores:
-    """Scores of a network, batch by batch.
+    """Scores of a network, collected batch by batch.
 
     Args:
-        classes: their names.
-        device: where outputs and labels come from.
+        classes: names of the classes.
+        device: device of the outputs and labels.
     """
 
     def __init__(self, classes: tuple[str, ...], device: torch.device | str = "cpu") -> None:
@@ -217,8 +217,8 @@ class Scores:
         logits, n = logits.float(), len(self.classes)
         if logits.shape != (len(y), n):
             raise ValueError(
-                f"the network has {logits.shape[-1]} outputs and the data {n} classes; take the data "
-                f"that it was trained on, or build it with num_classes={n}"
+                f"the network has {logits.shape[-1]} outputs and the data {n} classes; give the data that "
+                f"it was trained on, or build it with num_classes={n}"
             )
         self._each.update(logits, y)
         if self._top5 is not None:
@@ -245,7 +245,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Settings:
-    """How a network wants its images."""
+    """The images that a network expects."""
 
     size: tuple[int, int, int]
     mean: tuple[float, ...] | None = None
@@ -255,7 +255,7 @@ class _Settings:
 
 
 def _saved(folder: Path) -> tuple[nn.Module, _Settings]:
-    """A network and its settings, from its own folder or from a run's."""
+    """A network and its settings, from the folder of a checkpoint or of a run."""
     from pliant.checkpoint import load, read_config
 
     if (folder / BEST).is_dir():
@@ -269,7 +269,7 @@ def _saved(folder: Path) -> tuple[nn.Module, _Settings]:
 
 
 def _recipe(folder: Path) -> Recipe | None:
-    """What the run in a folder was, if it is one's."""
+    """The recipe of the run in a folder, or None if there is no run."""
     written = folder / RECIPE
     return Recipe.from_dict(json.loads(written.read_text(encoding="utf-8"))) if written.is_file() else None
 
@@ -286,7 +286,7 @@ def _settings(model: nn.Module) -> _Settings:
 
 
 def _renumbered(labels: Tensor, names: tuple[str, ...], known: tuple[str, ...]) -> Tensor:
-    """Labels in the checkpoint's order of classes."""
+    """Labels by the checkpoint's order of classes."""
     other = [name for name in names if name not in known]
     if other:
         raise ValueError(

@@ -57,7 +57,7 @@ __all__ = ["Terminated", "build", "fit"]
 
 
 class Terminated(SystemExit):
-    """A signal ended a run that can be continued; by itself, the process ends with status 1."""
+    """A signal ended a run that can be resumed; uncaught, the process ends with status 1."""
 
 
 def fit(
@@ -73,41 +73,39 @@ def fit(
 ) -> Run:
     """Train a network by a recipe, keep the best epoch on validation, test it once.
 
-    On the CPU, with the same number of threads, the same recipe gives the same weights
-    bit by bit, whether or not it was killed and resumed, and whenever that was. The random
-    generators are left as they were.
+    On the CPU, with the same number of threads, the same recipe gives the same weights bit by bit,
+    also if the run was killed and resumed at any moment. The random generators are left as they were.
 
     Args:
         recipe: what to run.
-        folder: where to; by default ``runs/<name>-s<seed>``. Afterwards it holds
-            ``recipe.json``, ``environment.json`` (versions, commit, machine),
-            ``metrics.csv``, ``tensorboard/`` if that is installed,
-            ``checkpoints/{last,previous}.ckpt`` (see `pliant.train.saved`), ``best/`` (the
-            network, for `pliant.load`), ``run.json`` and ``run.lock``.
-        resume: continue the unfinished run in `folder` after its last checkpoint (see
-            ``checkpoint_minutes`` of `Recipe`); of a finished one, return what it gave.
+        folder: folder of the run; by default ``runs/<name>-s<seed>``. Afterwards it holds
+            ``recipe.json``, ``environment.json`` (versions, commit, machine), ``metrics.csv``,
+            ``tensorboard/`` if TensorBoard is installed, ``checkpoints/{last,previous}.ckpt`` (see
+            `pliant.train.saved`), ``best/`` (the network, for `pliant.load`), ``run.json`` and
+            ``run.lock``.
+        resume: continue the unfinished run in `folder` from its last checkpoint (see
+            ``checkpoint_minutes`` of `Recipe`); return the result of a finished one.
         progress: show a progress bar.
-        model: train this network, in place, rather than build ``recipe.model``. Images
-            have as many channels as ``recipe.in_chans`` says. Not with ``strategy="fsdp"``.
-        objective: what is minimised; by default what the recipe says.
-        teacher: learn from a copy of this network, by ``recipe.distill_args``, rather than from
-            ``recipe.teacher``. It is given what `model` is given.
-        callbacks: more of Lightning's callbacks. In ``on_train_epoch_end`` the row of the
-            epoch is ``pl_module.history[-1]``.
+        model: train this network in place instead of building ``recipe.model``. It gets images with
+            ``recipe.in_chans`` channels. Not with ``strategy="fsdp"``.
+        objective: what is minimised, instead of the recipe's objective.
+        teacher: learn from a copy of this network, by ``recipe.distill_args``, instead of from
+            ``recipe.teacher``. It sees the same images as the student.
+        callbacks: further callbacks of Lightning. In ``on_train_epoch_end`` the row of the epoch is
+            ``pl_module.history[-1]``.
 
     Raises:
-        ValueError: a folder that holds something else, that another process trains in, or
-            whose checkpoints are all damaged; a network that does not fit the data, the
-            objective, the weights or the teacher, or that `pliant.checkpoint.save` could not save
-            (found before training); `test_each` without test images; a
-            resumed run whose teacher is another.
+        ValueError: the folder holds something else, another process trains in it, or all its
+            checkpoints are damaged; the network does not fit the data, the objective, the weights or
+            the teacher, or `pliant.checkpoint.save` could not save it (all found before training);
+            `test_each` without test images; the resumed run had another teacher.
         OSError: the folder cannot be written, or the disk is full; what was kept is whole.
         FileNotFoundError: the data is not there.
-        KeyboardInterrupt: Ctrl-C; the run can be continued.
-        Terminated: a ``SystemExit``: SIGTERM, or SIGUSR1; the run can be continued, from the step
-            at hand.
+        KeyboardInterrupt: Ctrl-C; the run can be resumed.
+        Terminated: a ``SystemExit``, after SIGTERM or SIGUSR1; the run can be resumed from the step
+            that was running.
         NonFiniteLossError: the loss became NaN or infinite; earlier checkpoints are kept.
-        UnreadableImageError: an image cannot be read, and the recipe stops at such.
+        UnreadableImageError: an image cannot be read, and the recipe says ``unreadable="stop"``.
 
     Example:
         >>> import tempfile
@@ -127,17 +125,17 @@ def fit(
     check_launch(recipe)
     if recipe.strategy == "fsdp" and (model is not None or teacher is not None):
         raise ValueError(
-            "strategy=fsdp would leave a given network in shares, and was not tried with a teacher: "
-            "use ddp, or name the network in the recipe"
+            "strategy=fsdp cannot train a network or teacher that is given as an object; name it in the "
+            "recipe, or set strategy=ddp"
         )
-    if _first():  # for the others the first claims it
+    if _first():  # the first process claims the folder for all
         check_claim(folder, recipe, resume=resume)
     with _quiet(), _threads(recipe.threads), seeded(recipe.seed, "weights"):
         data = load_data(recipe)
         if recipe.test_each and data.test is None:
             raise ValueError(
-                f"test_each=true scores test images, and {recipe.data} at {recipe.path} has none: leave "
-                f"it off"
+                f"test_each=true needs test images, and data={recipe.data} at path={recipe.path} has none; "
+                f"set test_each=false"
             )
         kept = resume and any((folder / name).is_file() for name in (LAST, PREVIOUS))
         network = begun(recipe, data, model, weights=not kept)
@@ -146,7 +144,7 @@ def fit(
         teaching = teaching_of(recipe, data, network, teacher)
         about = _about(recipe, data, network)
         with tempfile.TemporaryDirectory() as trial:
-            save(network, Path(trial, BEST), **about)  # rather fail now than after training
+            save(network, Path(trial, BEST), **about)  # so that it fails now, not after training
         with _claimed(folder, recipe, resume) as checkpoint:
             trained = copy.deepcopy(network) if recipe.strategy == "fsdp" else network  # left in shares
             task = _train(recipe, data, trained, folder, checkpoint, chosen, teaching, progress, callbacks)
@@ -155,7 +153,7 @@ def fit(
 
 
 def _check_objective(objective: Objective, network: nn.Module) -> None:
-    """Refuse an objective that is not the network's; warn of a half-trained network."""
+    """Refuse an objective that cannot train the network; warn where it trains only a part."""
     if isinstance(objective, ManyPasses):
         objective.check(network)
         return
@@ -168,7 +166,7 @@ def _check_objective(objective: Objective, network: nn.Module) -> None:
 
 
 def _about(recipe: Recipe, data: Data, network: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says of the images; how they are cropped, `save` reads off the network."""
+    """Arguments of `save` that describe the images; the crop goes into ``pretrained_cfg``."""
     config = getattr(network, "pretrained_cfg", None)
     if isinstance(config, Mapping):
         crop = {"crop_pct": recipe.pixels / eval_size(data.val, recipe), "crop_mode": "center"}
@@ -218,13 +216,13 @@ def _train(
         if device.type == "cpu":
             warn_of_narrow_convolutions(network)
     train, val, check = data.train_batches(device), data.val_batches(device), data.check_batches(device)
-    steps = train.steps(recipe.devices * recipe.nodes)  # the processes are not there yet
+    steps = train.steps(recipe.devices * recipe.nodes)  # further processes have not started yet
     task = Classification(
         network, recipe, classes=len(data.classes), steps=steps, objective=objective, teaching=teaching
     )
     scored = [val, check, *([data.test_batches(device)] if recipe.test_each else [])]
     for loader in (train, *scored):
-        loader.unreadable = task.unreadable  # one set, which checkpoints keep
+        loader.unreadable = task.unreadable  # one set for all, kept in checkpoints
     trainer.callbacks.insert(0, _Epochs(train, folder / METRICS))  # type: ignore[attr-defined]
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -234,10 +232,10 @@ def _train(
         if clear is error:
             raise
         raise clear from error
-    except SIGTERMException as stop:  # by itself it would end the process as if all were well
+    except SIGTERMException as stop:  # uncaught, it would end the process with status 0
         raise Terminated(f"terminated; {folder} can be continued with resume") from stop
     except SystemExit as stop:
-        # Lightning makes this of Ctrl-C, and leaves the process deaf to the next.
+        # Lightning turns Ctrl-C into this, and leaves the process deaf to the next Ctrl-C.
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, handler)
@@ -290,9 +288,9 @@ def _finish(
 
 
 class _Epochs(Callback):
-    """Tell the batches which epoch it is, and write ``metrics.csv`` after each.
+    """Tell the batches which epoch it is, and write ``metrics.csv`` after each epoch.
 
-    The file is written whole: Lightning's CSVLogger loses its rows in a resume.
+    Lightning's CSVLogger would lose the rows of a resumed run, so the whole file is written anew.
     """
 
     def __init__(self, batches: Batches, path: Path) -> None:
@@ -308,9 +306,9 @@ class _Epochs(Callback):
 
 
 def _clear(error: OSError, folder: Path) -> OSError:
-    """The error that names a file; one of our own, or of a full disk that TensorBoard met.
+    """An error that names the file, for one of our own or for a full disk that TensorBoard met.
 
-    Loggers are closed after an error, and on a full disk that raises another on top of it.
+    Lightning closes its loggers after an error; on a full disk that raises a second error.
     """
     found: BaseException | None = error
     while found is not None:
@@ -332,21 +330,22 @@ def _logger(folder: Path) -> Any:
         return TensorBoardLogger(folder, name=TENSORBOARD, version="")
     except ModuleNotFoundError:
         logging.getLogger(__name__).warning(
-            "TensorBoard is not installed (pip install tensorboard): only %s is written", METRICS
+            "TensorBoard is not installed, so only %s is written; pip install tensorboard to have both",
+            METRICS,
         )
         return False
 
 
 def _ema(decay: float) -> Any:
-    """Average that forgets the first steps: its decay rises to `decay` from 0.1.
+    """Moving average whose decay rises from 0.1 to `decay`, so that the first steps are forgotten.
 
-    All values of one type at once, as torch's own averages take them; of integers the last ones count.
+    It takes all values of one type at once, as torch's own averages do. Integers are copied.
     """
 
     def average(old: list[Tensor], new: list[Tensor], count: Tensor) -> None:
         # As in TensorFlow's ExponentialMovingAverage with num_updates.
         share = min(decay, (1 + float(count)) / (10 + float(count)))
-        if not old[0].is_floating_point():  # counters, and indices: the mean of two sevens may be a six
+        if not old[0].is_floating_point():  # counters and indices have no mean
             torch._foreach_copy_(old, new)
             return
         torch._foreach_mul_(old, share)
@@ -361,7 +360,7 @@ def _first() -> bool:
 
 
 def _claimed(folder: Path, recipe: Recipe, resume: bool) -> AbstractContextManager[Path | None]:
-    """Have the folder, and the checkpoint to go on from. The first process has it for all."""
+    """Hold the folder (in the first process, for all) and give the checkpoint to continue from."""
     if _first():
         return claimed(folder, recipe, resume=resume)
     return nullcontext(newest(folder, quiet=True) if resume else None)
@@ -380,7 +379,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep from the user what Lightning says of its own products and of our own choices."""
+    """Silence Lightning's notes on its products and on choices that are made here."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -9,32 +9,38 @@ Shapes in this file::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import IO, Protocol
 
 from PIL import Image
 from torch import Tensor
 
 
 class UnreadableImageError(RuntimeError):
-    """An image that cannot be decoded, in a run that stops at such; names its path."""
+    """An image cannot be decoded, and the run is to stop then; the message names its path."""
 
 
 class ImageSet(Protocol):
-    """Images with their classes; `labels` is int64 [N]."""
+    """A set of images with their classes; `labels` is int64 [N]."""
 
     labels: Tensor
 
     def __len__(self) -> int:
-        """How many there are, readable or not."""
+        """Number of images, readable or not."""
 
     def subset(self, index: Tensor) -> ImageSet:
-        """Those at `index`, in that order."""
+        """The images at `index`, in that order."""
 
     def image(self, i: int) -> Image.Image:
-        """Image `i`, or an error of the decoder."""
+        """Decode image `i`; a damaged one raises the decoder's error."""
 
     def where(self, i: int) -> str:
-        """What image `i` is called in messages."""
+        """Name of image `i` in messages."""
+
+
+def decoded(source: str | IO[bytes], channels: int) -> Image.Image:
+    """An image from a file, decoded whole, in grey (1 channel) or colour (3)."""
+    with Image.open(source) as image:
+        return image.convert("L" if channels == 1 else "RGB")
 
 
 class TensorImages:
@@ -52,7 +58,7 @@ class TensorImages:
         return len(self.labels)
 
     def subset(self, index: Tensor) -> TensorImages:
-        """Those at `index`, in that order."""
+        """The images at `index`, in that order."""
         return TensorImages(self.images[index], self.labels[index])
 
     def image(self, i: int) -> Image.Image:
@@ -61,17 +67,17 @@ class TensorImages:
         return Image.fromarray(pixels)
 
     def where(self, i: int) -> str:
-        """Its number: such images have no path."""
+        """Number of the image, which has no path."""
         return f"image {i}"
 
 
 class FileImages:
-    """Images in files, opened when they are asked for.
+    """Images in files, opened on access.
 
     Args:
-        paths: one for each image.
+        paths: path of each image.
         labels: int64 [N].
-        channels: 1 (grey) or 3 (colour): what images are turned into.
+        channels: channels that images are converted to: 1 (grey) or 3 (colour).
     """
 
     def __init__(self, paths: Sequence[str], labels: Tensor, channels: int = 3) -> None:
@@ -81,14 +87,13 @@ class FileImages:
         return len(self.paths)
 
     def subset(self, index: Tensor) -> FileImages:
-        """Those at `index`, in that order."""
+        """The images at `index`, in that order."""
         return FileImages([self.paths[i] for i in index.tolist()], self.labels[index], self.channels)
 
     def image(self, i: int) -> Image.Image:
         """Image `i`, decoded whole."""
-        with Image.open(self.paths[i]) as image:
-            return image.convert("L" if self.channels == 1 else "RGB")
+        return decoded(self.paths[i], self.channels)
 
     def where(self, i: int) -> str:
-        """Its path."""
+        """Path of image `i`."""
         return self.paths[i]

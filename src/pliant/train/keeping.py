@@ -1,4 +1,4 @@
-"""Write checkpoints while training, so that a kill at any moment costs little and breaks nothing."""
+"""Checkpoints while training: a kill at any moment costs little and breaks nothing."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's way to files, made safe: a checkpoint has its name when it is whole.
+    """Lightning's checkpoint files, written safely: a checkpoint gets its name when it is whole.
 
-    What was ``last.ckpt`` is kept as ``previous.ckpt``. At every moment one of the two is whole.
+    The former ``last.ckpt`` becomes ``previous.ckpt``, so one of the two is whole at every moment.
     """
 
     def save_checkpoint(
@@ -43,25 +43,25 @@ class CheckpointFiles(TorchCheckpointIO):
         torch.save(checkpoint, content)
         with writing(path, ADVICE), atomic_path(path) as temporary:
             temporary.write_bytes(content.getbuffer())
-            sync(temporary)  # before the one that it replaces steps aside
-            if path.name == LAST.name and path.is_file():  # not of a callback of the user's
+            sync(temporary)  # on the disk before the last one is renamed
+            if path.name == LAST.name and path.is_file():  # a user's callback may save other files
                 path.replace(path.with_name(PREVIOUS.name))
 
 
 class Keep(Checkpoint):
-    """Write a checkpoint after each epoch, and within epochs after some time; stop on a signal.
+    """Write a checkpoint after each epoch and every few minutes within it; stop on a signal.
 
-    Lightning's own ModelCheckpoint would write one after the last step of an epoch too, and a
-    run that goes on from there skips the epoch's validation (2.6).
+    Lightning's ModelCheckpoint would also write one after an epoch's last step, and a run that
+    continues from there skips the validation of the epoch (Lightning 2.6).
 
-    SIGTERM, and SIGUSR1 where the program does nothing else on it, end the run after the step at
-    hand, with a checkpoint, and in all processes after the same step, whichever got the signal.
-    Lightning's handler would talk to the other processes from within the signal, which may be
-    in the middle of what they have to say to one another already (2.6).
+    SIGTERM, and SIGUSR1 unless the program handles it, end the run with a checkpoint after the current
+    step; all processes stop after the same step, whichever of them got the signal. Lightning's own
+    handler communicates from within the signal handler, where it can meet another communication of the
+    same process (Lightning 2.6).
 
     Args:
-        folder: of the run.
-        minutes: between checkpoints within an epoch; 0: after every step; None: none.
+        folder: folder of the run.
+        minutes: minutes between checkpoints within an epoch; 0: after every step; None: none.
     """
 
     def __init__(self, folder: Path, minutes: float | None) -> None:
@@ -79,8 +79,8 @@ class Keep(Checkpoint):
         steps = gathered(trainer.global_step)
         if len(set(steps)) > 1:
             raise ValueError(
-                f"the processes of this run go on from different steps, {steps}: its folder has to be on "
-                f"a disk that all machines share"
+                f"the processes of this run continue from different steps, {steps}; put its folder on a "
+                f"disk that all machines share"
             )
         self.saved = monotonic()
         self.stop = trainer.received_sigterm
@@ -93,13 +93,13 @@ class Keep(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, but not after an epoch's last step: validation comes first.
+        """Save if it is time, but not after an epoch's last step, where validation comes first.
 
         Raises:
             SIGTERMException: a signal told to stop.
         """
         due = self.minutes is not None and monotonic() - self.saved >= 60 * self.minutes
-        # Clocks differ, and all take part in saving.
+        # The processes agree, because clocks differ and saving needs all of them.
         due, stop = agreed(due, self.stop, device=trainer.strategy.root_device)
         if batch_idx + 1 >= trainer.num_training_batches:
             return

@@ -1,8 +1,7 @@
-"""Who started the processes of a run: Lightning itself, torchrun, or SLURM's srun.
+"""The launcher of a run's processes: Lightning itself, torchrun, or SLURM's srun.
 
-Lightning reads rank and number of processes from what the launcher says; here it is held against
-the recipe first, because processes that do not agree wait for one another without a word, or each
-train the whole.
+Lightning reads rank and number of processes from the launcher. They are compared with the recipe first:
+processes that do not agree wait for one another without a word, or each train the whole.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from pliant.train.recipe import Recipe
 
 
 class Launch(NamedTuple):
-    """Processes that somebody else started.
+    """Processes that a launcher started.
 
     Attributes:
-        by: who.
-        processes: in all.
-        nodes: machines.
+        by: name of the launcher.
+        processes: number of processes on all machines.
+        nodes: number of machines.
     """
 
     by: str
@@ -28,13 +27,12 @@ class Launch(NamedTuple):
 
 
 def launched() -> Launch | None:
-    """The processes that this one is of, if torchrun or srun started it.
+    """The launch that this process belongs to, if torchrun or srun started it.
 
-    Within an allocation of SLURM, torchrun's word counts (``srun torchrun ...``), as it does for
-    Lightning.
+    In ``srun torchrun ...`` torchrun counts, as for Lightning.
 
     Raises:
-        ValueError: srun was told ``--ntasks`` and not ``--ntasks-per-node``.
+        ValueError: srun got ``--ntasks`` without ``--ntasks-per-node``.
     """
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -46,22 +44,24 @@ def launched() -> Launch | None:
     if SLURMEnvironment.detect():
         processes = int(said["SLURM_NTASKS"])
         if processes > 1 and "SLURM_NTASKS_PER_NODE" not in said:
-            raise ValueError("give srun --ntasks-per-node, the devices of a node, instead of --ntasks")
+            raise ValueError(
+                f"srun was given --ntasks={processes}; give --ntasks-per-node, the devices of a node"
+            )
         return Launch("srun", processes, int(said.get("SLURM_NNODES", 1)))
     return None
 
 
 def check_launch(recipe: Recipe) -> None:
-    """Refuse processes that are not those of the recipe.
+    """Refuse a launch that is not what the recipe says.
 
     Raises:
-        ValueError: their number, or that of machines, is another.
+        ValueError: the number of processes or of machines differs.
     """
     launch = launched()
     if launch is None:
         if recipe.nodes > 1:
             raise ValueError(
-                f"nodes = {recipe.nodes}: start the run on each of them, by torchrun or SLURM's srun"
+                f"nodes={recipe.nodes} needs a launcher; start the run on each machine by torchrun or srun"
             )
         return
     by, processes, nodes = launch
@@ -74,11 +74,11 @@ def check_launch(recipe: Recipe) -> None:
 
 
 def environment_plugins() -> list[Any]:
-    """What Lightning is to know of the launcher.
+    """Plugins that tell Lightning about the launcher.
 
-    Under SLURM, Lightning's own requeueing is off: on SIGUSR1 it would write a checkpoint of its own
-    in the middle of a step, in each process in another one, and go on from that rather than from
-    ours. Runs stop after the step at hand instead (`pliant.train.keeping`).
+    Under SLURM they turn Lightning's own requeueing off. On SIGUSR1 it would write its own checkpoint in
+    the middle of a step, a different one in each process, and continue from that. Runs stop after the
+    current step instead (`pliant.train.keeping`).
     """
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment

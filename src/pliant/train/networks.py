@@ -1,4 +1,4 @@
-"""Networks of a run: the one that is trained, as it begins, and the one that it learns from."""
+"""The networks of a run: the one to train, before its first step, and its teacher."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def begun(recipe: Recipe, data: Data, model: nn.Module | None = None, *, weights
     """The network of a run before its first step.
 
     Args:
-        recipe: says which.
-        data: what it is trained on.
+        recipe: names the network and its weights.
+        data: images to train on.
         model: this network instead of a new one.
-        weights: give it those of the recipe, if there are any.
+        weights: load the recipe's weights, if it has any.
 
     Raises:
         ValueError: as `build` and `pliant.train.weights.load_weights`.
@@ -46,7 +46,7 @@ def begun(recipe: Recipe, data: Data, model: nn.Module | None = None, *, weights
 
 
 def before_conversion(recipe: Recipe, data: Data) -> nn.Module:
-    """The plain network of a recipe's network, with the weights that both start from.
+    """The plain network of a recipe's converted network, with the weights that both start from.
 
     Raises:
         ValueError: the recipe has no weights, or they are not of this network.
@@ -66,7 +66,7 @@ def before_conversion(recipe: Recipe, data: Data) -> nn.Module:
     """
     place = recipe.teacher_weights if recipe.teacher == PLAIN and recipe.teacher_weights else recipe.weights
     if place is None:
-        raise ValueError("the network before its conversion has no weights; give the recipe weights")
+        raise ValueError("the network before its conversion needs weights; set weights=... in the recipe")
     network, _ = plain_form(recipe.model, **_arguments(recipe.model_args, recipe, len(data.classes)))
     _load(network, place, data)
     return network
@@ -75,24 +75,26 @@ def before_conversion(recipe: Recipe, data: Data) -> nn.Module:
 def teaching_of(
     recipe: Recipe, data: Data, network: nn.Module, teacher: nn.Module | None = None
 ) -> Teaching | None:
-    """The teacher of a run, frozen and held against its student; None without one.
+    """The teacher of a run, frozen and checked against its student; None without a teacher.
 
     Args:
-        recipe: says which.
-        data: what is trained on.
-        network: the student, as it is trained.
-        teacher: a copy of this network instead of the recipe's.
+        recipe: names the teacher and its weights.
+        data: images to train on.
+        network: the student.
+        teacher: a network to copy, instead of the recipe's teacher.
 
     Raises:
-        ValueError: two teachers, or options of one that there is not; weights that are not its;
-            or a teacher that the network cannot learn from (`Teaching.check`).
-        FileNotFoundError: its weights are not there.
+        ValueError: there are two teachers, or options without a teacher; the weights are not the
+            teacher's; or the network cannot learn from it (`Teaching.check`).
+        FileNotFoundError: the weights are not there.
     """
     if teacher is not None and recipe.teacher is not None:
-        raise ValueError(f"two teachers: the recipe's, {recipe.teacher!r}, and the network given; drop one")
+        raise ValueError(
+            f"there are two teachers, teacher={recipe.teacher} and the network given; drop one"
+        )
     if teacher is None and recipe.teacher is None:
         if recipe.distill_args:
-            raise ValueError("distill_args are of a teacher, and there is none: give teacher, or drop them")
+            raise ValueError("distill_args needs a teacher; set teacher=..., or remove distill_args")
         return None
     if teacher is not None:
         config: Any = getattr(teacher, "pretrained_cfg", None) or {}

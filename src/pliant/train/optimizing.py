@@ -41,9 +41,9 @@ def rate(recipe: Recipe, step: int, steps: int) -> float:
     """The learning rate at a step, as a share of the recipe's `lr`.
 
     Args:
-        recipe: says the schedule.
-        step: from 0, over the whole run.
-        steps: of one epoch.
+        recipe: names the schedule.
+        step: number of the step in the whole run, from 0.
+        steps: steps in an epoch.
 
     Example:
         >>> recipe = Recipe(name="x", model="x", epochs=4, warmup=1, schedule="cosine")

@@ -1,7 +1,4 @@
-"""Where a run takes place: its device, and the processes of a distributed one.
-
-A run in one process is one of one.
-"""
+"""The device of a run, and its processes. A run that is not distributed has one process."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ T = TypeVar("T")
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """Where a run of a recipe takes place on this machine: a CUDA GPU, or else the CPU.
+    """Device of a recipe's run on this machine: a CUDA GPU, or else the CPU.
 
     Example:
         >>> device_of(Recipe(name="example", model="resnet20_cifar", accelerator="cpu"))
@@ -27,7 +24,7 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def place() -> tuple[int, int]:
-    """This process's number, and how many there are.
+    """Number of this process, and number of processes.
 
     Example:
         >>> place()
@@ -39,7 +36,7 @@ def place() -> tuple[int, int]:
 
 
 def gathered(value: T) -> list[T]:
-    """What each process holds, in order; every one of them has to call this.
+    """The values of all processes, in order. Every process has to call this.
 
     Example:
         >>> gathered({"a.png"})
@@ -54,11 +51,11 @@ def gathered(value: T) -> list[T]:
 
 
 def agreed(*wanted: bool, device: torch.device | str = "cpu") -> tuple[bool, ...]:
-    """For each of some wishes, whether any process has it; every one of them has to call this.
+    """Whether any process wants each of some things. Every process has to call this.
 
     Args:
-        wanted: this process's.
-        device: that its group communicates on.
+        wanted: what this process wants.
+        device: device that the processes communicate on.
 
     Example:
         >>> agreed(True, False)
@@ -72,9 +69,9 @@ def agreed(*wanted: bool, device: torch.device | str = "cpu") -> tuple[bool, ...
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give every process the first one's buffers; every one of them has to call this.
+    """Give every process the buffers of the first. Every process has to call this.
 
-    Batch norms keep the statistics of their own process's images.
+    Without it, each process would validate with the batch-norm statistics of its own images.
     """
     if place()[1] > 1:
         for buffer in module.buffers():

@@ -1,9 +1,9 @@
-"""The folder of a training run, and what comes back from one.
+"""The folder of a training run, and its result.
 
-``recipe.json`` and ``environment.json`` are written at the start, ``metrics.csv`` after
-each epoch, ``best/`` (the network, by `pliant.checkpoint`) and ``run.json`` at the end.
-``checkpoints/`` is described in `pliant.train.saved`, ``tensorboard/`` is Lightning's, and
-``run.lock`` says which process works there.
+``recipe.json`` and ``environment.json`` are written at the start, ``metrics.csv`` after each epoch,
+``best/`` (the network, by `pliant.checkpoint`) and ``run.json`` at the end. `pliant.train.saved`
+describes ``checkpoints/``; Lightning writes ``tensorboard/``; ``run.lock`` names the process that
+works there.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ class Run:
     """A finished training run.
 
     Attributes:
-        folder: where it lies.
+        folder: folder of the run.
         recipe: what was run.
         model: the network of the best epoch, in evaluation mode, on the CPU.
         history: one row an epoch; see `pliant.train.tasks.Classification`.
-        best_epoch: the first with the highest validation accuracy (of an adaptive network
-            that is trained at both depths, the mean of theirs); an index into `history`.
+        best_epoch: index into `history` of the first epoch with the highest validation accuracy (for an
+            adaptive network trained at both depths, the mean of the two).
         val_accuracy: of that epoch, in [0, 1].
         test_accuracy: of `model` on the test set, scored once, in float32; None where
             the data has no test set.
-        seconds: of all epochs, validation included.
-        unreadable: how many images could not be read.
-        unreadable_paths: which.
+        seconds: duration of all epochs, validation included.
+        unreadable: number of images that could not be read.
+        unreadable_paths: paths of these images.
     """
 
     folder: Path
@@ -69,11 +69,6 @@ class Run:
     unreadable: int = 0
     unreadable_paths: tuple[str, ...] = field(default=(), repr=False)
 
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Run:
-        """Read a finished run back; see `read_run`."""
-        return read_run(folder)
-
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
     """The run that `fit` left in a folder, with its network.
@@ -85,9 +80,11 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
 
     folder = Path(folder)
     if not (folder / RESULT).is_file():
-        unfinished = (folder / RECIPE).is_file()
-        why = "a run that has not finished; continue it with resume" if unfinished else "no run"
-        raise FileNotFoundError(f"{folder} holds {why} (there is no {RESULT})")
+        if (folder / RECIPE).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds an unfinished run (no {RESULT}); continue it with resume"
+            )
+        raise FileNotFoundError(f"{folder} holds no run; give the folder that fit wrote")
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     return Run(
         folder=folder,
@@ -111,13 +108,13 @@ def write_run(run: Run) -> None:
 
 @contextmanager
 def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path | None]:
-    """Have a folder for a run, and for no other process, until the block ends.
+    """Hold a folder for a run of this process until the block ends.
 
-    What killed processes left half written is removed. A damaged checkpoint is set aside, as
+    Half-written files of killed processes are removed. A damaged checkpoint is set aside as
     ``damaged.ckpt``.
 
     Yields:
-        Lightning's checkpoint to continue from, or None to begin.
+        The checkpoint to continue from, or None to begin.
 
     Raises:
         ValueError: as `check_claim`; another process has the folder (`FolderInUseError`); no
@@ -149,14 +146,14 @@ def check_claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
     """Refuse a folder that is not for this run; nothing is written.
 
     Raises:
-        ValueError: the folder holds something else, or a run of another recipe; or it
-            holds this run and `resume` was not asked for; or there is none to resume.
+        ValueError: the folder holds something else or a run of another recipe, holds this run without
+            `resume`, or holds no run with it.
     """
     written = folder / RECIPE
     if not written.is_file():
         if resume:
             raise ValueError(f"{folder} holds no run to resume; start it without resume")
-        ours = {folder / LOCK, *_left(folder)}  # of a process killed at its very start
+        ours = {folder / LOCK, *_left(folder)}  # left by a process that was killed at its very start
         if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - ours):
             raise ValueError(f"{folder} is not empty and holds no run; choose another folder")
         return
@@ -176,7 +173,7 @@ def check_claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
 
 
 def _left(folder: Path) -> list[Path]:
-    """Temporary files and folders of processes that were killed while they wrote."""
+    """Temporary files and folders of processes that were killed while writing."""
     names = [Path(name) for name in (RECIPE, ENVIRONMENT, METRICS, RESULT)]
     patterns = [f".{name.stem}-*{name.suffix}" for name in names]
     patterns += [f".{BEST}.*", f"{LAST.parent}/.*{LAST.suffix}"]

@@ -1,9 +1,8 @@
-"""What a run keeps of itself while it trains: the checkpoints of `fit`, read without Lightning.
+"""The checkpoints of a training run, read without Lightning.
 
-A run's folder has two, ``checkpoints/last.ckpt`` and the one before it,
-``checkpoints/previous.ckpt``. Each is Lightning's, written by `torch.save` without anything
-that would have to be executed, and holds under ``"pliant"`` what is ours: the recipe,
-the environment, the history, the weights of the best epoch, and what the epoch has summed up.
+A run's folder has two: ``checkpoints/last.ckpt``, and ``checkpoints/previous.ckpt`` before it. Both are
+Lightning checkpoints, written by `torch.save` and read with ``weights_only``. The key ``"pliant"`` holds
+the recipe, the environment, the history, the weights of the best epoch, and the sums of the epoch so far.
 """
 
 from __future__ import annotations
@@ -27,28 +26,28 @@ LAST = Path("checkpoints", "last.ckpt")
 PREVIOUS = LAST.with_name("previous.ckpt")
 DAMAGED = LAST.with_name("damaged.ckpt")
 OURS = "pliant"
-ADVICE = "the checkpoints that were written are kept: mend that, then go on with resume"
+ADVICE = "the checkpoints written so far are kept; mend the cause, then continue with resume"
 
-# What may change the last bits of what is computed, or how it is computed.
+# Facts of the environment that may change the last bits of a result.
 _WATCHED = ("python", "torch", "timm", "lightning", "pliant", "commit", "cpu", "gpu", "threads")
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint of a run that is no longer what was written; the message names it."""
+    """A checkpoint of a run is damaged; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedState:
-    """What a checkpoint of a run says of itself.
+    """Contents of a run's checkpoint, without tensors.
 
     Attributes:
         path: the file.
-        recipe: of the run.
-        environment: of the process that wrote it: machine, versions, commit, threads.
-        epoch: in which training goes on, from 0.
-        step: optimiser steps taken in the whole run.
+        recipe: recipe of the run.
+        environment: machine, versions, commit and threads of the process that wrote it.
+        epoch: epoch in which training continues, from 0.
+        step: optimiser steps so far in the whole run.
         history: one row for each epoch that has ended.
-        teacher: name and hash of the weights of the frozen network that is learned from; None: none.
+        teacher: name of the teacher and hash of its weights; None without a teacher.
     """
 
     path: Path
@@ -61,10 +60,10 @@ class SavedState:
 
 
 def read_state(place: str | os.PathLike[str]) -> SavedState:
-    """What the newest whole checkpoint of a run says: recipe, versions, commit, how far it is.
+    """Read the newest whole checkpoint of a run: recipe, versions, commit, progress.
 
     Args:
-        place: a run's folder, or one of its ``.ckpt`` files. Nothing in it is executed.
+        place: folder of a run, or one of its ``.ckpt`` files. Nothing in it is executed.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -103,8 +102,8 @@ def read_state(place: str | os.PathLike[str]) -> SavedState:
 def newest(folder: Path, *, quiet: bool = False) -> Path | None:
     """The newest whole checkpoint in a run's folder; None if it has none yet.
 
-    Every byte is read and held against its checksum. If the last one is damaged a warning
-    names it and the one before is taken (`quiet`: without a word).
+    Every byte is read and compared with its checksum. If the last checkpoint is damaged, a warning
+    names it (not with `quiet`) and the one before is taken.
 
     Raises:
         DamagedCheckpointError: there are checkpoints, and none is whole.
@@ -126,7 +125,7 @@ def newest(folder: Path, *, quiet: bool = False) -> Path | None:
         return path
     if problems:
         raise DamagedCheckpointError(
-            f"{'; '.join(problems)}; no other is left: put a copy of one there, or start again in "
+            f"{'; '.join(problems)}; no other checkpoint is left: restore a copy, or start again in "
             f"another folder"
         )
     return None
@@ -136,38 +135,38 @@ def environment(recipe: Recipe) -> dict[str, Any]:
     """Machine, versions, commit and threads of this process, for a run of `recipe`."""
     try:
         lightning = version("lightning")
-    except PackageNotFoundError:  # installed as what it is built from
+    except PackageNotFoundError:  # only pytorch-lightning is installed
         lightning = ""
     about = {**provenance(device_of(recipe)), "lightning": lightning}
-    # Plain text: torch's version is of a class of its own.
+    # torch's version is no plain str, which weights_only needs.
     return {k: str(v) if isinstance(v, str) else v for k, v in about.items()} | {
         "threads": torch.get_num_threads()
     }
 
 
 def check_teacher(ours: Mapping[str, Any], now: Mapping[str, str] | None) -> None:
-    """Refuse to go on with another teacher than a run began with.
+    """Refuse to continue a run with another teacher than it began with.
 
     Args:
-        ours: what is ours in the run's checkpoint.
-        now: identity of the teacher at hand (`pliant.train.distillation.Teaching`); None: none.
+        ours: pliant's part of the run's checkpoint.
+        now: identity of the teacher now (`pliant.train.distillation.Teaching`); None: no teacher.
 
     Raises:
-        ValueError: the weights are others; the message names both.
+        ValueError: the weights differ; the message names both teachers.
     """
     before = ours.get("teacher")
     if (before or {}).get("sha256") != (now or {}).get("sha256"):
         one, two = (f"{t['network']} ({t['sha256'][:12]})" if t else "none" for t in (before, now))
         raise ValueError(
-            f"the run began with another teacher: then {one}, now {two} (in brackets, a hash of the "
-            f"weights); give it the same, or choose another folder"
+            f"the run began with another teacher: then {one}, now {two} (in brackets, the hash of its "
+            f"weights); give the same teacher, or choose another folder"
         )
 
 
 def warn_of_changes(
     before: Mapping[str, Any], now: Mapping[str, Any], where: str | os.PathLike[str] | None
 ) -> None:
-    """Log a warning that names both, where a run goes on in another environment."""
+    """Log a warning that names what changed, where a run continues in another environment."""
     changed = [
         f"{name} {before.get(name) or 'none'} and {now.get(name) or 'none'}"
         for name in _WATCHED
@@ -175,7 +174,7 @@ def warn_of_changes(
     ]
     if changed:
         logging.getLogger(__name__).warning(
-            "%s was written in another environment (then and now: %s): from here on the run may differ "
+            "%s was written in another environment (then and now: %s); from here on the run may differ "
             "from an unbroken one",
             where, ", ".join(changed),
         )  # fmt: skip
@@ -190,7 +189,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"the checksum of {broken} is wrong")
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if "recipe" not in content.get(OURS, {}):
-            raise ValueError("it is of no run of this version of pliant")
+            raise ValueError("no run of this version of pliant wrote it")
     except Exception as error:  # zipfile, pickle and torch raise many kinds for damaged files
         reason = str(error).partition("\n")[0]
         raise DamagedCheckpointError(f"{path} cannot be used ({reason})") from error

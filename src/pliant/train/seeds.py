@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on what was drawn before."""
+"""Random numbers that depend on their purpose, not on what was drawn before."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 
 
 def mixed_seed(seed: int, *parts: int | str) -> int:
-    """One seed from a seed and what it is for, in [0, 2**32).
+    """A seed in [0, 2**32) from a seed and its purpose.
 
     Example:
         >>> mixed_seed(0, 1, "order") == mixed_seed(0, 2, "order")
         False
     """
-    # Strings hash differently in every process, so their bytes are taken.
+    # The bytes of strings, because their hashes differ between processes.
     words = [seed] + [p if isinstance(p, int) else int.from_bytes(p.encode(), "little") for p in parts]
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def seed_torch(value: int, device: torch.device) -> None:
-    """Seed torch's generators of the CPU and, for a GPU, of the current one.
+    """Seed torch's generator of the CPU and, on a GPU, that of the current device.
 
-    `torch.manual_seed` asks after every kind of device there could be, in each step anew.
+    `torch.manual_seed` is slower: it looks for every kind of device, in each step.
     """
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
@@ -36,7 +36,7 @@ def seed_torch(value: int, device: torch.device) -> None:
 
 @contextmanager
 def seeded(seed: int, *parts: int | str) -> Iterator[None]:
-    """Seed the generators of Python, numpy and torch's CPU, and put them back after.
+    """Seed the generators of Python, numpy and torch's CPU within the block, and restore them after it.
 
     timm's mixup draws from numpy's, its auto-augment from Python's.
     """

@@ -1,4 +1,4 @@
-"""Write image folders as shards that `pliant.train.shards`, and webdataset's readers, take."""
+"""Write image folders as shards for `pliant.train.shards` and for webdataset's readers."""
 
 from __future__ import annotations
 
@@ -25,29 +25,28 @@ def write_shards(
     seed: int = 0,
     progress: Report | None = None,
 ) -> list[Path]:
-    """Pack a folder of images into tar files, content as it is, each with its class.
+    """Pack a folder of images into tar files; each image keeps its bytes and gets its class.
 
-    Shards are called ``train-00000-of-01282.tar``, and ``classes.txt`` beside them names the
-    classes. The same images give the same bytes. A shard has its name when it is whole.
+    Shards are called ``train-00000-of-01282.tar``; ``classes.txt`` beside them names the classes. The
+    same images give the same bytes. A shard gets its name when it is whole.
 
     Args:
-        folder: holds one folder for each class; or ``train/``, ``val/``, ``test/`` that do.
+        folder: folder with one folder for each class, or with ``train/``, ``val/``, ``test/`` of these.
         destination: folder for the shards; made if missing.
-        images: of one shard; the last one of a part may have fewer.
-        shuffle: mix the images, which readers that stream with a small buffer want. Off: in the
-            order of the folder, so that runs on either end in the same bits.
-        seed: of the mixing.
-        progress: called with images written, images in all, and the shard.
+        images: images in a shard; the last shard of a part may have fewer.
+        shuffle: shuffle the images, for readers that stream with a small buffer. False keeps the
+            order of the folder, so that runs on the shards and on the folder end in the same bits.
+        seed: seed of the shuffling.
+        progress: called with the images written, all images, and the shard.
 
     Returns:
-        The shards.
+        Paths of the shards.
 
     Raises:
-        ValueError: `images` is below 1; parts have other classes; there are shards in the
-            destination; a file's name ends in none of what readers know as images; or an image
-            cannot be read.
+        ValueError: `images` is below 1; the parts have different classes; the destination holds shards;
+            an image has another suffix than readers know, or cannot be read.
         FileNotFoundError: there are no such folders.
-        NotWrittenError: the disk is full, or the destination cannot be written; shards that were
+        NotWrittenError: the disk is full, or the destination cannot be written; the shards that were
             written are whole.
 
     Example:
@@ -67,10 +66,12 @@ def write_shards(
         raise ValueError(f"images must be at least 1, not {images}")
     there = sorted(destination.glob("*.tar"))
     if there:
-        raise ValueError(f"{destination} holds shards already, such as {there[0].name}; choose another")
+        raise ValueError(
+            f"{destination} holds shards already, such as {there[0].name}; choose another folder"
+        )
     parts, classes = _parts(folder)
     total, done = sum(len(samples) for samples in parts.values()), 0
-    advice = "shards that were written are whole; remove them, mend that, then write again"
+    advice = "the shards written so far are whole; remove them, mend the cause, then write again"
     found = []
     with writing(destination / CLASSES, advice), atomic_path(destination / CLASSES) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
@@ -91,7 +92,7 @@ def write_shards(
 
 
 def _parts(folder: Path) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
-    """Files with their classes, by part, and the classes' names."""
+    """Files and their classes, by part; names of the classes."""
     from torchvision.datasets import ImageFolder
 
     names = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
@@ -106,17 +107,22 @@ def _parts(folder: Path) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
             ) from error
         if classes and read.classes != classes:
             odd = sorted(set(read.classes) ^ set(classes))
-            raise ValueError(f"{folder / name} has other classes than {folder / names[0]}: {odd[0]}")
+            raise ValueError(
+                f"{folder / name} and {folder / names[0]} must have the same classes; they differ in "
+                f"{odd[0]}"
+            )
         classes = read.classes
         for path, _ in read.samples:
             if Path(path).suffix[1:].lower() not in IMAGES:
-                raise ValueError(f"{path}: readers of shards know only .{', .'.join(IMAGES)}; convert it")
+                raise ValueError(
+                    f"{path} must be a .{', .'.join(IMAGES)} file for readers of shards; convert it"
+                )
         parts[name or "images"] = read.samples
     return parts, classes
 
 
 def _keys(samples: Sequence[tuple[str, int]], classes: Sequence[str]) -> list[str]:
-    """A key for each sample, which no other has: its class, and its file's name without dots."""
+    """A unique key for each sample: its class, and the name of its file without dots."""
     taken: set[str] = set()
     keys = []
     for path, label in samples:
@@ -138,7 +144,7 @@ def _write(path: Path, samples: Sequence[tuple[str, int, str]]) -> None:
                 (key + suffix, _content(file)),
                 (f"{key}.{LABEL}", str(label).encode()),
             ):
-                member = tarfile.TarInfo(name)  # of nobody, at no time: the same bytes each time
+                member = tarfile.TarInfo(name)  # without owner and time, so the bytes repeat
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
 
@@ -146,6 +152,6 @@ def _write(path: Path, samples: Sequence[tuple[str, int, str]]) -> None:
 def _content(file: str) -> bytes:
     try:
         return Path(file).read_bytes()
-    except OSError as error:  # else it would be told of the shard, as one that cannot be written
+    except OSError as error:  # or the shard would be reported as one that cannot be written
         why = error.strerror or error
-        raise ValueError(f"{file} cannot be read ({why}); mend it, or take it out of the folder") from error
+        raise ValueError(f"{file} cannot be read ({why}); mend it, or remove it from the folder") from error

@@ -1,9 +1,8 @@
-"""Training with gradients and optimiser shared out over the processes: FSDP2, by Lightning.
+"""Training with gradients and optimiser state shared out over the processes: FSDP2, by Lightning.
 
-A network is one unit: its weights lie in shares and are gathered whole for a step, gradients are
-reduced to shares, and each process updates its own (stage 2 of ZeRO). Blocks could be units of
-their own, so that weights too are gathered a few at a time; the largest network here has 0.7 GB of
-them, and that would only add messages.
+The network is one unit: weights lie in shares and are gathered for a step, gradients are reduced to
+shares, and each process updates its own share (stage 2 of ZeRO). Blocks as units would gather a few
+weights at a time, but the largest network here has 0.7 GB of weights, and that only adds messages.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from pliant.train.recipe import Recipe
 
 
 def strategy_of(recipe: Recipe) -> Any:
-    """What Lightning's Trainer takes for the recipe's `strategy`."""
+    """The Trainer's strategy for the recipe's `strategy`."""
     if recipe.strategy != "fsdp":
         return recipe.strategy
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    # One file, as every checkpoint of ours: whole weights, gathered by the first process.
+    # One file with whole weights, gathered by the first process, as in every checkpoint of pliant.
     return ModelParallelStrategy(
         data_parallel_size=recipe.devices * recipe.nodes,
         tensor_parallel_size=1,
@@ -33,10 +32,10 @@ def strategy_of(recipe: Recipe) -> Any:
 
 
 def share_out(network: nn.Module, mesh: Any) -> None:
-    """Turn a network's parameters into this process's shares, in place, once.
+    """Turn a network's parameters into this process's shares, in place; a second call does nothing.
 
     Args:
-        network: of which every process has a whole copy with the same weights.
+        network: a whole copy, with the same weights in every process.
         mesh: Lightning's device mesh.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -46,9 +45,9 @@ def share_out(network: nn.Module, mesh: Any) -> None:
 
 
 def of_the_first(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights that the first process holds; every one of them has to call this.
+    """The weights that the first process has. Every process has to call this.
 
-    Of a sharded network the first process alone has gathered them.
+    The first process alone gathers the weights of a sharded network.
     """
     found = [dict(weights) if place()[0] == 0 else None]
     if place()[1] > 1:

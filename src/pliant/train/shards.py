@@ -1,12 +1,12 @@
-"""Images in shards: tar files in the convention of the webdataset format, read at any position.
+"""Images in shards: tar files in webdataset's format, read at any position.
 
-The members of a sample stand side by side and share a key, their name up to the first dot of its
-last part: ``n01440764/10026.jpg`` (the image) and ``n01440764/10026.cls`` (its class, a number).
+The members of a sample stand side by side and share a key: their name up to the first dot of its
+last part. ``n01440764/10026.jpg`` is an image, ``n01440764/10026.cls`` its class, a number.
 
-`webdataset` streams such files through a buffer that it shuffles in, and cannot say where it
-stands. But a tar file is not compressed, so an index of where each image lies makes it a set like
-any other: any image at any time, an order that is a function of (seed, epoch), and so runs that are
-resumed to the same bits. The index is made by reading the headers.
+The `webdataset` package streams shards through a shuffle buffer, so a run on it cannot be resumed
+within an epoch. A tar file is not compressed, so its headers say where each image lies. With this
+index any image can be read at any time, the order depends on (seed, epoch) alone, and runs resume to
+the same bits.
 
 Shapes in this file::
 
@@ -29,27 +29,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pliant.train.images import decoded
+
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp")
 LABEL = "cls"
 CLASSES = "classes.txt"
 PARTS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
-_OPEN = 128  # files that a process holds open: below the usual limit of 1024
-_BLOCK = 512  # a tar file consists of such
+_OPEN = 128  # files a process keeps open; the usual limit is 1024
+_BLOCK = 512  # bytes of a tar file's block
 
 
 class DamagedShardError(ValueError):
-    """A shard that is not what was written; the message names it and the last whole member."""
+    """A shard is damaged or cut off; the message names the shard and its last whole member."""
 
 
 class ShardImages:
-    """Images in tar files, read when they are asked for.
+    """Images in tar files, read on access.
 
     Args:
-        shards: the files.
-        index: of each image: ``shard`` (a number), ``offset`` and ``size`` in bytes, ``member``
-            (its name): a structured array [N], see `index_shards`.
+        shards: the tar files.
+        index: structured array [N] of `index_shards`: number of the shard, offset and size in bytes,
+            name of the member.
         labels: int64 [N].
-        channels: 1 (grey) or 3 (colour): what images are turned into.
+        channels: channels that images are converted to: 1 (grey) or 3 (colour).
     """
 
     def __init__(
@@ -63,24 +65,24 @@ class ShardImages:
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, for workers that are not forked."""
+        """State without open files, for workers that are spawned rather than forked."""
         return {**vars(self), "_files": {}}
 
     def subset(self, index: Tensor) -> ShardImages:
-        """Those at `index`, in that order."""
+        """The images at `index`, in that order."""
         return ShardImages(self.shards, self.index[index.numpy()], self.labels[index], self.channels)
 
     def image(self, i: int) -> Image.Image:
         """Image `i`, decoded whole.
 
         Raises:
-            ValueError: the shard ends before the image does, or the member is no image's.
+            ValueError: the shard ends before the image does.
+            OSError: the member is no image.
         """
-        with Image.open(io.BytesIO(self.content(i))) as image:
-            return image.convert("L" if self.channels == 1 else "RGB")
+        return decoded(io.BytesIO(self.content(i)), self.channels)
 
     def content(self, i: int) -> bytes:
-        """The bytes of image `i`, as they were before they were put into a shard."""
+        """The encoded bytes of image `i`."""
         shard, offset, size, _ = self.index[i]
         file = self._file(int(shard))
         file.seek(int(offset))
@@ -90,12 +92,12 @@ class ShardImages:
         return content
 
     def where(self, i: int) -> str:
-        """Its shard and member, as ``train-00000.tar/dog/17.jpg``."""
+        """Shard and member of image `i`, as ``train-00000.tar/dog/17.jpg``."""
         shard, _, _, member = self.index[i]
         return f"{self.shards[int(shard)]}/{member.decode()}"
 
     def _file(self, shard: int) -> BinaryIO:
-        if self._process != os.getpid():  # forked: a file that two processes read has one position
+        if self._process != os.getpid():  # after a fork both processes would share the file's position
             self._files, self._process = {}, os.getpid()
         if shard not in self._files:
             while len(self._files) >= _OPEN:
@@ -107,17 +109,16 @@ class ShardImages:
 def find_shards(pattern: str) -> dict[str, list[Path]]:
     """The shards that a path names, by part: ``train``, ``val``, ``test``, or ``""``.
 
-    Args:
-        pattern: a folder, of whose ``.tar`` files and those one level below all are taken; or a
-            file's path, in which ``*``, ``?`` and ``[...]`` match, and braces stand for each of a
-            list or range: ``data/{train,val}-{000..127}.tar``.
+    The part of a shard is the word ``train``, ``val`` (``validation``) or ``test`` in its name, or else
+    its folder's name. If no name has such a word, all shards are of part ``""``. Names that end in
+    ``-of-00128`` need all 128 shards.
 
-    A shard is of a part if a word of its name, or else its folder's name, says so: ``train``, ``val``
-    (or ``validation``) or ``test``. If no name does, all shards are of part ``""``.
-    Where names end in ``-of-00128``, all of the 128 have to be there.
+    Args:
+        pattern: a folder (its ``.tar`` files and those one level below), or a path with ``*``, ``?``,
+            ``[...]``, and braces for lists and ranges: ``data/{train,val}-{000..127}.tar``.
 
     Raises:
-        FileNotFoundError: there are none, or one of a list, a range or a number of 128 is missing.
+        FileNotFoundError: there is no shard, or a shard of a list, a range or a numbered set is missing.
         ValueError: some names have such a word and others do not.
     """
     folder = Path(pattern)
@@ -127,8 +128,8 @@ def find_shards(pattern: str) -> dict[str, list[Path]]:
         found = [path for one in braces(pattern) for path in _matching(one)]
     if not found:
         raise FileNotFoundError(
-            f"path = {pattern!r} names no shards: it should be a folder of .tar files, or their names, "
-            f"with * or {{000..127}} for many"
+            f"path={pattern} names no shards; give a folder of .tar files, or their names with * or "
+            f"{{000..127}} for many"
         )
     parts: dict[str, list[Path]] = {}
     for path in found:
@@ -136,8 +137,8 @@ def find_shards(pattern: str) -> dict[str, list[Path]]:
     if "" in parts and len(parts) > 1:
         other = next(part for part in parts if part)
         raise ValueError(
-            f"{parts[''][0]} does not say whether it is of train, val or test, while "
-            f"{parts[other][0]} is of {other}; rename it, or give path= as a pattern that leaves it out"
+            f"the name {parts[''][0]} does not say train, val or test, while {parts[other][0]} says "
+            f"{other}; rename it, or give path= as a pattern that leaves it out"
         )
     for paths in parts.values():
         _check_complete(paths)
@@ -145,7 +146,7 @@ def find_shards(pattern: str) -> dict[str, list[Path]]:
 
 
 def braces(pattern: str) -> list[str]:
-    """What a pattern with braces stands for, as in a shell.
+    """Expand the braces of a pattern as a shell does.
 
     Example:
         >>> braces("{train,val}-{08..10}.tar")
@@ -175,7 +176,7 @@ def braces(pattern: str) -> list[str]:
 def _matching(pattern: str) -> list[Path]:
     if not glob.has_magic(pattern):
         if not Path(pattern).is_file():
-            raise FileNotFoundError(f"there is no shard {pattern}")
+            raise FileNotFoundError(f"shard {pattern} is missing")
         return [Path(pattern)]
     return sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207 - Path.glob takes no absolute pattern
 
@@ -187,13 +188,12 @@ def _part(path: Path) -> str:
 
 
 def _check_complete(paths: Sequence[Path]) -> None:
-    """Refuse sets of numbered shards of which some are missing."""
+    """Refuse numbered sets (``-of-00128``) with missing shards."""
     checked = set()
     for path in paths:
         counted = re.search(r"-of-(\d+)$", path.stem)
         if counted is None:
             continue
-        # All that share a name up to their number.
         start = re.sub(r"\d+-of-\d+$", "", path.stem)
         group = (path.parent, start, counted.group(1))
         if group in checked:
@@ -205,12 +205,12 @@ def _check_complete(paths: Sequence[Path]) -> None:
             name = f"{start}{n:0{digits}d}-of-{counted.group(1)}.tar"
             if name not in there:
                 raise FileNotFoundError(
-                    f"{path.parent / name} is missing: of {total} shards {len(there)} are there"
+                    f"{path.parent / name} is missing: only {len(there)} of {total} shards are there"
                 )
 
 
 def index_shards(shards: Sequence[Path]) -> tuple[np.ndarray[Any, Any], Tensor]:
-    """Where the images of some shards lie, and their classes.
+    """Index the images of some shards, and read their classes.
 
     Returns:
         A structured array [N] (``shard``, ``offset``, ``size``, ``member``), and int64 [N].
@@ -257,7 +257,7 @@ def _sample(
     if image is None or label is None:
         lacking = f"image (.{', .'.join(IMAGES)})" if image is None else f"class (.{LABEL})"
         raise ValueError(
-            f"sample {key} of {shard} has no {lacking}; its members have to stand side by side"
+            f"sample {key} of {shard} has no {lacking}; put all members of a sample side by side"
         )
     return image.name, image.offset_data, image.size, label
 
@@ -277,15 +277,15 @@ def _split(name: str) -> tuple[str, str]:
 def _label(where: str, content: bytes) -> int:
     text = content.decode(errors="replace").strip()
     if not text.isdecimal():
-        raise ValueError(f"{where} holds {text[:20]!r}; a class is a number from 0 on")
+        raise ValueError(f"{where} must hold the number of a class, from 0, not {text[:20]!r}")
     return int(text)
 
 
 def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The members of a tar file that is whole.
 
-    `tarfile` ends without a word where a file is cut off between members, or a header is damaged;
-    so the mark of its end is looked for.
+    `tarfile` reports no error where a file is cut off between members or a header is damaged, so the
+    mark at the end of the archive is checked too.
     """
     last = "its beginning"
     try:
@@ -303,20 +303,20 @@ def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 def _damaged(shard: Path, last: str, why: str) -> str:
     return (
-        f"shard {shard} is damaged or cut off after {last} ({why}); copy or write it again (a shard is "
-        f"a .tar file that is not compressed)"
+        f"shard {shard} is damaged or cut off after {last} ({why}); copy or write it again, as a .tar file "
+        f"without compression"
     )
 
 
 def class_names(shards: Sequence[Path], count: int) -> list[str]:
-    """Names of the classes: the lines of ``classes.txt`` beside the shards, else their numbers.
+    """Names of the classes: the lines of ``classes.txt`` beside the shards, else the numbers.
 
     Args:
-        shards: the file is looked for in the folder of the first, and in the one above.
-        count: classes that labels speak of.
+        shards: the folder of the first shard, or the folder above, may hold ``classes.txt``.
+        count: number of classes in the labels.
 
     Raises:
-        ValueError: the file names fewer.
+        ValueError: the file names fewer classes.
     """
     for folder in (shards[0].parent, shards[0].parent.parent):
         path = folder / CLASSES

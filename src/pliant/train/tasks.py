@@ -30,48 +30,43 @@ from pliant.train.saved import OURS, check_teacher, environment, warn_of_changes
 from pliant.train.seeds import mixed_seed, seed_torch, seeded
 from pliant.train.sharding import share_out
 
-LOG_EVERY = 10  # steps; what one gave is logged so often
+LOG_EVERY = 10  # steps between two that are logged
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite; the message names epoch, step and term."""
+    """The loss became NaN or infinite; the message names epoch, step and term."""
 
 
 class Classification(pl.LightningModule):
     """Train a network to tell classes apart, and record every epoch.
 
-    Accuracy is measured three ways. ``val_accuracy`` and ``train_accuracy`` are taken
-    alike after each epoch, in evaluation mode, without augmentation and with the averaged
-    weights if there are such: one on the validation images, the other on a fixed part of
-    the training images of the same number. Their difference is ``gap``, the overfitting
-    (or the regularising effect that *CNN Mixture-of-Depths* claims, section 5.2).
-    ``running_accuracy`` is that of the training steps themselves: under augmentation, with
-    weights that change (with mixup, of the label that came first). Under an objective of
-    several passes all these are of the first pass, and the others' accuracies have the pass's
-    ending (``val_accuracy_base``).
+    Accuracy is measured in three ways. ``val_accuracy`` and ``train_accuracy`` are taken alike after
+    each epoch: in evaluation mode, without augmentation, with the averaged weights if there are any. One
+    is of the validation images, the other of a fixed part of the training images, as many. Their
+    difference is ``gap``, the overfitting (or the regularising effect that *CNN Mixture-of-Depths*
+    claims, section 5.2). ``running_accuracy`` is that of the training steps, under augmentation and with
+    changing weights (with mixup, by the first label). With an objective of several passes, all these are
+    of the first pass; the accuracies of the others have the ending of the pass (``val_accuracy_base``).
 
     Args:
         model: the network, images [B, C, S, S] to logits [B, classes].
-        recipe: the rest.
-        classes: how many there are.
-        steps: of one epoch.
-        objective: what is minimised; by default the recipe's.
-        teaching: a teacher, which adds its terms to those of training; validation knows
-            labels alone.
+        recipe: all other options.
+        classes: number of classes.
+        steps: steps in an epoch.
+        objective: what is minimised; by default the recipe's objective.
+        teaching: a teacher, which adds its terms to the training loss; validation uses labels alone.
 
     Attributes:
         history: one row an epoch, oldest first, kept in checkpoints: ``epoch`` (from 0),
-            ``train_loss`` and its terms (``train_cross_entropy``), ``val_loss``, ``train_ce``
-            (cross entropy where ``train_accuracy`` is taken, labels not smoothed: what
-            *CondConv* calls capacity, section 4.1), ``train_accuracy``,
-            ``running_accuracy``, ``val_accuracy``, ``gap`` (all in [0, 1]), ``lr`` of the
-            last step, ``seconds``. With several passes also ``val_accuracy_base``. With
-            ``test_each`` of the recipe also ``test_accuracy`` (and ``test_accuracy_base``).
-        unreadable: paths of images that could not be read, kept in checkpoints; in a row and
-            in checkpoints, those of all processes.
-        best: ``{"epoch": ..., "weights": ...}`` of the first epoch with the highest accuracy on
-            validation (the mean over all passes), as they are validated, on
-            the CPU; kept in checkpoints. Empty before the first epoch has ended.
+            ``train_loss`` and its terms (``train_cross_entropy``), ``val_loss``, ``train_ce`` (cross
+            entropy on the images of ``train_accuracy``, without label smoothing: what *CondConv* calls
+            capacity, section 4.1), ``train_accuracy``, ``running_accuracy``, ``val_accuracy``, ``gap``
+            (all in [0, 1]), ``lr`` of the last step, ``seconds``. With several passes also
+            ``val_accuracy_base``, with `test_each` also ``test_accuracy`` (and ``test_accuracy_base``).
+        unreadable: paths of images that could not be read, kept in checkpoints. Rows and checkpoints
+            have those of all processes.
+        best: ``{"epoch": ..., "weights": ...}`` of the first epoch with the highest validation accuracy
+            (the mean over all passes), on the CPU, kept in checkpoints. Empty in the first epoch.
     """
 
     def __init__(
@@ -96,9 +91,9 @@ class Classification(pl.LightningModule):
         self.best: dict[str, Any] = {}
         self.environment = environment(recipe)
         self.running = _accuracy(classes)
-        # Of the validation images, of training images, and of the test images if asked for.
+        # On validation images, on training images, and on test images if the recipe wants them.
         self.accuracy = nn.ModuleList(_accuracy(classes) for _ in range(2 + recipe.test_each))
-        # Of the further passes, by the column of the history.
+        # Accuracies of the further passes, by the column of the history.
         self.further = nn.ModuleDict(
             {
                 f"{part}_accuracy{ending}": _accuracy(classes)
@@ -133,12 +128,12 @@ class Classification(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Bring the teacher to where the network is."""
+        """Move the teacher to the network's device."""
         if self.teaching is not None:
             self.teaching.to(self.device, channels_last=self.recipe.channels_last)
 
     def on_train_start(self) -> None:
-        """In a run that goes on within an epoch, take up what the epoch has summed up."""
+        """Restore the sums of the epoch, in a run that is resumed within it."""
         if self._resumed is None:
             return
         self._started = time.perf_counter() - self._resumed["seconds"]
@@ -182,7 +177,7 @@ class Classification(pl.LightningModule):
         return loss
 
     def _tell(self, terms: dict[str, Tensor], loss: Tensor) -> None:
-        """Log what a step gave, where it is written or shown: for small networks logging is not cheap."""
+        """Log a step only where it is written or shown, because logging costs small networks time."""
         if (self.global_step + 1) % LOG_EVERY == 0:
             for name, term in terms.items():
                 self.log(f"step/{name}", term.detach())
@@ -191,7 +186,7 @@ class Classification(pl.LightningModule):
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
 
     def on_validation_epoch_start(self) -> None:
-        """Look at the last step's loss, before anything is kept; score one network in all processes."""
+        """Check the last step's loss before anything is kept; score the same network in all processes."""
         self._look()
         share_buffers(self.model)
 
@@ -212,7 +207,7 @@ class Classification(pl.LightningModule):
             return
         if dataloader_idx == 0:
             loss = torch.stack(list(self.objective(outputs, y).values())).sum()
-            # Once an image: weights are lost where torchmetrics does not look for NaN (1.9).
+            # One value an image, because torchmetrics 1.9 ignores weights if it does not look for NaN.
             self.val_loss.update(loss.expand(len(y)))
         else:
             self.train_ce.update(F.cross_entropy(logits.float(), y, reduction="none"))
@@ -254,8 +249,8 @@ class Classification(pl.LightningModule):
         self.log("val", val, prog_bar=True, logger=False, rank_zero_only=True)  # a bar is short
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is ours; called in every process, after callbacks have averaged the weights."""
-        self._look()  # nothing is kept of a step whose loss is no number
+        """Add pliant's part; called in every process, after callbacks have averaged the weights."""
+        self._look()  # a step whose loss is no number is not kept
         if self.history:
             merits = [_merit(row) for row in self.history]
             epoch = merits.index(max(merits))
@@ -284,7 +279,7 @@ class Classification(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up again what `on_save_checkpoint` kept."""
+        """Restore what `on_save_checkpoint` kept."""
         ours = checkpoint[OURS]
         check_teacher(ours, None if self.teaching is None else self.teaching.identity)
         self.history = [dict(row) for row in ours["history"]]
@@ -295,7 +290,7 @@ class Classification(pl.LightningModule):
             warn_of_changes(ours["environment"], self.environment, self.trainer.ckpt_path)
 
     def _seed(self, *purpose: int | str) -> None:
-        """Seed what the network draws (random channels, dropped paths): a function of the step."""
+        """Seed the network's random numbers (random channels, dropped paths) by the step."""
         value = mixed_seed(self.recipe.seed, self.current_epoch, self.global_rank, *purpose)
         seed_torch(value, self.device)
 
@@ -315,7 +310,7 @@ class Classification(pl.LightningModule):
         return self.objective.endings[1:] if isinstance(self.objective, ManyPasses) else ()
 
     def _run(self, x: Tensor) -> tuple[Tensor, Any]:
-        """The network's logits, and what the objective takes: both in one forward of DDP."""
+        """The network's logits and the objective's input, both from one forward of DDP."""
         if isinstance(self.objective, ManyPasses):
             outputs = self.objective.run(self, x)
             return self.objective.pass_logits(outputs)[0], outputs
@@ -323,9 +318,9 @@ class Classification(pl.LightningModule):
         return logits, logits
 
     def _watch(self, terms: dict[str, Tensor]) -> None:
-        """Refuse a loss that is no number: now on a CPU, one step later elsewhere.
+        """Refuse a loss that is no number: at once on a CPU, one step later on other devices.
 
-        Reading a value makes the host wait for a GPU; the step before is ready.
+        Reading the current value would make the host wait for the GPU; that of the step before is ready.
         """
         now = (self.current_epoch, self.global_step, {k: t.detach() for k, t in terms.items()})
         if self.device.type != "cpu":
@@ -357,13 +352,13 @@ def _accuracy(classes: int) -> MulticlassAccuracy:
 
 
 def _merit(row: Mapping[str, float]) -> float:
-    """What the best epoch has most of: the network has to be good in every pass that is trained."""
+    """Merit of an epoch: the mean validation accuracy over all passes that are trained."""
     found = [value for name, value in row.items() if name.startswith("val_accuracy")]
     return sum(found) / len(found)
 
 
 def _state(metric: Metric) -> dict[str, Tensor]:
-    """What a metric has summed up in this process, on the CPU."""
+    """Sums of a metric in this process, on the CPU."""
     state: Any = metric.metric_state  # sums: none of these metrics keeps lists
     return {name: value.detach().cpu().clone() for name, value in state.items()}
 

@@ -34,14 +34,14 @@ class Engine(ABC):
     """Something that runs a network.
 
     Attributes:
-        name: by which it is asked for.
+        name: name by which the engine is asked for.
         devices: kinds of device on which it runs.
-        precisions: in which it computes.
-        packages: that it needs besides PyTorch, by the names under which they are imported;
-            the last one runs networks.
-        by_pytorch: whether PyTorch runs it, so that images come in the precision and in a
-            memory format; other engines take contiguous float32 and do with it what they want.
-        native_precisions: in which its ``write`` knows ``native=True``: parts as an operator in
+        precisions: precisions in which it computes.
+        packages: packages that it needs besides PyTorch, by the names under which they are
+            imported; the last one runs networks.
+        by_pytorch: whether PyTorch runs the network, so that images come in the precision and in
+            a memory format; other engines take contiguous float32 images.
+        native_precisions: precisions in which its ``write`` knows ``native=True``: parts as an operator in
             its own layout (`pliant.parts.Part.onnx_operator`), for this machine.
     """
 
@@ -101,7 +101,7 @@ class Engine(ABC):
             example: images [B, C, H, W] of the shape, on the device and in the memory
                 format that the runner will get.
             precision: ``float32``, or another where the engine can.
-            threads: of the engine's pool; by default as many as PyTorch's has.
+            threads: threads of the engine's pool; by default as many as PyTorch's pool has.
 
         Returns:
             A function from images to what the network returns, without gradients. It raises a
@@ -153,11 +153,11 @@ class FileEngine(Engine):
         """Write what the engine runs into an empty folder.
 
         Args:
-            model: as for `prepare`, like `example`, `precision` and `threads`.
-            example: images.
-            folder: where.
-            precision: of the engine.
-            threads: likewise.
+            model: as for `prepare`; so are `example`, `precision` and `threads`.
+            example: images [B, C, H, W].
+            folder: the empty folder.
+            precision: precision of the engine.
+            threads: threads of the engine.
             optimized: put parts into the form that suits the engine. What PyTorch makes has
                 the parts that `model` has.
 
@@ -203,7 +203,7 @@ class Expected:
 
     Args:
         example: images [B, C, H, W] of the shape and dtype that it was prepared with.
-        precision: of the engine: images may have that dtype as well, or float32.
+        precision: precision of the engine; images may have its dtype, or float32.
         any_batch: the number of images does not matter.
 
     Example:

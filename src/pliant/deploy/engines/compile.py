@@ -17,7 +17,7 @@ class Compile(Engine):
     Precision as for `Eager`: that of weights and images.
 
     Args:
-        name: of the engine.
+        name: name of the engine.
         freeze: let weights be constants of the code (on a CPU: they are laid out anew for
             the operators). The network must not change afterwards.
 

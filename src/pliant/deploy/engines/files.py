@@ -55,7 +55,7 @@ def write_onnx(
     Args:
         model: in evaluation mode.
         example: images [B, C, H, W], float32.
-        path: of the file.
+        path: path of the file.
         optimized: bring parts into the form that suits the engine.
         compiled: as `export` takes it; that is then the best form.
     """

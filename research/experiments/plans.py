@@ -1,4 +1,4 @@
-"""What an experiment is: cells, each one training run, in the order of their importance."""
+"""What an experiment is: planned training runs, the most important first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from research.experiments.variants import FIRST, SCORE_ORDER, VARIANTS
 # What a row is known by: label, recipe, network, its arguments, seed, epochs.
 Key = tuple[str, str, str, str, int, int]
 
-# Families of cells, and what the page calls them, in its order.
+# Families of runs, and what the page calls them, in its order.
 FAMILIES = {
     "controls": "Selection and its controls",
     "variants": "Variants",
@@ -29,22 +29,23 @@ FAMILIES = {
     "combinations": "Two methods at once",
 }
 SUPER, BASE = "super-net", "base-net"
-SEEDS = 3  # of what is to be decided; the rest has one, and the page says so
-# Plain networks of other depths, in blocks of each stage: what time buys without a method. Two lie between
-# no Mixture-of-Depths block and all of them; one has none of those that ``blocks="all"`` replaces.
+SEEDS = 3  # for an interval; other runs have one seed, and the page says so
+# Plain networks of other depths, in blocks of each stage: the baselines at equal time. Two lie between the
+# network without Mixture-of-Depths blocks and the plain one; one lacks all that ``blocks="all"`` replaces.
 DEPTHS = {
     f"plain, {'-'.join(map(str, blocks))} blocks": blocks for blocks in ((3, 2, 2), (3, 3, 2), (1, 1, 1))
 }
-# What variants are held against. Their rows are those of the controls, with a further seed: a
-# variant's first seed chooses it, and the next three decide. Their times are taken anew beside it.
-RIVALS = (PLAIN, REMOVED, SCORE_ORDER, FIRST, *DEPTHS)
+# Baselines of the variants. They have a seed more than the rest, because a variant's first seed chose it
+# and the next three decide.
+BASELINES = (PLAIN, REMOVED, SCORE_ORDER, FIRST, *DEPTHS)
 _OF_VARIANTS = "resnet20"
+CONTROLS, CLOSED = "cifar10-controls", "cifar10-variants"
 # Devices that experiments run on, and what Lightning calls them.
 DEVICES: dict[str, Accelerator] = {"cpu": "cpu", "cuda": "gpu"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class PlannedRun:
     """One training run of an experiment.
 
     Attributes:
@@ -73,8 +74,8 @@ class Cell:
         arguments = json.dumps(dict(r.model_args), sort_keys=True)
         return tuple((label, r.name, r.model, arguments, r.seed, r.epochs) for label in self.labels)
 
-    def changed(self, *, epochs: int | None = None, where: Iterable[str] = ()) -> Cell:
-        """The same cell for another number of epochs, or run elsewhere.
+    def changed(self, *, epochs: int | None = None, where: Iterable[str] = ()) -> PlannedRun:
+        """The same run for another number of epochs, or elsewhere.
 
         Args:
             epochs: None leaves them. The warm-up takes at most a quarter of them.
@@ -99,13 +100,13 @@ class Cell:
 
 
 def key_of(score: Score) -> Key:
-    """What a row is known by, as `Cell.keys` has it."""
+    """What a row is known by, as `PlannedRun.keys` has it."""
     arguments = json.dumps(json.loads(score.model_args), sort_keys=True)
     return score.label, score.recipe, score.model, arguments, score.seed, score.epochs
 
 
-def cifar10_controls(device: str = "cpu") -> list[Cell]:
-    """CIFAR-10 at one recipe: what each method does, beside what it has to be better than.
+def cifar10_controls(device: str = "cpu") -> list[PlannedRun]:
+    """CIFAR-10 with one recipe: each method beside its baselines and controls.
 
     ResNet-20 (c = 16, the width of its first block); on a GPU also ResNet-18 and ResNet-50 in CIFAR
     form (c = 64). First one seed of all controls of Mixture-of-Depths, then two further seeds, and
@@ -116,10 +117,10 @@ def cifar10_controls(device: str = "cpu") -> list[Cell]:
         ValueError: another device.
 
     Example:
-        >>> cells = cifar10_controls()
-        >>> cells[0].label, cells[0].recipe.name, cells[0].recipe.epochs
+        >>> runs = cifar10_controls()
+        >>> runs[0].label, runs[0].recipe.name, runs[0].recipe.epochs
         ('plain', 'cifar10.resnet20.controls', 12)
-        >>> sum(cell.family == "controls" and cell.recipe.seed < 3 for cell in cells)
+        >>> sum(run.family == "controls" and run.recipe.seed < 3 for run in runs)
         21
     """
     accelerator = _accelerator(device)
@@ -132,7 +133,7 @@ def cifar10_controls(device: str = "cpu") -> list[Cell]:
     order += [("adn", seed) for seed in range(1, SEEDS)]
     order += [(family, SEEDS) for family in ("controls", "depth")]
     return [
-        Cell(
+        PlannedRun(
             network=network,
             family=family,
             label=label,
@@ -141,7 +142,7 @@ def cifar10_controls(device: str = "cpu") -> list[Cell]:
         for family, seed in order
         for network, families in parts.items()
         for label, recipe in families.get(family, {}).items()
-        if seed < SEEDS or (label in RIVALS and network == _OF_VARIANTS)
+        if seed < SEEDS or (label in BASELINES and network == _OF_VARIANTS)
     ]
 
 
@@ -152,9 +153,7 @@ def _accelerator(device: str) -> Accelerator:
         ValueError: no experiment runs there.
     """
     if device not in DEVICES:
-        raise ValueError(
-            f"no list of cells for device {device!r}; there is one for {' and '.join(DEVICES)}"
-        )
+        raise ValueError(f"no runs are planned for device {device!r}; take one of {', '.join(DEVICES)}")
     return DEVICES[device]
 
 
@@ -198,25 +197,24 @@ def _combinations(plain: Recipe) -> dict[str, Recipe]:
     }
 
 
-def cifar10_variants(device: str = "cpu") -> list[Cell]:
-    """The recipe and first network of `cifar10_controls`, with variants of Mixture-of-Depths.
+def cifar10_variants(device: str = "cpu") -> list[PlannedRun]:
+    """Variants of Mixture-of-Depths, by the recipe and for the first network of `cifar10_controls`.
 
-    First one seed of each variant, which chooses those that are worth more; then three further
-    seeds of each, which decide: `research.experiments.choosing` has those that are worth them.
-    Variants whose code is gone are among them, for their rows; `cells_of` leaves them out.
+    The study is closed: most of these networks can no longer be built, and the runs stand here only so
+    that their rows are known.
 
     Raises:
         ValueError: another device.
 
     Example:
-        >>> cells = cifar10_variants()
-        >>> cells[0].label, cells[0].recipe.model_args
+        >>> runs = cifar10_variants()
+        >>> runs[0].label, runs[0].recipe.model_args
         ('gate of the map', {'gate': 'map'})
     """
     accelerator = _accelerator(device)
     mod = controls_by_name(f"cifar10.{_OF_VARIANTS}.controls")[SCORE_ORDER]
     return [
-        Cell(
+        PlannedRun(
             network=_OF_VARIANTS,
             family="variants",
             label=label,
@@ -232,30 +230,22 @@ def cifar10_variants(device: str = "cpu") -> list[Cell]:
     ]
 
 
-# Experiments by name: their cells on a device.
-EXPERIMENTS: dict[str, Callable[[str], list[Cell]]] = {
-    "cifar10-controls": cifar10_controls,
-    "cifar10-variants": cifar10_variants,
-}
-# Experiments that are held against cells of another one, and which: these are not run again.
-BORROWED: dict[str, tuple[str, tuple[str, ...]]] = {"cifar10-variants": ("cifar10-controls", RIVALS)}
+# Experiments that can be run, by name: their runs on a device.
+EXPERIMENTS: dict[str, Callable[[str], list[PlannedRun]]] = {CONTROLS: cifar10_controls}
 
 
-def rivals_of(name: str, device: str = "cpu", *, epochs: int | None = None) -> list[Cell]:
-    """Cells of another experiment that this one's are held against, of its networks; none for most.
+def variants_and_baselines(device: str = "cpu") -> list[PlannedRun]:
+    """Runs of the closed study of variants, behind those of the controls that are its baselines.
 
     Example:
-        >>> list(dict.fromkeys(cell.label for cell in rivals_of("cifar10-variants")))[:4]
+        >>> list(dict.fromkeys(run.label for run in variants_and_baselines()))[:4]
         ['plain', 'MoD, score order', 'first k channels', 'blocks removed']
     """
-    if name not in BORROWED:
-        return []
-    other, labels = BORROWED[name]
-    networks = {cell.network for cell in EXPERIMENTS[name](device)}
-    return cells_of(other, device, only=labels, networks=networks, epochs=epochs)
+    baselines = planned_runs(CONTROLS, device, only=BASELINES, networks=[_OF_VARIANTS])
+    return [*baselines, *cifar10_variants(device)]
 
 
-def cells_of(
+def planned_runs(
     name: str,
     device: str = "cpu",
     *,
@@ -264,49 +254,46 @@ def cells_of(
     seeds: int | None = None,
     epochs: int | None = None,
     where: Iterable[str] = (),
-    gone: bool = False,
-) -> list[Cell]:
-    """Cells of an experiment, all or some.
+) -> list[PlannedRun]:
+    """Runs of an experiment, all or some.
 
     Args:
         name: of `EXPERIMENTS`.
         device: ``cpu`` or ``cuda``.
-        only: labels of cells; none: all.
+        only: labels; none: all.
         networks: short names of plain networks; none: all.
-        seeds: the first so many of each cell's.
-        epochs: of each, in place of the experiment's.
-        where: changes of where they run, as for `Cell.changed`.
-        gone: include variants that can no longer be built, whose rows are still shown.
+        seeds: the first so many of each label.
+        epochs: in place of the experiment's.
+        where: changes of where they run, as for `PlannedRun.changed`.
 
     Raises:
-        ValueError: no such experiment, device, label or network, no label of that network, or a
-            change that is refused.
+        ValueError: no such experiment, device, label or network, no label of that network, a closed
+            study, or a change that is refused.
 
     Example:
-        >>> [cell.recipe.seed for cell in cells_of("cifar10-controls", only=["plain"], seeds=2)]
+        >>> [run.recipe.seed for run in planned_runs("cifar10-controls", only=["plain"], seeds=2)]
         [0, 1]
     """
+    if name == CLOSED:
+        raise ValueError(
+            f"{CLOSED} is a closed study: its code is at the git tag before-house, and here its page alone "
+            f"can be written (--page)"
+        )
     if name not in EXPERIMENTS:
         raise ValueError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be at least 1, not {seeds}")
-    where, cells = list(where), EXPERIMENTS[name](device)
-    if not gone:
-        cells = [cell for cell in cells if cell.label not in VARIANTS or not VARIANTS[cell.label].gone]
-    wanted = _known("label", only, [cell.label for cell in cells])
-    of = _known("network", networks, [cell.network for cell in cells])
+    where, runs = list(where), EXPERIMENTS[name](device)
+    wanted = _known("label", only, [run.label for run in runs])
+    of = _known("network", networks, [run.network for run in runs])
     first: dict[tuple[str, str], int] = {}
     chosen = []
-    for cell in cells:
-        start = first.setdefault((cell.network, cell.label), cell.recipe.seed)
-        if (
-            cell.label in wanted
-            and cell.network in of
-            and (seeds is None or cell.recipe.seed < start + seeds)
-        ):
-            chosen.append(cell.changed(epochs=epochs, where=where))
+    for run in runs:
+        start = first.setdefault((run.network, run.label), run.recipe.seed)
+        if run.label in wanted and run.network in of and (seeds is None or run.recipe.seed < start + seeds):
+            chosen.append(run.changed(epochs=epochs, where=where))
     if not chosen:
-        labels = dict.fromkeys(cell.label for cell in cells if cell.network in of)
+        labels = dict.fromkeys(run.label for run in runs if run.network in of)
         raise ValueError(
             f"no run of {', '.join(sorted(of))} has the label {', '.join(sorted(wanted))}; its labels are "
             f"{'; '.join(labels)}"

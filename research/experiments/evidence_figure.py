@@ -23,37 +23,37 @@ _KINDS = {
 
 
 def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
-    """Draw test accuracy against the latency ratio, a panel for each setting.
+    """Draw test accuracy against the latency ratio, a panel for each timing.
 
     Upright bars are standard deviations over seeds, level ones interquartile ranges over
-    rounds. The dotted line joins plain networks of all depths: a network below it is worse than what
-    its time buys otherwise.
+    rounds. The dotted line joins plain networks of all depths: a network below it is worse than a
+    plain network of the same latency.
 
     Returns:
         `path`; None where none of them has both an accuracy and a time.
     """
     from matplotlib.figure import Figure
 
-    # The question is theirs; all other networks, some several times as slow, are in the tables.
+    # All other networks, some several times as slow, are in the tables alone.
     labels = [label for family in ("controls", "variants", "depth") for label in evidence.labels(family)]
     panels = {
-        setting: [name for name in labels if evidence.accuracy(name) and evidence.time(name, setting)]
-        for setting in evidence.settings()
+        timing: [name for name in labels if evidence.accuracy(name) and evidence.time(name, timing)]
+        for timing in evidence.timings()
     }
-    panels = {setting: names for setting, names in panels.items() if names}
+    panels = {timing: names for timing, names in panels.items() if names}
     if not panels:
         return None
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(6.6 * across, 4.6 * down + 0.5), layout="constrained")
     drawn = {}
-    for at, (setting, names) in enumerate(panels.items(), 1):
+    for at, (timing, names) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(down, across, at)
         plain(axes)
         depths = []
         for number, name in enumerate(names):
             accuracies = list(evidence.accuracy(name).values())
-            timed = evidence.time(name, setting)
+            timed = evidence.time(name, timing)
             assert timed is not None
             x, y = timed.time_ratio or 0.0, statistics.fmean(accuracies)
             marker, colour = _KINDS[kind := _kind(name)]
@@ -77,7 +77,7 @@ def plot_evidence(evidence: Evidence, path: Path) -> Path | None:
         if len(depths) > 1:
             axes.plot(*zip(*sorted(depths), strict=True), linestyle=":", color="#777777", zorder=2)
         axes.margins(x=0.15, y=0.12)
-        axes.set_title(f"{evidence.network}, {setting}", fontsize=10)
+        axes.set_title(f"{evidence.network}, {timing}", fontsize=10)
         axes.set_xlabel("latency over the plain network's")
         axes.set_ylabel("test accuracy, %")
     figure.legend(

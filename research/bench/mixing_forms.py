@@ -11,20 +11,18 @@ output as large as the input. A 1x1 kernel at one position is a linear layer.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pliant._files import atomic_path
+from pliant.measuring.latency import median, spread
 from pliant.methods.condconv.mixing import (
     Form,
     Geometry,
@@ -33,8 +31,10 @@ from pliant.methods.condconv.mixing import (
     faster_form,
 )
 from pliant.provenance import provenance
-from pliant.records import Origin, cells, columns, read_records
+from pliant.records import Origin, read_records, write_records
+from research.bench.rounds import in_turn
 
+FORMS: tuple[Form, ...] = ("fused", "experts")
 KINDS = ("1x1", "3x3", "depthwise")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 EXPERTS = (2, 4, 8, 16, 32)
@@ -130,13 +130,6 @@ class FormTimes(Origin):
         return max(1.0, self.ratio if said == "experts" else 1 / self.ratio)
 
 
-@dataclass
-class _Entrant:
-    run: Callable[[], None]
-    calls: int = 1
-    seconds: list[float] = field(default_factory=list)
-
-
 def cases(device: str = "cpu") -> list[Case]:
     """All shapes that are small enough for a device, in an order of no meaning.
 
@@ -182,8 +175,8 @@ def measure_forms(
 
     Example:
         >>> rows = measure_forms([Case("1x1", 7, 8, 2, 1, False)], rounds=1, min_run_time=0)
-        >>> rows[0].ratio == rows[0].experts_ms / rows[0].fused_ms
-        True
+        >>> rows[0].case.channels, rows[0].ratio > 0
+        (8, True)
     """
     shapes = list(shapes)
     origin = provenance(device)
@@ -194,7 +187,12 @@ def measure_forms(
             break
         if progress is not None:
             progress(done, len(shapes), f"{case.kind}, {case.channels} channels")
-        fused, experts = _race(case, device, threads, rounds, min_run_time)
+        gpus = [torch.device(device)] if device == "cuda" else []
+        with torch.random.fork_rng(gpus):
+            torch.manual_seed(0)
+            calls = {str(form): _call(case, form, device) for form in FORMS}
+        times = in_turn(calls, threads=threads, rounds=rounds, min_run_time=min_run_time)
+        fused, experts = times["fused"], times["experts"]
         ratios = [b / a for a, b in zip(fused, experts, strict=True)]
         found.append(
             FormTimes(
@@ -207,35 +205,16 @@ def measure_forms(
                 device=device,
                 threads=threads,
                 rounds=rounds,
-                fused_ms=1000 * statistics.median(fused),
-                fused_iqr_ms=1000 * _spread(fused),
-                experts_ms=1000 * statistics.median(experts),
-                experts_iqr_ms=1000 * _spread(experts),
-                ratio=statistics.median(ratios),
-                ratio_iqr=_spread(ratios),
+                fused_ms=1000 * (median(fused) or 0.0),
+                fused_iqr_ms=1000 * (spread(fused) or 0.0),
+                experts_ms=1000 * (median(experts) or 0.0),
+                experts_iqr_ms=1000 * (spread(experts) or 0.0),
+                ratio=median(ratios) or 0.0,
+                ratio_iqr=spread(ratios) or 0.0,
                 **origin,
             )
         )
     return found
-
-
-def _race(case: Case, device: str, threads: int, rounds: int, least: float) -> list[list[float]]:
-    """Seconds of a call in each round, of the fused and of the experts form."""
-    from torch.utils.benchmark import Timer  # on use: it looks for compilers as it loads
-
-    gpus = [torch.device(device)] if device == "cuda" else []
-    with torch.random.fork_rng(gpus):
-        torch.manual_seed(0)
-        forms: tuple[Form, ...] = ("fused", "experts")
-        entrants = [_Entrant(_call(case, form, device)) for form in forms]
-    timers = [Timer("run()", globals={"run": e.run}, num_threads=threads) for e in entrants]
-    for entrant, timer in zip(entrants, timers, strict=True):
-        timer.timeit(1)  # which is two calls
-        entrant.calls = max(1, math.ceil(least / timer.timeit(1).mean))
-    for _ in range(rounds):
-        for entrant, timer in zip(entrants, timers, strict=True):
-            entrant.seconds.append(timer.timeit(entrant.calls).mean)
-    return [entrant.seconds for entrant in entrants]
 
 
 def _call(case: Case, form: Form, device: str) -> Callable[[], None]:
@@ -272,15 +251,10 @@ def _call(case: Case, form: Form, device: str) -> Callable[[], None]:
 
 def write_forms(path: str | Path, rows: Sequence[FormTimes]) -> None:
     """Write rows to a CSV file, sorted; the file is replaced whole or not at all."""
-    header = columns(FormTimes)
     ordered = sorted(
         rows, key=lambda r: (r.threads, r.kind, r.training, r.size, r.channels, r.experts, r.batch)
     )
-    with atomic_path(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        for row in ordered:
-            writer.writerow(cells(row, ".4g"))
+    write_records(path, FormTimes, ordered, number=".4g")
 
 
 def read_forms(path: str | Path) -> list[FormTimes]:
@@ -330,11 +304,3 @@ def run_forms(
     before = read_forms(path) if path.exists() else []
     write_forms(path, [*rows, *(row for row in before if (row.case, row.threads) not in timed)])
     return rows
-
-
-def _spread(values: list[float]) -> float:
-    """The interquartile range; one round has none."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from research.published.rows import PublishedRow
+from pliant import tables
+from research.published.printed import PublishedRow
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -146,8 +147,13 @@ def _name(p: PublishedRow) -> str:
     return f"{p.model}, {p.variant}" if p.variant else p.model
 
 
-_COLUMNS = ("Table", "Network", "Params", "ours", "MACs", "ours", "honest", "Verdict")
-_NUMBERS = range(2, 7)
+HEADINGS = ("Table", "Network", "Params", "ours", "MACs", "ours", "honest", "Verdict")
+TEXT = ("Table", "Network", "Verdict")
+
+
+def cells(report: CountReport) -> list[tuple[str, ...]]:
+    """Cells of the report's table, whose headings are `HEADINGS`, in the order of the paper's tables."""
+    return [_cells(row) for row in sorted(report.rows, key=lambda row: int(row.published.table))]
 
 
 def _cells(row: CountRow) -> tuple[str, ...]:
@@ -166,28 +172,13 @@ def _cells(row: CountRow) -> tuple[str, ...]:
     )
 
 
-def _by_table(report: CountReport) -> list[CountRow]:
-    return sorted(report.rows, key=lambda row: int(row.published.table))
-
-
 def render(report: CountReport) -> Table:
     """The report as a table for a terminal. Print ``report.notes`` below it."""
-    from rich import box
-    from rich.table import Table
-
     title = f"{report.paper.title}: counts published and ours (parameters in millions)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for n, name in enumerate(_COLUMNS):
-        side: Literal["left", "right"] = "right" if n in _NUMBERS else "left"
-        table.add_column(name, justify=side, no_wrap=n != 1, overflow="fold")
-    for row in _by_table(report):
-        table.add_row(*_cells(row), style=None if row.verdict == "match" else "yellow")
-    return table
+    return tables.terminal(HEADINGS, cells(report), TEXT, title=title)
 
 
 def markdown(report: CountReport) -> str:
     """The report as a Markdown table, its notes as a list below it."""
-    lines = [_COLUMNS, tuple("---:" if n in _NUMBERS else "---" for n in range(len(_COLUMNS)))]
-    lines += [_cells(row) for row in _by_table(report)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return table + "\n\n" + "\n".join(f"- {note}" for note in report.notes) + "\n"
+    notes = "\n".join(f"- {note}" for note in report.notes)
+    return f"{tables.markdown(HEADINGS, cells(report), TEXT)}\n\n{notes}\n"

@@ -1,7 +1,7 @@
 """Time the networks of an experiment: forwards as deployed, and training steps.
 
 Latency is `pliant.measure`'s: all networks in turn, in each of several engines, as one would deploy
-them. A training step is the recipe's own (batch, precision, objective, optimiser), likewise in turn.
+them. A training step is the recipe's own (batch, precision, objective, optimizer), in turn too.
 Both go to one file of `Measurement` rows, replaced engine by engine.
 
 Shapes: images [B, C, S, S]; classes int64 [B].
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,11 +26,12 @@ from pliant.measuring.rows import PLAIN as PLAIN_FORM
 from pliant.methods.adaptive_depth import AdaptiveDepth
 from pliant.methods.adaptive_depth.depth import get_depth, subnet
 from pliant.models._build import methods_of
-from pliant.objectives import ManyPasses
 from pliant.provenance import provenance
 from pliant.train.objectives import make_objective
 from pliant.train.recipe import Recipe
-from research.experiments.cells import Cell
+from research.bench.rounds import in_turn
+from research.bench.steps import training_step
+from research.experiments.plans import PlannedRun
 
 STEP = "training step"  # in the place of an engine
 BATCHES = {"cpu": (1, 16), "cuda": (1, 128)}
@@ -51,8 +51,8 @@ def name_of(network: str, label: str) -> str:
     return f"{network}: {label}"
 
 
-def time_cells(
-    cells: Sequence[Cell],
+def time_networks(
+    runs: Sequence[PlannedRun],
     path: str | Path,
     *,
     device: str = "cpu",
@@ -65,12 +65,12 @@ def time_cells(
     """Time each network of an experiment once, whatever its seeds; the rows replace their like.
 
     Args:
-        cells: whose networks; ratios are to the plain one of the same kind, so it is among them.
+        runs: whose networks; the plain network, to which ratios are, is among them.
         path: CSV file, written after each engine; rows of other networks and engines stay.
         device: ``cpu`` or ``cuda``.
         threads: of PyTorch and of each engine.
-        engines: names in `pliant.deploy.engines.ENGINES`; by default two of each device, of which one
-            that is missing is passed over. Training steps are timed beside them.
+        engines: names in `pliant.deploy.engines.ENGINES`; by default two for each device, of which a
+            missing one is left out. Training steps are timed beside them.
         batches: images a forward.
         effort: how long.
         progress: called with steps done, steps in all, and what comes next.
@@ -79,8 +79,8 @@ def time_cells(
         The rows of this call.
 
     Raises:
-        ValueError: no plain network among the cells, no such engine, or one that was named, or the
-            device, is missing.
+        ValueError: no plain network among the runs, no such engine, or an engine that was named, or
+            the device, is missing.
     """
     effort = effort or Effort()
     kind = device.partition(":")[0]
@@ -90,11 +90,11 @@ def time_cells(
         if wanted.missing:
             raise ValueError(f"engine {wanted.name} is not here: {wanted.missing}")
     found: list[Measurement] = []
-    for network in dict.fromkeys(cell.network for cell in cells):
-        own: dict[str, Cell] = {}
-        for cell in cells:
-            if cell.network == network:
-                own.setdefault(cell.label, cell)
+    for network in dict.fromkeys(run.network for run in runs):
+        own: dict[str, PlannedRun] = {}
+        for run in runs:
+            if run.network == network:
+                own.setdefault(run.label, run)
         if PLAIN not in own:
             raise ValueError(f"ratios are to the plain {network}: --only needs {PLAIN!r} too")
         recipe = own[PLAIN].recipe
@@ -102,8 +102,8 @@ def time_cells(
             torch.manual_seed(0)
             models = {
                 name_of(network, label): model
-                for cell in own.values()
-                for label, model in _networks(cell).items()
+                for run in own.values()
+                for label, model in _networks(run).items()
             }
         for engine in engines or ENGINES_OF[kind]:
             if ENGINES[engine].missing:
@@ -125,7 +125,7 @@ def time_cells(
             found += rows
             _replace(path, rows)
         rows = time_steps(
-            {name_of(network, cell.label): cell.recipe for cell in own.values()},
+            {name_of(network, run.label): run.recipe for run in own.values()},
             against=name_of(network, PLAIN),
             device=device,
             threads=threads,
@@ -137,16 +137,15 @@ def time_cells(
     return found
 
 
-def _networks(cell: Cell) -> dict[str, nn.Module]:
-    """The networks of a cell by label, with random weights; of an adaptive one its two ends."""
-    r = cell.recipe
+def _networks(run: PlannedRun) -> dict[str, nn.Module]:
+    """The networks of a run by label, with random weights; of an adaptive one its two ends."""
+    r = run.recipe
     whole = fresh(r.model, **{"in_chans": r.in_chans, **r.model_args})
     if AdaptiveDepth not in methods_of(r.model):
-        return {cell.label: whole}
+        return {run.label: whole}
     flags = len(get_depth(whole))
     return {
-        label: subnet(whole, (base,) * flags)
-        for label, base in zip(cell.labels, (False, True), strict=True)
+        label: subnet(whole, (base,) * flags) for label, base in zip(run.labels, (False, True), strict=True)
     }
 
 
@@ -194,46 +193,41 @@ def time_steps(
         >>> row.engine, row.batch, row.time_ratio
         ('training step', 2, 1.0)
     """
-    from torch.utils.benchmark import Timer  # on use: it looks for compilers as it loads
-
     effort = effort or Effort()
     threads = threads or torch.get_num_threads()
     place = torch.device(device)
     report = progress or (lambda _done, _total, _what: None)
-    timers: dict[str, tuple[Timer, int, nn.Module]] = {}
+    models: dict[str, nn.Module] = {}
+    steps = {}
     with torch.random.fork_rng([place] if place.type == "cuda" else []):
         torch.manual_seed(0)
-        for done, (name, recipe) in enumerate(recipes.items()):
-            report(done, 2 * len(recipes), f"{STEP}: {name}")
-            model = (
-                fresh(recipe.model, **{"in_chans": recipe.in_chans, **recipe.model_args}).to(place).train()
-            )
-            step = _step(model, recipe, place)
-            timer = Timer("step()", globals={"step": step}, num_threads=threads)
-            timer.timeit(1)  # two steps that warm up, then two more
-            once = timer.timeit(1).mean
-            timers[name] = timer, max(1, round(effort.min_run_time / once)), model
-        seconds: dict[str, list[float]] = {name: [] for name in timers}
-        for number in range(effort.rounds):
-            at = len(recipes) + len(recipes) * number // effort.rounds
-            report(at, 2 * len(recipes), f"{STEP}s, round {number + 1}")
-            for name, (timer, calls, _) in timers.items():
-                seconds[name].append(timer.timeit(calls).mean)
-    origin = provenance(place)
+        for name, recipe in recipes.items():
+            model = fresh(recipe.model, **{"in_chans": recipe.in_chans, **recipe.model_args})
+            models[name] = model.to(place).train()
+            steps[name] = _step(models[name], recipe, place)
+        seconds = in_turn(
+            steps,
+            threads=threads,
+            rounds=effort.rounds,
+            min_run_time=effort.min_run_time,
+            report=lambda number: report(number, effort.rounds, f"{STEP}s, round {number + 1}"),
+        )
+    plain = count_macs(models[against].eval(), _size(recipes[against]))
     found = []
-    for name, (_, _, model) in timers.items():
+    for name, model in models.items():
         recipe, ms = recipes[name], [1000 * s for s in seconds[name]]
         ratios = [a / b for a, b in zip(seconds[name], seconds[against], strict=True)]
+        macs = count_macs(model.eval(), _size(recipe))
         found.append(
             Measurement(
                 model=name,
                 parameters=count_parameters(model),
-                macs=count_macs(model.eval(), _size(recipe)),
+                macs=macs,
                 input_size=_size(recipe),
                 batch=recipe.batch,
                 device=place.type,
                 engine=STEP,
-                dtype="bfloat16" if recipe.precision == "bf16" else "float32",
+                dtype=_dtype(recipe),
                 channels_last=recipe.channels_last,
                 threads=threads,
                 rounds=effort.rounds,
@@ -244,11 +238,15 @@ def time_steps(
                 against=against,
                 time_ratio=median(ratios),
                 time_ratio_iqr=spread(ratios),
-                **origin,
+                mac_ratio=median([macs / plain]),
+                **provenance(place),
             )
         )
-    macs = next(r.macs for r in found if r.model == against)
-    return [replace(r, mac_ratio=median([r.macs / macs]) if r.macs and macs else None) for r in found]
+    return found
+
+
+def _dtype(recipe: Recipe) -> str:
+    return "bfloat16" if recipe.precision == "bf16" else "float32"
 
 
 def _step(model: nn.Module, recipe: Recipe, device: torch.device) -> Callable[[], None]:
@@ -259,17 +257,7 @@ def _step(model: nn.Module, recipe: Recipe, device: torch.device) -> Callable[[]
     x = torch.randn(recipe.batch, *_size(recipe), device=device).to(memory_format=layout)
     model.to(memory_format=layout)
     y = torch.randint(10, (recipe.batch,), device=device)
-    objective: Any = make_objective(recipe.objective, recipe.objective_args, recipe.smoothing)
-    # So small that the loss stays a number on images that mean nothing.
+    objective = make_objective(recipe.objective, recipe.objective_args, recipe.smoothing)
+    # So small a rate that the loss stays a number on images that mean nothing.
     optimizer = make_optimizer(model, replace(recipe, lr=1e-4))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            both = isinstance(objective, ManyPasses)
-            outputs = objective.run(model, x) if both else model(x)
-            loss: Any = torch.stack(list(objective(outputs, y).values())).sum()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return training_step(model, x, y, objective, optimizer, _dtype(recipe))

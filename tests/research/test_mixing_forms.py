@@ -12,8 +12,16 @@ import torch
 from pliant.methods.condconv import mixing
 from pliant.methods.condconv.layers import CondConv2d, Router
 from pliant.methods.condconv.mixing import Geometry, choose_form, faster_form
-from research.bench import forms
-from research.bench.forms import Case, FormTimes, cases, measure_forms, read_forms, run_forms, write_forms
+from research.bench import mixing_forms as forms
+from research.bench.mixing_forms import (
+    Case,
+    FormTimes,
+    cases,
+    measure_forms,
+    read_forms,
+    run_forms,
+    write_forms,
+)
 
 COMMITTED = Path(__file__).resolve().parents[2] / "results" / "condconv-forms-cpu.csv"
 SMALL = [Case("1x1", 7, 8, 2, 1, False), Case("3x3", 4, 8, 4, 3, True), Case("1x1", 1, 8, 2, 2, True)]

@@ -1,9 +1,9 @@
-"""Walk through the cells of an experiment: what is in the rows is not run again.
+"""Run what an experiment plans: what is in the rows is not run again.
 
-A row is written as soon as its cell has finished, and says all by which a cell is known. So an
-experiment goes on from its rows alone, on another machine and without the folders of its runs;
-a run that was cut off goes on from its checkpoint, where its folder is still there. Several
-processes that share these folders share the cells: none takes what another has in hand.
+A row is written as soon as its run has finished, and identifies the run. So an experiment goes on from its
+rows alone, on another machine and without the folders of its runs. A run that was interrupted goes on from
+its checkpoint, where its folder is still there. Several processes that share these folders share the runs:
+none takes a run that another one holds.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pathlib import Path
 
 from pliant._lock import FolderInUseError, held, in_use, locks_in
 from pliant.compare import Score, compare, read_scores, run_folder, write_scores
-from research.experiments.cells import Cell, key_of
+from research.experiments.plans import PlannedRun, key_of
 
 DONE, TRAINED, INTERRUPTED, WAITING = "done", "trained, not scored", "interrupted", "not begun"
-RUNNING = "in hand of a process"
+RUNNING = "running in a process"
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a cell stands: `DONE`, `TRAINED`, `RUNNING`, `INTERRUPTED` or `WAITING`.
+    """Where a run stands: `DONE`, `TRAINED`, `RUNNING`, `INTERRUPTED` or `WAITING`.
 
     Attributes:
         kind: one of these.
-        epochs: that it has behind it.
+        epochs: that are finished.
     """
 
     kind: str
@@ -50,24 +50,24 @@ def scores_in(path: str | Path) -> list[Score]:
     return read_scores(path) if Path(path).exists() else []
 
 
-def states(cells: Iterable[Cell], rows: Iterable[Score], folder: str | Path) -> list[State]:
-    """Where each cell stands.
+def states(runs: Iterable[PlannedRun], rows: Iterable[Score], folder: str | Path) -> list[State]:
+    """Where each run stands.
 
     Args:
-        cells: of the experiment.
-        rows: that are there, whoever wrote them.
+        runs: of the experiment.
+        rows: that are there.
         folder: of the experiment's runs.
     """
     from pliant.train.run import LOCK, METRICS, RECIPE, RESULT
 
     there = {key_of(row) for row in rows}
     found = []
-    for cell in cells:
-        place = run_folder(_parent(cell, folder), cell.label, cell.recipe)
-        if there.issuperset(cell.keys):
+    for run in runs:
+        place = run_folder(_parent(run, folder), run.label, run.recipe)
+        if there.issuperset(run.keys):
             found.append(State(DONE))
         elif (place / RESULT).is_file():
-            found.append(State(TRAINED, cell.recipe.epochs))
+            found.append(State(TRAINED, run.recipe.epochs))
         elif (place / RECIPE).is_file():
             kind = RUNNING if in_use(place / LOCK) else INTERRUPTED
             found.append(State(kind, _epochs(place / METRICS)))
@@ -76,8 +76,8 @@ def states(cells: Iterable[Cell], rows: Iterable[Score], folder: str | Path) -> 
     return found
 
 
-def run_cells(
-    cells: Sequence[Cell],
+def execute(
+    runs: Sequence[PlannedRun],
     rows: str | Path,
     folder: str | Path,
     *,
@@ -85,15 +85,15 @@ def run_cells(
     progress: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> list[Score]:
-    """Run the cells that the rows do not have, one after another.
+    """Run what the rows do not have, one run after another.
 
     Args:
-        cells: what to run, the most important first.
-        rows: CSV file of `pliant.compare.Score`, which gets each cell's row when it has finished.
-        folder: of the runs. A cell that another process runs there is passed over.
-        limit: seconds after which no further cell is begun; the one that runs ends.
+        runs: what to run, the most important first.
+        rows: CSV file of `pliant.compare.Score`, which gets the row of each run when it has finished.
+        folder: of the runs. A run that another process holds there is skipped.
+        limit: seconds after which no further run begins; the one that runs ends.
         progress: show `fit`'s progress bar.
-        tell: gets a line for each cell.
+        tell: gets a line for each run.
 
     Returns:
         The rows that were added.
@@ -101,8 +101,8 @@ def run_cells(
     Raises:
         ValueError: `rows` holds something else.
         FileNotFoundError: the images are not there.
-        KeyboardInterrupt: Ctrl-C; run the same cells again to go on.
-        RuntimeError: the loss of some cells became NaN or infinite; the others were run.
+        KeyboardInterrupt: Ctrl-C; call it again to go on.
+        RuntimeError: the loss of some runs became NaN or infinite; the others were run.
     """
     from pliant.train.tasks import NonFiniteLossError
 
@@ -112,24 +112,24 @@ def run_cells(
     lost: list[str] = []
     elsewhere = 0
 
-    def done(cell: Cell) -> bool:  # read anew each time: another process may have written its rows
-        return {key_of(row) for row in scores_in(rows)}.issuperset(cell.keys)
+    def done(run: PlannedRun) -> bool:  # read anew each time: another process may have written its rows
+        return {key_of(row) for row in scores_in(rows)}.issuperset(run.keys)
 
-    for number, cell in enumerate(cells, 1):
-        name = f"{number} of {len(cells)}: {cell.network}, {cell.label}, seed {cell.recipe.seed}"
-        if done(cell):
+    for number, run in enumerate(runs, 1):
+        name = f"{number} of {len(runs)}: {run.network}, {run.label}, seed {run.recipe.seed}"
+        if done(run):
             continue
         if limit is not None and time.monotonic() - begin >= limit:
             tell(f"{name}: not begun, the time is up; the same command goes on from here")
             break
-        place = run_folder(_parent(cell, folder), cell.label, cell.recipe)
+        place = run_folder(_parent(run, folder), run.label, run.recipe)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             with held(place.with_name(f"{place.name}.lock")):
-                if done(cell):  # between the first look and the lock
+                if done(run):  # between the first look and the lock
                     continue
                 tell(name)
-                found = compare({cell.label: cell.recipe}, place.parent, progress=progress)
+                found = compare({run.label: run.recipe}, place.parent, progress=progress)
                 scores = [score for score, _ in found.values()]
                 with held(Path(folder, "rows.lock"), wait=True):  # two would each lose the other's
                     write_scores(rows, scores, append=True)
@@ -137,42 +137,42 @@ def run_cells(
             elsewhere += 1
             continue
         except NonFiniteLossError as error:
-            lost.append(f"{cell.label}, seed {cell.recipe.seed}")
+            lost.append(f"{run.label}, seed {run.recipe.seed}")
             tell(f"{name}: failed: {error}")
             continue
         added += scores
         tell(f"{name}: {_told(scores)}")
     if elsewhere:
-        tell(f"passed over, because other processes had them in hand: {elsewhere}")
+        tell(f"skipped, because other processes run them: {elsewhere}")
     if lost:
         raise RuntimeError(f"the loss of {'; '.join(lost)} became NaN or infinite; see their folders")
     return added
 
 
-def run_cells_together(
-    cells: Sequence[Cell],
+def execute_together(
+    runs: Sequence[PlannedRun],
     rows: str | Path,
     folder: str | Path,
     processes: int,
     *,
     limit: float | None = None,
 ) -> list[Score]:
-    """`run_cells` in several processes at once, which share the cells; they print what they do.
+    """`execute` in several processes at once, which share the runs; they print what they do.
 
     Small networks leave a GPU, or many cores, idle between their kernels. With ``threads=1`` each
     process takes one core. They are spawned, so a script calls this below
-    ``if __name__ == "__main__":``. None of them outlives this process, or an interrupt: runs that were in
-    hand go on from their last checkpoint with the next call.
+    ``if __name__ == "__main__":``. None of them outlives this process, or an interrupt: interrupted
+    runs go on from their last checkpoint with the next call.
 
     Args:
-        cells: as `run_cells` takes them.
-        rows: likewise.
-        folder: likewise.
+        runs: as for `execute`.
+        rows: as for `execute`.
+        folder: as for `execute`.
         processes: how many.
-        limit: seconds, of each.
+        limit: seconds, for each process.
 
     Returns:
-        The rows that were added meanwhile, by whomever.
+        The rows that were added in the meantime.
 
     Raises:
         ValueError: fewer than one process, or the folder's file system has no locks to share by.
@@ -188,34 +188,34 @@ def run_cells_together(
         )
     before = scores_in(rows)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    walkers = [
-        context.Process(target=_walk, args=(cells, rows, folder, limit), name=f"walker {n}")
+    workers = [
+        context.Process(target=_work, args=(runs, rows, folder, limit), name=f"worker {n}")
         for n in range(processes)
     ]
     try:
-        for walker in walkers:
-            walker.start()
-        for walker in walkers:
-            walker.join()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
     finally:
-        left = [walker for walker in walkers if walker.is_alive()]
-        for walker in left:  # this process was interrupted: a run that is ended so keeps its last step
-            walker.terminate()
-        for walker in left:
-            walker.join()
+        left = [worker for worker in workers if worker.is_alive()]
+        for worker in left:  # this process was interrupted: a run that is ended so keeps its last step
+            worker.terminate()
+        for worker in left:
+            worker.join()
     added = [row for row in scores_in(rows) if row not in before]
-    if failed := sum(walker.exitcode != 0 for walker in walkers):
+    if failed := sum(worker.exitcode != 0 for worker in workers):
         raise RuntimeError(
             f"{failed} of {processes} processes failed, for the reasons above; {len(added)} rows were added"
         )
     return added
 
 
-def _walk(cells: Sequence[Cell], rows: str | Path, folder: str | Path, limit: float | None) -> None:
-    """What each of several processes does, as long as the one that began them lives."""
+def _work(runs: Sequence[PlannedRun], rows: str | Path, folder: str | Path, limit: float | None) -> None:
+    """What each of several processes does, while the one that began them lives."""
     threading.Thread(target=_follow, daemon=True).start()
     try:
-        run_cells(cells, rows, folder, limit=limit, tell=partial(print, flush=True))
+        execute(runs, rows, folder, limit=limit, tell=partial(print, flush=True))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
@@ -236,13 +236,13 @@ def _told(scores: Sequence[Score]) -> str:
     return f"test {tests}; {first.seconds / first.epochs:.1f} s an epoch, {first.seconds:.0f} s in all"
 
 
-def _parent(cell: Cell, folder: str | Path) -> Path:
-    """Runs of one recipe's name and length stand together: others have the same labels."""
-    return Path(folder, f"{cell.recipe.name}-{cell.recipe.epochs}")
+def _parent(run: PlannedRun, folder: str | Path) -> Path:
+    """Folder of the runs of one recipe and length: others have the same labels."""
+    return Path(folder, f"{run.recipe.name}-{run.recipe.epochs}")
 
 
 def _epochs(metrics: Path) -> int:
-    """How many whole epochs a run that was cut off has behind it."""
+    """How many whole epochs an interrupted run has finished."""
     if not metrics.is_file():
         return 0
     with metrics.open(newline="", encoding="utf-8") as file:
