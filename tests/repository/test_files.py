@@ -84,7 +84,11 @@ def _asserts(function: ast.AST, helpers: set[str]) -> bool:
             called = (
                 node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             )
-            if called in helpers or called.startswith("assert_") or called in ("raises", "gradcheck"):
+            if (
+                called in helpers
+                or called.startswith("assert_")
+                or called in ("raises", "fail", "gradcheck")
+            ):
                 return True
     return False
 

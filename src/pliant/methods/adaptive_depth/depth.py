@@ -30,6 +30,7 @@ from pliant.methods.adaptive_depth.switch import (
     depth_name,
     find_depth,
 )
+from pliant.surgery import skeleton
 
 
 def set_depth(model: nn.Module, skip: SkipLike) -> Default:
@@ -139,17 +140,17 @@ def depths(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
         ValueError: the network has no adaptive depth.
 
     Example:
-        >>> import timm, torch, pliant
-        >>> with torch.device("meta"):  # counting needs no weights
-        ...     model = pliant.convert(timm.create_model("resnet50"), pliant.AdaptiveDepth())
+        >>> import timm, pliant
+        >>> model = pliant.convert(timm.create_model("resnet50"), pliant.AdaptiveDepth())
         >>> found = depths(model)
         >>> len(found), found[0].macs, found[-1].macs
         (16, 4089184256, 2560622592)
     """
     size = input_size or anatomy.input_size(model)
+    bare = skeleton(model)  # counting needs no arithmetic
     result = []
     for skip in product((False, True), repeat=len(find_depth(model).skip)):
-        cut = subnet(model, skip, share=True)
+        cut = subnet(bare, skip, share=True)
         macs = count_macs(cut, size) if size else None
         result.append(DepthInfo(skip, count_parameters(cut), macs))
     return result
