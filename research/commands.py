@@ -8,39 +8,33 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from pliant.cli import assemble
 from pliant.commands._common import Changes, Device, Threads, progress_of, show
-
-app = typer.Typer(
-    help="Reproduce the papers and the tables of results.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
 
 
 def quickstart(
     changes: Changes = None,
-    folder: Annotated[Path, typer.Option(help="Folder for runs, rows, figures and the page.")] = Path(
+    folder: Annotated[Path, typer.Option(help="Folder for runs, rows, figures and the page")] = Path(
         "runs/quickstart"
     ),
     threads: Threads = None,
-    readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table.")] = None,
-    results: Annotated[Path | None, typer.Option(help="Folder that gets a copy of the rows.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table")] = None,
+    results: Annotated[Path | None, typer.Option(help="Folder that gets a copy of the rows")] = None,
 ) -> None:
-    """Train and measure plain and converted networks, all three methods, in five minutes."""
+    """Train and measure plain networks and those of all methods, in five minutes."""
     from research.quickstart import quickstart as run
 
     run(folder, changes=changes or (), threads=threads, readme=readme, results=results)
 
 
 def counts(
-    method: Annotated[str | None, typer.Option(help="Paper: mod, condconv or adn; by default all.")] = None,
+    method: Annotated[str | None, typer.Option(help="Paper: mod, condconv or adn; by default all")] = None,
     table: Annotated[
-        list[str] | None, typer.Option(help="Only this table of the paper; repeat for several.")
+        list[str] | None, typer.Option(help="Only this table of the paper; repeat for several")
     ] = None,
-    markdown: Annotated[bool, typer.Option(help="Print Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown")] = False,
 ) -> None:
-    """Parameters and MACs of every published row that pliant builds, beside ours."""
+    """Compare the parameters and MACs of the papers with ours."""
     from research import published
 
     if table and method is None:
@@ -55,26 +49,26 @@ def counts(
 
 
 def experts(
-    folder: Annotated[Path, typer.Argument(help="Saved CondConv network, or its run.")],
+    folder: Annotated[Path, typer.Argument(help="Saved CondConv network, or its run")],
     data: Annotated[
         str | None,
         typer.Option(
-            help="Data set: digits, cifar10, cifar100, folder, imagenet, shards; by default the run's."
+            help="Data set: digits, cifar10, cifar100, folder, imagenet, shards; by default the run's"
         ),
     ] = None,
-    path: Annotated[Path | None, typer.Option(help="Folder of the data; digits need none.")] = None,
+    path: Annotated[Path | None, typer.Option(help="Folder of the data; digits need none")] = None,
     to: Annotated[
-        Path | None, typer.Option(help="Folder of the files; by default experts/ in FOLDER.")
+        Path | None, typer.Option(help="Folder of the files; by default experts/ in FOLDER")
     ] = None,
-    part: Annotated[str, typer.Option(help="Images: test or val.")] = "test",
+    part: Annotated[str, typer.Option(help="Images: test or val")] = "test",
     class_: Annotated[
-        list[str] | None, typer.Option("--class", help="Class to draw beside all; repeat for several.")
+        list[str] | None, typer.Option("--class", help="Class to draw beside all; repeat for several")
     ] = None,
-    per_class: Annotated[int | None, typer.Option(help="Most images of a class.", min=1)] = None,
-    batch: Annotated[int, typer.Option(help="Images in a forward.")] = 256,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    per_class: Annotated[int | None, typer.Option(help="Most images of a class", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Images in a forward")] = 256,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Routing weights by layer, class and example: a file, rows, and four figures."""
+    """Write the routing weights of a CondConv network by layer, class and image, and draw them."""
     from pliant.train.data import Part
     from research.analysis.expert_report import report_experts
 
@@ -99,21 +93,21 @@ def experts(
 
 def recover(
     recipe: Annotated[
-        str, typer.Argument(help="Recipe of a converted network: cifar10.resnet20_mod.recover.")
+        str, typer.Argument(help="Recipe of a converted network: cifar10.resnet20_mod.recover")
     ],
     changes: Changes = None,
-    folder: Annotated[Path, typer.Option(help="Folder of the runs; finished runs are kept.")] = Path(
+    folder: Annotated[Path, typer.Option(help="Folder of the runs; finished runs are kept")] = Path(
         "runs/recover"
     ),
-    rows: Annotated[Path | None, typer.Option(help="CSV file to append the rows to.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="CSV file to append the rows to")] = None,
     page: Annotated[
-        Path | None, typer.Option(help="With --rows: Markdown file to write from all rows.")
+        Path | None, typer.Option(help="With --rows: Markdown file to write from all rows")
     ] = None,
-    teacher: Annotated[bool, typer.Option(help="Train with the teacher.")] = True,
-    control: Annotated[bool, typer.Option(help="Train without the teacher too.")] = True,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    teacher: Annotated[bool, typer.Option(help="Train with the teacher")] = True,
+    control: Annotated[bool, typer.Option(help="Train without the teacher too")] = True,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar")] = True,
 ) -> None:
-    """Convert a trained network (weights=PATH), train a little, and report each epoch's accuracy."""
+    """Convert a trained network (weights=PATH), train it, and report the accuracy of each epoch."""
     from pliant import tables
     from pliant.recipes import get_recipe
     from pliant.train.recipe import override
@@ -142,27 +136,27 @@ def experiment(
         typer.Argument(help="key=value changes of where it runs: path=FOLDER threads=2 workers=0"),
     ] = None,
     device: Device = "cpu",
-    folder: Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/NAME.")] = None,
-    results: Annotated[Path, typer.Option(help="Folder of the rows.")] = Path("results"),
-    docs: Annotated[Path, typer.Option(help="With --page: folder of the page.")] = Path("docs"),
-    only: Annotated[list[str] | None, typer.Option(help="Only this label; repeat for several.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/NAME")] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the rows")] = Path("results"),
+    docs: Annotated[Path, typer.Option(help="With --page: folder of the page")] = Path("docs"),
+    only: Annotated[list[str] | None, typer.Option(help="Only this label; repeat for several")] = None,
     network: Annotated[
-        list[str] | None, typer.Option(help="Only this plain network; repeat for several.")
+        list[str] | None, typer.Option(help="Only this plain network; repeat for several")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Only the first seeds of each label.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of a rehearsal.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Only the first seeds of each label")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of a rehearsal")] = None,
     limit_minutes: Annotated[
-        float | None, typer.Option(help="Minutes after which no further run begins.")
+        float | None, typer.Option(help="Minutes after which no further run begins")
     ] = None,
-    processes: Annotated[int, typer.Option(help="Runs at a time, each in its own process.", min=1)] = 1,
+    processes: Annotated[int, typer.Option(help="Runs at a time, each in its own process", min=1)] = 1,
     engine: Annotated[
-        list[str] | None, typer.Option(help="With --measure: only this engine; repeat for several.")
+        list[str] | None, typer.Option(help="With --measure: only this engine; repeat for several")
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the state of each run; run none.")] = False,
-    measure: Annotated[bool, typer.Option("--measure", help="Time the networks; train none.")] = False,
-    page: Annotated[bool, typer.Option("--page", help="Write the page from the rows; train none.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the state of each run; run none")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Time the networks; train none")] = False,
+    page: Annotated[bool, typer.Option("--page", help="Write the page from the rows; train none")] = False,
 ) -> None:
-    """Train all networks of an experiment, a row for each; a repeated command goes on where it stopped."""
+    """Train all networks of an experiment; a repeated command goes on where it stopped."""
     from research import experiments
     from research.experiments.execution import scores_in
 
@@ -217,24 +211,29 @@ def experiment(
 
 def bench(
     device: Device = "cpu",
-    results: Annotated[Path, typer.Option(help="folder for rows, tables and figures")] = Path("results"),
-    quick: Annotated[bool, typer.Option(help="one network, batch 1, to see that it works")] = False,
-    resume: Annotated[bool, typer.Option(help="keep what this commit measured here before")] = False,
+    results: Annotated[Path, typer.Option(help="Folder of rows, tables and figures")] = Path("results"),
+    quick: Annotated[bool, typer.Option("--quick", help="Rehearse with one network at batch 1")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what this commit measured on this machine before")
+    ] = False,
     suite: Annotated[
         str,
         typer.Option(
-            help="mod (in all engines), mod-bfloat16, mod-int8 or condconv networks, forms of a mixed "
-            "convolution, training steps, the loader of images, or the depths of an adaptive network"
+            help="Networks in all engines (mod, mod-bfloat16, mod-int8, condconv), forms of a mixed "
+            "convolution (forms), training steps (steps), image loading (loader), or depths (depths)"
         ),
     ] = "mod",
-    threads: Annotated[int | None, typer.Option(help="of PyTorch and of each engine")] = None,
-    patient: Annotated[bool, typer.Option(help="no limit of time: all networks, all rounds")] = False,
-    readme: Annotated[Path | None, typer.Option(help="Markdown file that gets the table of mod")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch and of each engine")] = None,
+    patient: Annotated[bool, typer.Option("--patient", help="Measure without limits of time")] = False,
+    readme: Annotated[
+        Path | None, typer.Option(help="With --suite mod: Markdown file that gets the table of speed")
+    ] = None,
     path: Annotated[
-        Path | None, typer.Option(help="of loader: folder of images, if not scikit-learn's photographs")
+        Path | None,
+        typer.Option(help="With --suite loader: folder of images; by default scikit-learn's photographs"),
     ] = None,
 ) -> None:
-    """Measure the speed tables: plain and converted networks in each engine."""
+    """Measure latency, training steps or image loading, and write the tables of results."""
     from research.bench.depths import run_depth_bench
     from research.bench.loader import run_loader_bench
     from research.bench.mixing_forms import run_forms
@@ -246,18 +245,18 @@ def bench(
         raise ValueError(f"no benchmark {suite!r}; there are {', '.join(suites)}")
     for option, given in {"resume": resume, "patient": patient, "readme": readme}.items():
         if given and suite in others:
-            raise ValueError(f"--{option} is for networks, not for --suite {suite}")
+            raise ValueError(f"--{option} has no effect on --suite {suite}; remove it")
     if path is not None and suite != "loader":
-        raise ValueError("--path is of images, for --suite loader")
+        raise ValueError("--path names images; add --suite loader or remove --path")
     if suite == "loader":
         if device != "cpu" or threads is not None:
             raise ValueError(
-                "--suite loader loads on the CPU, with 0 to 2 workers: leave these options out"
+                "--suite loader loads on the CPU with 0 to 2 workers; remove --device and --threads"
             )
         run_loader_bench(path, results, quick)
     elif suite == "depths":
         if device != "cpu":
-            raise ValueError("--suite depths times on the CPU: leave --device out")
+            raise ValueError("--suite depths times on the CPU; remove --device")
         typer.echo(f"figure: {run_depth_bench(results, quick, threads)}")
     elif suite == "steps":
         run_step_bench(device, results, quick, threads=threads)
@@ -277,5 +276,7 @@ def bench(
         )
 
 
-for command in (quickstart, counts, experts, recover, experiment, bench):
-    app.command()(command)
+app = assemble(
+    "Reproduce the papers, and make the tables of results, from a checkout.",
+    *(quickstart, counts, experts, recover, experiment, bench),
+)

@@ -197,7 +197,7 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
         ],
         figures=blocks,
         provenance={
-            "command": "pliant quickstart",
+            "command": "python -m research quickstart",
             "machine": f"{first.cpu}, {first.cores} cores, {first.os}",
             "threads": first.threads,
             "versions": ", ".join(f"{name} {getattr(first, name)}" for name in VERSIONS),
@@ -250,7 +250,7 @@ def _findings(scores: Sequence[Score], large: Sequence[Measurement]) -> list[str
         f"learns, not which is better."
     ]
     mod = next((r for r in large if r.tax is not None and r.variant == AS_IS), None)
-    rival = next((r for r in large if r.variant == LOWER_RESOLUTION and r.time_ratio), None)
+    smaller = next((r for r in large if r.variant == LOWER_RESOLUTION and r.time_ratio), None)
     if mod and mod.time_ratio and mod.tax is not None:
         said.append(
             f"{mod.model} takes {mod.time_ratio:.2f} of {mod.against}'s time (MACs: {mod.mac_ratio:.2f}) "
@@ -258,8 +258,8 @@ def _findings(scores: Sequence[Score], large: Sequence[Measurement]) -> list[str
             f"Mixture-of-Depths blocks add {100 * mod.tax:.0f} % to the same network without them: "
             f"the MoD tax."
         )
-    if rival and rival.time_ratio:
-        said.append(f"An honest rival: {rival.label} takes {rival.time_ratio:.2f} of the time.")
+    if smaller and smaller.time_ratio:
+        said.append(f"A second baseline: {smaller.label} takes {smaller.time_ratio:.2f} of the time.")
     return said
 
 

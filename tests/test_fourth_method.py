@@ -18,6 +18,7 @@ import pytest
 
 from pliant import AdaptiveDepth, methods
 from pliant.methods import METHODS
+from pliant.models import PLAIN_NETWORKS
 from pliant.surgery import Method
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,6 +158,16 @@ def test_it_has_recipes_and_is_compared_with_the_plain_network(found):
 
 def test_adaptive_depth_goes_around_it(found):
     assert found["adaptive"] == {"equal": True, "blocks": 6}
+
+
+def test_every_plain_network_has_a_name_but_where_it_is_taken(monkeypatch):
+    names = []
+    monkeypatch.setattr(methods, "register", lambda _module, name, _plain, **_: names.append(name))
+    methods._name_networks("{}_gate".format, tuple)
+    assert names == [f"{base}_gate" for base in PLAIN_NETWORKS]
+    names.clear()
+    methods._name_networks("{}_mod".format, tuple)  # Mixture-of-Depths has those of all ResNets
+    assert {name.partition("_")[0] for name in names} == {"mobilenetv1", "mobilenetv2", "vit"}
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 
@@ -48,10 +49,16 @@ def test_import_leaves_heavy_things_alone():
     assert loaded_by("import pliant; dir(pliant)") == []
 
 
-@pytest.mark.parametrize("words", ["-h", "--help", "--version", "measure --help", "export -h"])
-@pytest.mark.parametrize("module", ["pliant", "pliant.cli"])
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        *product(("pliant", "pliant.cli", "research"), ("-h", "--help", "--version")),
+        *product(("pliant", "pliant.cli"), ("measure --help", "export -h")),
+        ("research", "bench -h"),
+    ],
+)
 def test_help_needs_no_torch(words, module):
-    """By `python -m pliant`, and by the module that the command `pliant` runs."""
+    """By `python -m`, and by the module that the command `pliant` runs."""
     code = f"import runpy, sys\nsys.argv[1:] = {words.split()!r}\n"
     code += f"try:\n    runpy.run_module({module!r}, run_name='__main__')\nexcept SystemExit as end:\n"
     code += "    assert not end.code, end\nprint()"

@@ -221,6 +221,26 @@ def test_a_part_that_fails_to_answer_costs_its_rows(clock: SimpleNamespace, monk
     ]
 
 
+class First(Plain):
+    operators = "first.library"
+
+    def onnx_operator(self):
+        return OnnxOperator("Any", {}, {})
+
+
+class Second(First):
+    operators = "second.library"
+
+
+def test_a_compiled_file_has_operators_of_one_library():
+    from pliant.deploy.onnx_native import take_parts
+
+    with pytest.raises(ValueError, match=r"of one library, and this network's are of first\.library, sec"):
+        take_parts(nn.Sequential(First(2), Second(2)))
+    with pytest.raises(ValueError, match="none can: it has no part of such a method"):
+        take_parts(nn.Sequential(Plain(2)))
+
+
 # --- how parts are found and replaced ------------------------------------------------------------
 
 

@@ -318,7 +318,7 @@ def write(stem: Path, rows: Sequence[Measurement]) -> None:
 
 _PREFACE = """\
 Written by `python -m research bench`, from the CSV file beside it. Each table is one run, its networks
-timed in turn in each round; time and MAC ratios are to the baseline in the same run. The MoD tax is
+timed in turn in each round; time and MAC ratios are to the baseline in the same run. The tax is
 time over that of the same network without its MoD blocks, minus one. Absolute times drift on a shared
 machine; ratios are taken within a round. Exporting and compiling are not in the time. Weights are
 random. Where norms are folded, they are in all networks of the table; "optimized" is a network whose

@@ -1,9 +1,8 @@
 """Train networks side by side at one recipe, and score them.
 
-An accuracy is worth what its controls are worth. `controls` gives those that a method
-needs; `compare` trains whatever it is given and returns one
-`Score` for each, ready for CSV and tables. Runs that are finished are not run again, so
-a comparison that was killed goes on where it stopped.
+An accuracy says little without its controls. `controls_by_name` asks a method for its controls
+and baselines. `compare` trains the recipes that it is given, and returns a `Score` for each. A
+finished run is not run again, so a comparison that was killed goes on where it stopped.
 """
 
 from __future__ import annotations

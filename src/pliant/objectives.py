@@ -140,7 +140,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
     Args:
         p: teacher [B, C, ...], in front of the softmax over C.
-        q: student, likewise.
+        q: student [B, C, ...], in front of the softmax over C.
 
     Returns:
         A scalar: the sum over C, averaged over B and every position. (``batchmean`` of torch

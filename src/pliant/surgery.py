@@ -181,6 +181,9 @@ class Method(ABC):
     def network_name(cls, plain: str) -> str:
         """Name of the converted form of a plain network.
 
+        A method of another package keeps this form: its networks are registered before the package
+        is imported.
+
         Args:
             plain: name of the plain network, as timm or recipes know it.
 

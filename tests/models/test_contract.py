@@ -24,7 +24,7 @@ from pliant.methods.condconv.layers import CondConv2d, CondLinear
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.models import list_networks
 from pliant.models._build import register
-from pliant.models.cifar import cifar_resnet
+from pliant.models.cifar import CIFAR_RESNETS
 from pliant.surgery import conversions
 
 NETWORKS = list_networks()
@@ -117,7 +117,7 @@ def test_timm_knows_it(name):
 def test_a_taken_name_is_refused(taken):
     before = timm.model_entrypoint(taken)
     with pytest.raises(ValueError, match=f"timm already has a model named '{taken}'; choose another name"):
-        register("pliant.methods.mixture_of_depths.networks", taken, cifar_resnet)
+        register("pliant.methods.mixture_of_depths.networks", taken, CIFAR_RESNETS["resnet18_cifar"])
     assert timm.model_entrypoint(taken) is before
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,9 @@ def test_a_killed_run_ends_in_the_same_bits(unbroken, tmp_path, name, point):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("point", [*MORE.values(), *POINTS.values()], ids=[*MORE, *POINTS])
+@pytest.mark.parametrize(
+    ("name", "point"), list(zip(cycle(RECIPES), MORE.values(), strict=False)), ids=MORE
+)
 def test_a_run_killed_anywhere_ends_in_the_same_bits(unbroken, tmp_path, name, point):
     assert_same(resumed_after(tmp_path / "run", RECIPES[name], point), unbroken(name))
 

@@ -17,7 +17,7 @@ from pliant.methods import combined as combined
 from pliant.methods.adaptive_depth import AdaptiveDepth, Subnet
 from pliant.methods.condconv import CondConv
 from pliant.methods.mixture_of_depths import MixtureOfDepths
-from pliant.models import PLAIN, list_networks, register
+from pliant.models import PLAIN_NETWORKS, list_networks, register
 from pliant.models._build import methods_of
 from pliant.surgery import Method
 
@@ -100,7 +100,7 @@ def _of(point: EntryPoint) -> str:
 
 def _name_networks(name_of: Callable[[str], str], methods: Callable[[], tuple[type[Method], ...]]) -> None:
     """Register the form of each plain network, for a method that has no named networks of its own."""
-    for base, plain in PLAIN.items():
+    for base, plain in PLAIN_NETWORKS.items():
         name = name_of(base)
         # A name that is taken is an error when the method is loaded, not whenever pliant is imported.
         if name.isidentifier() and not timm.is_model(name):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from pliant.methods.adaptive_depth.method import AdaptiveDepth
 from pliant.methods.condconv.method import CondConv
 from pliant.methods.mixture_of_depths.method import MixtureOfDepths
-from pliant.models import PLAIN, register
+from pliant.models import PLAIN_NETWORKS, register
 from pliant.surgery import Method
 
 _BASE = "resnet20_cifar"
@@ -26,4 +26,4 @@ _PAIRS: dict[str, tuple[type[Method], ...]] = {
 }
 
 for _name, _methods in _PAIRS.items():
-    register(__name__, f"{_BASE}_{_name}", PLAIN[_BASE], base=_BASE, methods=_methods)
+    register(__name__, f"{_BASE}_{_name}", PLAIN_NETWORKS[_BASE], base=_BASE, methods=_methods)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from pliant.models._build import Plain, list_networks, register
+from pliant.models._build import PlainNetwork, list_networks, register
 from pliant.models.cifar import CIFAR_RESNETS
 from pliant.models.mobile import MOBILENETS_V1, MOBILENETS_V2
 from pliant.models.resnet import RESNETS
 from pliant.models.vit import VITS
 
 # What a method's named networks are converted from.
-PLAIN: dict[str, Plain] = {**RESNETS, **CIFAR_RESNETS, **MOBILENETS_V1, **MOBILENETS_V2, **VITS}
+PLAIN_NETWORKS: dict[str, PlainNetwork] = {
+    **RESNETS,
+    **CIFAR_RESNETS,
+    **MOBILENETS_V1,
+    **MOBILENETS_V2,
+    **VITS,
+}
 
-__all__ = ["PLAIN", "Plain", "list_networks", "register"]
+__all__ = ["PLAIN_NETWORKS", "PlainNetwork", "list_networks", "register"]

@@ -23,7 +23,7 @@ from pliant.surgery import Method, convert, inherit_conversions, mark_named
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain:
+class PlainNetwork:
     """A plain network, and what timm is told of it and of its converted forms.
 
     Attributes:
@@ -53,7 +53,7 @@ class _Network:
     """A registered name: its plain network, its methods (loaded on use), and their options."""
 
     base: str
-    plain: Plain
+    plain: PlainNetwork
     methods: Callable[[], tuple[type[Method], ...]]
     options: Mapping[str, Any]
 
@@ -88,7 +88,7 @@ _NETWORKS: dict[str, _Network] = {}
 def register(
     module: str,
     name: str,
-    plain: Plain,
+    plain: PlainNetwork,
     *,
     base: str = "",
     methods: Iterable[type[Method]] | Callable[[], tuple[type[Method], ...]] = (),

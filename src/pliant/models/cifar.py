@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from pliant.models._build import Plain, register
+from pliant.models._build import PlainNetwork, register
 
 
 class PadShortcut(nn.Module):
@@ -103,11 +103,17 @@ _WIDE: dict[str, Any] = {"input_size": CIFAR_SIZE, "num_classes": 10}
 _NARROW: dict[str, Any] = {**_WIDE, "feature_levels": 4, "narrow": True}  # three stages
 
 CIFAR_RESNETS = {
-    "resnet18_cifar": Plain(build=partial(cifar_resnet, block=BasicBlock, layers=(2, 2, 2, 2)), **_WIDE),
-    "resnet34_cifar": Plain(build=partial(cifar_resnet, block=BasicBlock, layers=(3, 4, 6, 3)), **_WIDE),
-    "resnet50_cifar": Plain(build=partial(cifar_resnet, block=Bottleneck, layers=(3, 4, 6, 3)), **_WIDE),
-    "resnet20_cifar": Plain(build=partial(_he, layers=(3, 3, 3)), **_NARROW),
-    "resnet56_cifar": Plain(build=partial(_he, layers=(9, 9, 9)), **_NARROW),
+    "resnet18_cifar": PlainNetwork(
+        build=partial(cifar_resnet, block=BasicBlock, layers=(2, 2, 2, 2)), **_WIDE
+    ),
+    "resnet34_cifar": PlainNetwork(
+        build=partial(cifar_resnet, block=BasicBlock, layers=(3, 4, 6, 3)), **_WIDE
+    ),
+    "resnet50_cifar": PlainNetwork(
+        build=partial(cifar_resnet, block=Bottleneck, layers=(3, 4, 6, 3)), **_WIDE
+    ),
+    "resnet20_cifar": PlainNetwork(build=partial(_he, layers=(3, 3, 3)), **_NARROW),
+    "resnet56_cifar": PlainNetwork(build=partial(_he, layers=(9, 9, 9)), **_NARROW),
 }
 
 for _name, _plain in CIFAR_RESNETS.items():

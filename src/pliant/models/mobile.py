@@ -15,7 +15,7 @@ from typing import Any, Literal
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, round_channels
 from timm.models.efficientnet import EfficientNet
 
-from pliant.models._build import Plain, register
+from pliant.models._build import PlainNetwork, register
 from pliant.models.cifar import CIFAR_SIZE
 
 # timm's notation: ds(a) depthwise-separable (activated), ir inverted residual; r times,
@@ -82,15 +82,17 @@ _SHARED: dict[str, Any] = {
 _SMALL: dict[str, Any] = {**_SHARED, "input_size": CIFAR_SIZE, "num_classes": 10}
 
 MOBILENETS_V1 = {
-    f"mobilenetv1_w{name}": Plain(build=partial(mobilenet, width=width), **_SHARED)
+    f"mobilenetv1_w{name}": PlainNetwork(build=partial(mobilenet, width=width), **_SHARED)
     for name, width in _WIDTHS.items()
 } | {
-    f"mobilenetv1_w{name}_cifar": Plain(build=partial(mobilenet, width=width, small_images=True), **_SMALL)
+    f"mobilenetv1_w{name}_cifar": PlainNetwork(
+        build=partial(mobilenet, width=width, small_images=True), **_SMALL
+    )
     for name, width in _WIDTHS.items()
 }
 # timm has these under the same names.
 MOBILENETS_V2 = {
-    f"mobilenetv2_{name}": Plain(build=partial(mobilenet, version=2, width=_WIDTHS[name]), **_SHARED)
+    f"mobilenetv2_{name}": PlainNetwork(build=partial(mobilenet, version=2, width=_WIDTHS[name]), **_SHARED)
     for name in ("050", "100")
 }
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from pliant.models._build import Plain
+from pliant.models._build import PlainNetwork
 
 _LAYERS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -25,6 +25,6 @@ _LAYERS = {
 }
 
 RESNETS = {
-    name: Plain(build=partial(ResNet, block=block, layers=layers))
+    name: PlainNetwork(build=partial(ResNet, block=block, layers=layers))
     for name, (block, layers) in _LAYERS.items()
 }

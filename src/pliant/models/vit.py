@@ -9,7 +9,7 @@ from functools import partial
 
 from timm.models.vision_transformer import VisionTransformer
 
-from pliant.models._build import Plain
+from pliant.models._build import PlainNetwork
 
 _SIZES = {
     "vit_base_patch32": {"patch_size": 32, "embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -17,7 +17,7 @@ _SIZES = {
 }
 
 VITS = {
-    name: Plain(
+    name: PlainNetwork(
         build=partial(VisionTransformer, **size),
         config={"first_conv": "patch_embed.proj", "classifier": "head"},
         feature_levels=(2, 5, 8, 11),  # a quarter of the layers each

@@ -10,7 +10,7 @@ from pliant.models import list_networks
 from pliant.models._build import methods_of
 
 # Published baselines beside pliant's own networks, which timm has by the same name.
-PLAIN = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+_BASELINES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def cifar_networks() -> dict[str, str]:
@@ -25,7 +25,7 @@ def cifar_networks() -> dict[str, str]:
 
 def imagenet_networks() -> list[str]:
     """Names of the networks for large images."""
-    return [*PLAIN, *(name for name in list_networks() if "_cifar" not in name)]
+    return [*_BASELINES, *(name for name in list_networks() if "_cifar" not in name)]
 
 
 def cifar_network(short: str) -> str:

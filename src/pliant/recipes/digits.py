@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pliant.models import PLAIN
+from pliant.models import PLAIN_NETWORKS
 from pliant.models._build import base_of, methods_of
 from pliant.models.cifar import CIFAR_RESNETS
 from pliant.recipes._networks import cifar_network, objective_of
@@ -37,7 +37,7 @@ def short(network: str = "resnet18_mod") -> Recipe:
     model = network_of(network)
     arguments: dict[str, Any] = {}
     base = base_of(model)
-    if base in CIFAR_RESNETS and not PLAIN[base].narrow:
+    if base in CIFAR_RESNETS and not PLAIN_NETWORKS[base].narrow:
         arguments["channels"] = [16, 32, 64, 128]
         for method in methods_of(model):
             arguments |= method.narrow

@@ -41,20 +41,21 @@ def load_weights(
     the norms' counts of batches.
 
     Args:
-        network: what gets them.
+        network: the network that gets the weights.
         place: a folder that `pliant.save` or `pliant.train.fit` wrote, or a file of a state
             dict (``.safetensors``, or of `torch.save`; nothing in it is executed).
-        classes: of the data that comes; a folder that names others is refused.
-        mean: by which images will be normalised; where the folder says otherwise, a
-            warning is logged.
-        std: likewise.
-        convert: let weights of the plain network start its converted forms. Off: only the
-            network's own, which leave nothing of it at its start.
+        classes: names of the classes of the data; a folder with other names is refused.
+        mean: mean of each channel that images will be normalised by; a warning is logged where
+            the folder says otherwise.
+        std: standard deviation of each channel, as for `mean`.
+        convert: take weights of the plain network too, and convert them. Off: the weights have to
+            be the network's own.
 
     Raises:
-        ValueError: the weights are not this network's, nor its plain form's; experts that would
-            start at random; a named network that was converted once more, and weights of its plain
-            form; the names of the classes are others, or in another order; or the file is damaged.
+        ValueError: the weights are neither this network's nor its plain form's; a method would
+            start at random all the same (`Method.why_fresh`); the network was converted once more
+            since it was named, and the weights are its plain form's; the classes have other names,
+            or another order; the file is damaged.
         FileNotFoundError: nothing is there.
 
     Example:
@@ -96,7 +97,7 @@ def load_weights(
 
 
 def _fill(network: nn.Module, state: Mapping[str, Any]) -> str:
-    """Load a state dict if it is the network's, but for names; else say how it differs."""
+    """Load a state dict that is the network's but for names; else return how it differs."""
     state, own = dict(state), network.state_dict()
     left, lacking = state.keys() - own.keys(), own.keys() - state.keys()
     # As torch itself does with files from before it counted.

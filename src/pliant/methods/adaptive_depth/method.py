@@ -303,7 +303,7 @@ def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
 
 
 def last_stages_first(model: nn.Module) -> dict[str, nn.Module]:
-    """The networks from the whole one to the base network, a stage less each time, by name.
+    """Sub-networks by name, from the whole network to the base network: each skips one stage more.
 
     Empty for a network without adaptive depth.
 

@@ -15,7 +15,7 @@ Example:
 from __future__ import annotations
 
 from pliant.methods.adaptive_depth.method import AdaptiveDepth
-from pliant.models import PLAIN, register
+from pliant.models import PLAIN_NETWORKS, register
 from pliant.models.vit import VITS
 
 _BASES = [f"resnet{layers}" for layers in (18, 34, 50, 101)]
@@ -23,12 +23,12 @@ _BASES += [f"resnet{layers}_cifar" for layers in (18, 20, 56, 50)]
 
 for _base in (*_BASES, *VITS):
     _name = AdaptiveDepth.network_name(_base)
-    register(__name__, _name, PLAIN[_base], base=_base, methods=(AdaptiveDepth,))
+    register(__name__, _name, PLAIN_NETWORKS[_base], base=_base, methods=(AdaptiveDepth,))
 
 register(
     __name__,
     "mobilenetv2_adn",
-    PLAIN["mobilenetv2_100"],
+    PLAIN_NETWORKS["mobilenetv2_100"],
     base="mobilenetv2_100",
     methods=(AdaptiveDepth,),
     # The paper does not say which blocks; of the stages of two, none.

@@ -61,8 +61,8 @@ class Joint(ManyPasses):
         """Refuse a network that it cannot train.
 
         Raises:
-            ValueError: the network has no adaptive depth, or runs at another depth than the
-                whole one unless told.
+            ValueError: the network has no adaptive depth, or its depth is not that of the whole
+                network.
         """
         skip = find_depth(network).current()
         if any(skip):

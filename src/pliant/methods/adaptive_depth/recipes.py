@@ -13,7 +13,7 @@ NOTE = (
     "arXiv 2312.16392, section 4.1: Algorithm 1 with alpha 0.5; individual networks at the same settings, "
     "'most training settings in the original papers'"
 )
-# How each family is trained, and what of it is whose.
+# Settings of each family of networks, and which of them are whose.
 RESNET = (
     ", ResNets for 150 epochs. Of He et al. 2016: batch 256, SGD 0.1 with momentum 0.9, weight decay 1e-4, "
     "rate times 0.1 in steps. Ours: a step every 50 epochs, random resized crops and flips"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from pliant.methods.condconv.method import CondConv
-from pliant.models import PLAIN, register
+from pliant.models import PLAIN_NETWORKS, register
 from pliant.models.cifar import CIFAR_RESNETS
 from pliant.models.mobile import MOBILENETS_V1, MOBILENETS_V2
 
@@ -31,4 +31,4 @@ _OPTIONS |= {name: {} for name in CIFAR_RESNETS}
 
 for _base, _options in _OPTIONS.items():
     _name = CondConv.network_name(_base)
-    register(__name__, _name, PLAIN[_base], base=_base, methods=(CondConv,), **_options)
+    register(__name__, _name, PLAIN_NETWORKS[_base], base=_base, methods=(CondConv,), **_options)

@@ -1,7 +1,7 @@
-"""Forms of a Mixture-of-Depths block for exported files: one function in operators that engines run well.
+"""Forms of a Mixture-of-Depths block for exported files: one function, in operators that engines run well.
 
-A `MoDBlock` gathers by broadcast indices, slices and concatenates; each engine wants something
-else (what was measured stands in ``docs/export.md``):
+A `MoDBlock` gathers by broadcast indices, slices and concatenates. Engines run other operators
+faster (``docs/export.md`` has the measurements):
 
 - a PyTorch program: the fusion as an addition of padded channels, which Inductor fuses;
 - ONNX Runtime and OpenVINO: the selector as 1x1 convolutions, one flat gather of whole channels,
@@ -27,10 +27,10 @@ from pliant.methods.mixture_of_depths.selectors import ChannelSelector, RandomSe
 
 
 class _ExportedMoD(Block):
-    """What the forms of a Mixture-of-Depths block share.
+    """What the exported forms of a Mixture-of-Depths block share.
 
     Args:
-        block: in evaluation mode; its parts are used.
+        block: a block in evaluation mode, whose layers the form uses.
     """
 
     index: Tensor | None
@@ -56,7 +56,7 @@ class ProgramMoD(_ExportedMoD):
     """A Mixture-of-Depths block for PyTorch programs: the fusion adds padded channels.
 
     Args:
-        block: in evaluation mode; its parts are used.
+        block: a block in evaluation mode, whose layers the form uses.
     """
 
     def __init__(self, block: MoDLayers) -> None:
@@ -86,7 +86,7 @@ class ConvSelector(nn.Module):
     """A `ChannelSelector` in 1x1 convolutions, which keep the layout of a feature map.
 
     Args:
-        selector: whose weights it takes.
+        selector: the selector whose weights are copied.
     """
 
     def __init__(self, selector: ChannelSelector) -> None:
@@ -107,7 +107,7 @@ class GraphMoD(_ExportedMoD):
     """A Mixture-of-Depths block for ONNX: flat gather, and a fusion without slices.
 
     Args:
-        block: in evaluation mode; its parts are used.
+        block: a block in evaluation mode, whose layers the form uses.
         batch: images of each call; None: any number.
     """
 
@@ -137,7 +137,7 @@ class GraphMoD(_ExportedMoD):
         return self._fuse_selected(x, y, picked, index)
 
     def _flat(self, x: Tensor, index: Tensor) -> Tensor:
-        """Rows of `x` as [B C, H, W] that `index` names: [B k]."""
+        """The rows [B k] that `index` names in `x` as [B C, H, W]."""
         if self.batch == 1:
             return index.reshape(self.k)
         first = torch.arange(x.shape[0], device=x.device)[:, None] * self.channels
@@ -153,8 +153,8 @@ class GraphMoD(_ExportedMoD):
         return rows.reshape(-1, self.channels, x.shape[2], x.shape[3])
 
     def _fuse(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y` into constant channels of `x`."""
-        if self.source is not None:  # to take their place
+        """Put `y` into constant channels of `x`."""
+        if self.source is not None:  # fusion="replace"
             return torch.cat((x, y), 1).index_select(1, self.source)
         assert self.place is not None
         return x + F.conv2d(y, self.place.to(y.dtype))
@@ -172,7 +172,7 @@ class GraphMoD(_ExportedMoD):
         return place
 
     def _source(self) -> Tensor | None:
-        """Where each of C channels comes from, in those of x followed by those of y."""
+        """Where each of the C channels comes from, among the channels of x followed by those of y."""
         if self.fusion != "replace" or self.index is None:
             return None
         source = torch.arange(self.channels)

@@ -13,10 +13,10 @@ Example:
 from __future__ import annotations
 
 from pliant.methods.mixture_of_depths.method import MixtureOfDepths
-from pliant.models import PLAIN, register
+from pliant.models import PLAIN_NETWORKS, register
 from pliant.models.cifar import CIFAR_RESNETS
 from pliant.models.resnet import RESNETS
 
 for _base in (*RESNETS, *CIFAR_RESNETS):
     _name = MixtureOfDepths.network_name(_base)
-    register(__name__, _name, PLAIN[_base], base=_base, methods=(MixtureOfDepths,))
+    register(__name__, _name, PLAIN_NETWORKS[_base], base=_base, methods=(MixtureOfDepths,))

@@ -1,5 +1,5 @@
-"""Operators of pliant's own: fused forms of what PyTorch does in many small steps.
+"""The Mixture-of-Depths block as one operator: in C++ for PyTorch and ONNX Runtime, in Triton for GPUs.
 
-Importing this package defines them and builds nothing. `building.ready` builds the native
-form on first use; without a compiler each operator runs in its PyTorch form.
+Importing this package defines the operators and builds nothing. `building.ready` builds the native
+form when a network is optimised; without a compiler each operator runs in its PyTorch form.
 """

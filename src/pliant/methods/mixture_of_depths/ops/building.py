@@ -48,7 +48,7 @@ class BuildError(RuntimeError):
 
 
 def ready() -> bool:
-    """Whether operators run in their native form; builds and loads it if need be.
+    """Build and load the native form if need be, and say whether the operator runs in it.
 
     The first call in a process decides for all later ones. A failure is a warning, once.
 
@@ -73,15 +73,15 @@ def ready() -> bool:
 
 
 def why_not() -> str:
-    """Why `ready` said no; empty where it said yes, or was not asked yet."""
+    """Why `ready` returned False; empty if it returned True, or was not called yet."""
     return _outcome or ""
 
 
 def onnx_library() -> Path:
-    """The built library of the operator for ONNX Runtime; see `library`.
+    """Return the built library of the operator for ONNX Runtime; see `library`.
 
     Raises:
-        ValueError: it cannot be built; says why.
+        ValueError: it cannot be built; the message says why.
     """
     try:
         return library(ORT_SOURCE)
@@ -90,13 +90,13 @@ def onnx_library() -> Path:
 
 
 def library(source: Path | None = None) -> Path:
-    """The built library in the user's cache; built now if it is not there.
+    """Return the path of the built library in the user's cache; build it if it is not there.
 
-    Safe in several processes at once: each builds under a name of its own, and a whole file
-    takes the final name.
+    Several processes may build at once: each writes under a name of its own, and only a complete
+    file takes the final name.
 
     Args:
-        source: what it is built from, by default `SOURCE`.
+        source: C++ file that it is built from; by default `SOURCE`.
 
     Raises:
         BuildError: no compiler, one that fails (with the end of what it said), or a cache
@@ -117,7 +117,7 @@ def library(source: Path | None = None) -> Path:
 
 
 def cache() -> Path:
-    """The folder of built libraries."""
+    """Return the folder of built libraries."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "pliant"
 
@@ -153,7 +153,7 @@ def _processor() -> str:
 
 
 def compiler() -> list[str]:
-    """The C++ compiler's command: that of ``$CXX``, or the first of c++, g++, clang++.
+    """Return the C++ compiler's command: ``$CXX``, or the first of c++, g++ and clang++ that is there.
 
     Raises:
         BuildError: there is none.

@@ -1,4 +1,4 @@
-"""The Mixture-of-Depths block as one operator: `FusedMoDBlock`, and what it takes to be one.
+"""The Mixture-of-Depths block as one operator, `FusedMoDBlock`, and which blocks have it, `fusable`.
 
 Shapes in this file: those of `pliant.methods.mixture_of_depths.ops.mod_block`.
 """
@@ -21,22 +21,23 @@ _SILENT = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 class FusedMoDBlock(Block):
-    """A Mixture-of-Depths block for inference, whose weights are those of one operator.
+    """A Mixture-of-Depths block for inference, in one operator.
 
-    The same function as the block it is made from, for any memory format; what comes back is
+    It computes the function of the block that it is made from, for any memory format; its output is
     channels_last. Where a gradient is wanted, or the operator does not know the dtype or the
-    device, it computes the block in PyTorch's operators. What `fusable` says must be empty.
+    device, it runs in PyTorch's operators.
 
     Args:
-        block: the block, its batch norms folded (`pliant.deploy.folding.fold_norms`).
-        inplace: change the input instead of a copy. Right where nobody else reads it.
+        block: a block for which `fusable` is empty, its batch norms folded
+            (`pliant.deploy.folding.fold_norms`).
+        inplace: change the input instead of a copy, which is right if nobody else reads it.
 
     Attributes:
-        k: channels that are processed.
+        k: number of channels that are processed.
         order: ``"score"`` or ``"index"``.
         fusion: ``"first"``, ``"last"``, ``"original"`` or ``"replace"``.
         dilation: of the 3x3 convolutions.
-        down: and all other parameters: as the operator's arguments (`mod_block`).
+        down: this and all other parameters are the operator's arguments; see `in_pytorch`.
 
     Raises:
         ValueError: `block` has an option that the operator does not know.
@@ -113,7 +114,7 @@ class FusedMoDBlock(Block):
 
 
 def fusable(block: MoDLayers) -> str:
-    """Why this block has no fused form; empty where it has one.
+    """Why this block has no fused form; empty if it has one.
 
     Example:
         >>> import timm
@@ -154,5 +155,5 @@ def _convolutions(core: nn.Module) -> list[nn.Conv2d]:
 
 
 def _does_nothing(module: nn.Module) -> bool:
-    """Whether a layer of a core is nothing in evaluation: dropout in all its kinds."""
+    """Whether a layer does nothing in evaluation: dropout of any kind."""
     return isinstance(module, _SILENT) or type(module).__name__ in ("DropBlock2d", "DropPath")

@@ -1,8 +1,8 @@
 """The operator ``pliant::mod_block_``: a whole Mixture-of-Depths block, in place.
 
-Its schema, its form in PyTorch, and what PyTorch's tools have to know of it: a fake form,
-FLOPs, and that it has no gradient. The native form for the CPU is ``mod_block.cpp``, which
-`pliant.methods.mixture_of_depths.ops.building` builds; it then takes this one's place.
+This file has the operator's schema, its form in PyTorch, and what PyTorch's tools need: a fake
+form, the FLOPs, and that it has no gradient. The native form for the CPU is ``mod_block.cpp``; once
+`pliant.methods.mixture_of_depths.ops.building` has built it, it takes the place of the PyTorch form.
 
 Shapes in this file::
 
@@ -59,7 +59,7 @@ def in_pytorch(
         x: feature map [B, C, H, W], changed in place.
         down: first layer of the selector [C, r].
         up: second layer of the selector [r, C].
-        weight1: the core's first convolution, its batch norm folded into it; so the others.
+        weight1: the core's first convolution, its batch norm folded into it, as in the others.
         bias1: its bias.
         weight2: the 3x3 convolution.
         bias2: its bias.
@@ -67,7 +67,7 @@ def in_pytorch(
         bias3: its bias.
         dilation: of the 3x3 convolutions, and their padding.
         order: ``"score"`` or ``"index"``, as for `MixtureOfDepths`.
-        fusion: ``"first"``, ``"last"``, ``"original"`` or ``"replace"``, likewise.
+        fusion: ``"first"``, ``"last"``, ``"original"`` or ``"replace"``, as for `MixtureOfDepths`.
 
     Example:
         >>> x = torch.zeros(1, 2, 4, 4)
@@ -107,7 +107,7 @@ def in_pytorch(
 
 
 def _fake(x: Tensor, *_: Any) -> None:
-    """In place, and nothing comes back: there is no shape to tell."""
+    """Do nothing: the operator works in place and returns nothing, so it has no shape to tell."""
 
 
 def _autograd(keyset: Any, x: Tensor, *args: Any) -> None:
@@ -140,9 +140,9 @@ def flops(
     *_: Any,
     **_named: Any,
 ) -> int:
-    """Operations, twice the multiply-accumulates, as those of the plain form.
+    """Return the operations, twice the multiply-accumulates: as many as the plain form's.
 
-    Takes the shapes of the operator's arguments, of which the biases and `up` are not looked at.
+    The arguments are the shapes of the operator's arguments.
     """
     batch, channels, height, width = x
     kernels = [w[0] * w[1] * w[2] * w[3] for w in (weight1, weight2, weight3) if w is not None]
