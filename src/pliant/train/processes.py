@@ -53,6 +53,9 @@ def gathered(value: T) -> list[T]:
 def agreed(*wanted: bool, device: torch.device | str = "cpu") -> tuple[bool, ...]:
     """Whether any process wants each of some things. Every process has to call this.
 
+    Lightning's `reduce_boolean_decision` takes one thing at a time and waits at a barrier first (2.6),
+    which a step of a small network would feel.
+
     Args:
         wanted: what this process wants.
         device: device that the processes communicate on.
