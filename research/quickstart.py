@@ -151,7 +151,7 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
     digits = [r for r in rows if r.accuracy is not None]
     large = [r for r in rows if r.accuracy is None]
     figures = folder / "figures"
-    # Of an adaptive network the whole one has curves; its other depths were scored at the end.
+    # Curves of an adaptive network are those of its full depth; other depths were scored at the end.
     curves = {
         label: run.history for label, (_, run) in done.items() if len(run.history) == run.recipe.epochs
     }

@@ -176,6 +176,44 @@ def test_a_third_partys_part_is_exported(kind, ending, tmp_path):
     torch.testing.assert_close(open_export(path)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+class Picker(Part):
+    """Ranks channels by their means, and gives scores and numbers of the best two."""
+
+    def forward(self, x):
+        top, index = x.mean((2, 3)).topk(2, dim=1, sorted=True)
+        return top.sigmoid(), index
+
+    def ranking(self):
+        def outcome(logits, channels):
+            return logits.gather(1, channels).sigmoid(), channels
+
+        return Ranking(2, False, lambda x: x.mean((2, 3)), outcome)
+
+
+class Picked(Part):
+    """The best two channels, each times its score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picker = Picker()
+
+    def forward(self, x):
+        scores, index = self.picker(x)
+        where = index[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        return x.gather(1, where) * scores[:, :, None, None]
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+def test_what_a_third_partys_part_selects_is_compared(ending, tmp_path):
+    if ending == ".onnx":
+        pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Picked(), nn.Conv2d(2, 5, 6), nn.Flatten()).eval()
+    model.pretrained_cfg = {"input_size": SIZE}
+    parity = read_report(pliant.export(model, tmp_path / f"net{ending}", batches=(1, 2))).parity
+    assert (parity.images, parity.selections, parity.told, parity.holds) == (6, 6, True, True)
+
+
 def test_a_part_that_no_file_can_hold_is_named(tmp_path):
     model = network()
     nn.init.zeros_(model[0][1].scale)

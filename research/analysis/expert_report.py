@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pliant._files import atomic_path
+from pliant.records import write_records
 from pliant.train.data import Part
 from pliant.train.evaluation import prepare
 from research.analysis.expert_plots import (
@@ -84,10 +83,8 @@ def report_experts(
     for name in classes or ():
         found.label(name)  # refused before anything is written
     found.save(folder / WEIGHTS)
-    with atomic_path(folder / ROWS) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*ExpertRow._fields, "best_image"])
-        writer.writerows([*row, names[row.best_example]] for row in found.rows())
+    rows = [replace(row, best_image=names[row.best_example]) for row in found.rows()]
+    write_records(folder / ROWS, ExpertRow, rows)
     mean, spread, top, histogram = (folder / name for name in FIGURES)
     plot_mean_routing(found, mean, classes=classes)
     plot_routing_spread(found, spread, classes=classes)

@@ -39,7 +39,8 @@ class ClassWeight(NamedTuple):
     label: int
 
 
-class ExpertRow(NamedTuple):
+@dataclass(frozen=True)
+class ExpertRow:
     """What one class gets of one expert of one layer.
 
     Attributes:
@@ -51,6 +52,7 @@ class ExpertRow(NamedTuple):
         std: standard deviation of their weights.
         best_example: number, in the data, of the image with the highest weight.
         best_weight: that weight.
+        best_image: name of the image, where it is known.
     """
 
     layer: str
@@ -61,6 +63,7 @@ class ExpertRow(NamedTuple):
     std: float
     best_example: int
     best_weight: float
+    best_image: str = ""
 
 
 @dataclass(frozen=True, eq=False)

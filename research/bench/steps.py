@@ -66,7 +66,7 @@ def measure_steps(
 
     Args:
         model: a name that timm knows, or a network (which is copied), with one method applied.
-        against: the plain network, likewise. Not for adaptive networks, which hold theirs.
+        against: the plain network, a name or a network. Not for adaptive networks, which contain theirs.
         batch: images of a step.
         input_size: channels, height and width, or pixels alone; by default the network's own.
         device: ``cpu`` or ``cuda``.
@@ -141,10 +141,10 @@ def measure_steps(
 
 
 def _built(name: str, model: Model, input_size: int | Size | None) -> tuple[nn.Module, Size]:
-    entrant = variants(name, model, input_size, None, tax=False)[0]
-    if entrant.network is None or entrant.size is None:
-        raise ValueError(f"{name} cannot be built: {entrant.error}")
-    return entrant.network, entrant.size
+    candidate = variants(name, model, input_size, None, tax=False)[0]
+    if candidate.network is None or candidate.size is None:
+        raise ValueError(f"{name} cannot be built: {candidate.error}")
+    return candidate.network, candidate.size
 
 
 def _networks(name: str, network: nn.Module, against: Model | None, size: Size) -> dict[str, nn.Module]:

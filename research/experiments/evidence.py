@@ -176,7 +176,7 @@ def gather(
     Args:
         planned: runs of the experiment.
         scores: rows of all devices.
-        times: likewise.
+        times: rows of times of all devices.
 
     Raises:
         ValueError: two rows of one device say different things of one run.

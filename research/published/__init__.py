@@ -1,9 +1,9 @@
 """Counts that the papers print, beside what our networks count.
 
-The printed rows are data of the package (``data/*.csv``), with their exceptions. Each
-paper counts multiply-accumulates in its own way; a count that is held against a paper
-uses that paper's convention, here and nowhere else. One file a paper: which network a
-row is, and how the paper counts (`mod.py`, `condconv.py`, `adn.py`).
+The printed rows are in one CSV file for each paper, with their exceptions. Each paper counts
+multiply-accumulates in its own way; a count that is compared with a paper uses that paper's
+convention, here and nowhere else. One module for each paper says which network a row is, and how
+the paper counts (`mod`, `condconv`, `adn`).
 """
 
 from __future__ import annotations

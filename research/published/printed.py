@@ -1,4 +1,4 @@
-"""The rows of the papers' tables, as shipped with the package (``data/*.csv``)."""
+"""The rows of the papers' tables, from the CSV files beside this module."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PublishedRow:
 
 
 def published_rows(method: str = "mod", tables: Sequence[str] | None = None) -> list[PublishedRow]:
-    """What a paper prints, as shipped with the package.
+    """What a paper prints.
 
     Args:
         method: ``"mod"`` (arXiv 2409.17016), ``"condconv"`` (1904.04971) or ``"adn"``

@@ -47,8 +47,8 @@ def controls(network: str = "resnet20_mod") -> Recipe:
     """12 epochs of `short`, so that a network and all its controls fit a CPU. Ours.
 
     A run this short has one epoch of warm-up and no random erasing. The rows of
-    `pliant experiment cifar10-controls` are of this form; `Score.recipe` names it, so that what is
-    in the rows says how they were trained.
+    `python -m research experiment cifar10-controls` are of this form; `Score.recipe` names it, so that
+    the rows say how they were trained.
 
     Args:
         network: a short name, such as ``"resnet20_mod"``.

@@ -196,7 +196,7 @@ def faster_form(positions: int, shape: tuple[int, ...], batch: int = 1) -> Liter
     and convolves E - 1 times more. It is the faster one up to so many further positions
     as cost what mixing and loading a kernel does: `MIXING_WORTH`, times the fourth root
     of the batch for kernels larger than 1x1 (`BATCH_POWER`). The figures are fitted to
-    ``results/condconv-forms-cpu.csv`` (`research.bench.forms`), and the same fit inference
+    ``results/condconv-forms-cpu.csv`` (`research.bench.mixing_forms`), and the same fit inference
     and training. For 1x1 kernels the rows favour fused the more, the larger the batch (at one
     position, the experts), but a power of the batch in the rule gains less than 1 % of time.
 
