@@ -1,4 +1,4 @@
-"""The README's table of speed: one line for each engine and batch, made from rows.
+"""The table of speed in docs/mod-tax.md: one line for each engine and batch, made from rows.
 
 Speed-up is over the baseline in the same run, the tax over the same network without its
 Mixture-of-Depths blocks; plain blocks first, then their best form in that engine, and where

@@ -11,6 +11,7 @@ import timm
 import torch
 import yaml
 
+import pliant
 from _repository import ROOT, tracked
 from pliant.counting import count_macs, count_parameters
 from pliant.methods.mixture_of_depths import without_mod_blocks
@@ -66,6 +67,12 @@ def test_every_page_is_in_the_navigation_of_the_site():
     beside = {f.relative_to(ROOT).as_posix() for f in documents() if f.parent.name == "results"}
     beside |= {"CONTRIBUTING.md", "CHANGELOG.md"}
     assert sorted(named) == sorted(docs | MADE | beside)
+
+
+def test_the_reference_has_every_public_name():
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    named = set(re.findall(r"^::: pliant\.(\w+)$", pages, re.M))
+    assert named == {*pliant.__all__} - {"__version__"}
 
 
 def test_pages_are_short():
