@@ -115,11 +115,13 @@ def recover(
 
     Example:
         >>> import tempfile, timm, pliant
-        >>> plain = timm.create_model("resnet20_cifar", in_chans=1)
+        >>> short = {"layers": [2, 1, 1]}
+        >>> plain = timm.create_model("resnet20_cifar", in_chans=1, **short)
         >>> with tempfile.TemporaryDirectory() as place:
         ...     recipe = Recipe(
-        ...         name="tiny", model="resnet20_cifar_adn", objective="specialize", pixels=8, epochs=1,
-        ...         batch=128, accelerator="cpu", teacher="plain", weights=pliant.save(plain, f"{place}/a"),
+        ...         name="tiny", model="resnet20_cifar_adn", model_args=short, objective="specialize",
+        ...         pixels=8, epochs=1, batch=256, accelerator="cpu", teacher="plain",
+        ...         weights=pliant.save(plain, f"{place}/a"),
         ...     )
         ...     rows = recover(recipe, place, control=False, progress=False)
         >>> [(row.teacher, row.epoch) for row in rows], rows[0].test_accuracy == rows[0].plain_accuracy

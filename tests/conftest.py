@@ -1,4 +1,4 @@
-"""What every test gets: one thread, fixed seeds, and what several files share by name."""
+"""What every test gets: fixed seeds, and what several files share by name."""
 
 from __future__ import annotations
 
@@ -27,11 +27,6 @@ from pliant.measuring.clock import Clock
 from research.published import CountReport, reproduce_counts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-def pytest_configure() -> None:
-    """Small networks on shared cores are faster, and repeat exactly, on one thread."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

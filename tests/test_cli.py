@@ -74,7 +74,7 @@ def test_what_cannot_be_written_is_refused_before_the_timing(monkeypatch, capsys
     for options, message in [
         (("--plot", "x.doc"), "the suffix must be one of"),
         (("--plot", "x.svg", "--plot-y", "height"), "y is 'height'"),
-        (("--rows", tmp_path / "foreign.csv"), "not a file of pliant's measurements"),
+        (("--rows", tmp_path / "foreign.csv"), "line 1: the columns are not those"),
     ]:
         assert message in fails(monkeypatch, capsys, "measure", "resnet20_cifar", *options)
 

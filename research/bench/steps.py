@@ -90,7 +90,7 @@ def measure_steps(
             an unknown network, device or dtype; or a number that makes no sense.
 
     Example:
-        >>> rows = measure_steps("resnet20_cifar_adn", batch=2, rounds=1, min_run_time=0)
+        >>> rows = measure_steps("resnet20_cifar_adn", batch=2, input_size=8, rounds=1, min_run_time=0)
         >>> [row.step for row in rows]
         ['super alone', 'base alone', 'specialize', 'joint']
     """

@@ -398,18 +398,18 @@ def plan(
         (11689512, 5463902)
     """
     _check_methods(methods)
-    skeleton = _skeleton(model)
+    bare = skeleton(model)
     size = input_size or anatomy.input_size(model)
-    parameters = count_parameters(skeleton)
-    macs = count_macs(skeleton, size) if size else 0
+    parameters = count_parameters(bare)
+    macs = count_macs(bare, size) if size else 0
     replacements: list[Replacement] = []
     passed_over: list[tuple[str, PassedOver]] = []
     notes: list[str] = []
     for method in methods:
-        old = {path: _type_name(m) for path, m in skeleton.named_modules()}
-        survey = _apply(skeleton, method)
+        old = {path: _type_name(m) for path, m in bare.named_modules()}
+        survey = _apply(bare, method)
         for site in survey.sites:
-            new = _type_name(skeleton.get_submodule(site.path))
+            new = _type_name(bare.get_submodule(site.path))
             detail = ", ".join(f"{k}={v}" for k, v in site.detail.items())
             replacements.append(Replacement(method.name, site.path, old[site.path], new, detail))
         passed_over += [(method.name, p) for p in survey.passed_over]
@@ -418,8 +418,8 @@ def plan(
         replacements=tuple(replacements),
         passed_over=tuple(passed_over),
         notes=tuple(notes),
-        parameters=(parameters, count_parameters(skeleton)),
-        macs=(macs, count_macs(skeleton, size)) if size else None,
+        parameters=(parameters, count_parameters(bare)),
+        macs=(macs, count_macs(bare, size)) if size else None,
         input_size=size,
     )
 
@@ -447,7 +447,7 @@ def convert(model: Network, *methods: Method, inplace: bool = False) -> Network:
         18105949
     """
     _check_methods(methods)
-    rehearsal = _skeleton(model)
+    rehearsal = skeleton(model)
     for method in methods:
         _apply(rehearsal, method)
     network = model if inplace else copy.deepcopy(model)
@@ -559,8 +559,13 @@ def _refuse_overlaps(model: nn.Module, method: Method, sites: Iterable[Site]) ->
                 )
 
 
-def _skeleton(model: Network) -> Network:
-    """A copy of `model` without weights (on the meta device): cheap to operate on."""
+def skeleton(model: Network) -> Network:
+    """A copy of `model` without weights (on the meta device): cheap to operate on and to count.
+
+    Example:
+        >>> skeleton(nn.Linear(2, 2)).weight.is_meta
+        True
+    """
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)

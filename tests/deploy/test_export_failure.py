@@ -304,13 +304,13 @@ def test_the_command_writes_depths(tmp_path):
 def test_the_command_fails_in_one_sentence(monkeypatch, capsys, tmp_path):
     path = tmp_path / "n.pt2"
     for arguments, message in [
-        (("resnet_none", path), "no model named 'resnet_none'"),
+        (("resnet_none", path), "no network named 'resnet_none'"),
         (("resnet20_cifar", tmp_path / "n.tf"), "the ending must be"),
         (("resnet20_cifar_adn", path), "switches the network's depth"),
-        (("resnet20_cifar_adn", path, "--depth", "TX"), "'TX' is no depth"),
-        (("resnet20_cifar_adn", path, "--depth", "T", "--depths", "all"), "not both"),
-        (("resnet20_cifar", path, "--resize-from", "40"), "not of the form HEIGHTxWIDTH"),
-        (("resnet20_cifar", path, "--threads", 2), "--threads is for the latencies of --depths"),
+        (("resnet20_cifar_adn", path, "--depth", "TX"), "skip is 'TX'"),
+        (("resnet20_cifar_adn", path, "--depth", "T", "--depths", "all"), "exclude each other"),
+        (("resnet20_cifar", path, "--resize-from", "40"), "write HEIGHTxWIDTH"),
+        (("resnet20_cifar", path, "--threads", 2), "--threads 2 is for the latencies of --depths"),
     ]:
         assert message in fails(monkeypatch, capsys, "export", *arguments)
     assert list(tmp_path.iterdir()) == []

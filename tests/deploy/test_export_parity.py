@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 import _export
 import pliant
-from pliant.deploy.parity import ParityError, check_parity, score_noise, ties
+from pliant.deploy.parity import Parity, ParityError, check_parity, score_noise, ties
 from pliant.deploy.selections import Result, Selection, rankings, run_eager
 from pliant.methods.mixture_of_depths.exported import ProgramMoD
 
@@ -112,6 +113,27 @@ def test_top1():
     parity = check(other_class, tolerance=1e9)
     assert parity.top1_differs > parity.top1_ties - 1
     assert not check(other_class).holds
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_rel_error": 2e-3},
+        {"max_rel_error": float("nan")},
+        {"score_error": 2e-3},
+        {"top1_differs": 2},
+        {"wrong_selections": 1},
+        {"unexplained": 1},
+        {"ties": 3},
+    ],
+    ids=str,
+)
+def test_each_thing_that_is_wrong_is_enough(wrong):
+    right = Parity(
+        (1, 2), 4, 1e-3, 1e-4, 1e-4, 1, 1, selections=8, score_error=1e-4, flips=1, wrong_selections=0
+    )
+    assert right.holds
+    assert not replace(right, **wrong).holds
 
 
 def test_a_top1_that_ties_is_excused_and_counted():

@@ -54,7 +54,9 @@ def test_an_engine_is_near_in_int8_and_is_not_float(name: str) -> None:
 
 
 @needs_onnx_runtime
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "onnxruntime" else pytest.mark.slow) for n in RUNTIMES]
+)
 def test_one_file_serves_all_batches_and_forms_are_rows(name: str) -> None:
     rows = measure(
         "resnet20_cifar_mod",

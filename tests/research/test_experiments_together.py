@@ -32,7 +32,12 @@ def test_several_processes_share_the_runs(tmp_path):
     alone = read_scores(tmp_path / "alone.csv")
     accuracies = [{key_of(row): row.test_accuracy for row in found} for found in (rows, alone)]
     assert accuracies[0] == accuracies[1]
-    # A process that fails is told of, and the rows of the others are kept.
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_is_told_of_and_the_rows_of_others_are_kept(tmp_path):
+    execute([PLAIN], tmp_path / "rows.csv", tmp_path / "runs")
+    rows = read_scores(tmp_path / "rows.csv")
     broken = replace(PLAIN, label="broken", recipe=replace(TINY, model="snow"))
     with pytest.raises(RuntimeError, match=r"[12] of 2 processes failed, for the reasons above; 0 rows"):
         execute_together([broken], tmp_path / "rows.csv", tmp_path / "runs", 2)

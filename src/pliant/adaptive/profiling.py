@@ -268,9 +268,11 @@ def profile_depths(
     Example:
         >>> import timm, torch, pliant
         >>> model = timm.create_model("resnet20_cifar_adn")
-        >>> profile = profile_depths(model, torch.randn(1, 3, 32, 32), rounds=1, min_run_time=0)
-        >>> len(profile.rows), profile.choose(macs=30_000_000)
-        (8, (True, True, True))
+        >>> both = [(False, False, False), (True, True, True)]
+        >>> x = torch.randn(1, 3, 32, 32)
+        >>> profile = profile_depths(model, x, skips=both, rounds=1, min_run_time=0)
+        >>> profile.choose(macs=30_000_000)
+        (True, True, True)
     """
     flags = len(find_depth(model).skip)
     if example.dim() != 4:

@@ -110,7 +110,8 @@ def fit(
     Example:
         >>> import tempfile
         >>> recipe = Recipe(
-        ...     name="tiny", model="resnet20_cifar_mod", pixels=8, epochs=2, batch=128, accelerator="cpu"
+        ...     name="tiny", model="resnet20_cifar_mod", model_args={"layers": [2, 1, 1]}, pixels=8,
+        ...     epochs=2, accelerator="cpu",
         ... )
         >>> with tempfile.TemporaryDirectory() as place:
         ...     run = fit(recipe, f"{place}/run", progress=False)

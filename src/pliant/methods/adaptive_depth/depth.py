@@ -30,6 +30,7 @@ from pliant.methods.adaptive_depth.switch import (
     depth_name,
     find_depth,
 )
+from pliant.surgery import skeleton
 
 
 def set_depth(model: nn.Module, skip: SkipLike) -> Default:
@@ -146,9 +147,10 @@ def depths(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
         (16, 4089184256, 2560622592)
     """
     size = input_size or anatomy.input_size(model)
+    bare = skeleton(model)  # counting needs no arithmetic
     result = []
     for skip in product((False, True), repeat=len(find_depth(model).skip)):
-        cut = subnet(model, skip, share=True)
+        cut = subnet(bare, skip, share=True)
         macs = count_macs(cut, size) if size else None
         result.append(DepthInfo(skip, count_parameters(cut), macs))
     return result
