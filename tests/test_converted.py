@@ -99,8 +99,16 @@ def test_new_parts_learn_in_a_frozen_network():
     assert {p.requires_grad for p in new.layer1[0].parameters()} == {False}
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("fusion", ["first", "original"])
+@pytest.mark.parametrize(
+    ("selection", "fusion"),
+    [
+        pytest.param(
+            s, f, marks=() if (s, f) in (("learned", "original"), ("random", "first")) else pytest.mark.slow
+        )
+        for s in SELECTIONS
+        for f in ("first", "original")
+    ],
+)
 def test_compiles_without_a_break_and_only_once(selection, fusion):
     torch._dynamo.reset()
     model = converted(selection, fusion=fusion)

@@ -238,6 +238,7 @@ def test_figure(tmp_path):
         DepthProfile(ROWS).plot(tmp_path / "front.jpeg")
 
 
+@pytest.mark.slow  # a C++ compiler takes its time; test_depth_compiled.py compiles depths without one
 def test_compiled_depths_are_profiled():
     torch._dynamo.reset()
     model = timm.create_model("resnet20_cifar_adn", layers=(1, 1, 2)).eval()

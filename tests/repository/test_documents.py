@@ -123,6 +123,7 @@ def counts(network: torch.nn.Module, size: tuple[int, int, int]) -> tuple[str, s
     return f"{count_parameters(network) / 1e6:.2f}", f"{count_macs(network, size) / 1e9:.4f}"
 
 
+@pytest.mark.slow
 def test_the_table_of_mod_networks_is_what_is_counted():
     page = (ROOT / "docs" / "mixture-of-depths.md").read_text()
     stated = page.partition("<!-- networks:begin -->\n")[2].partition("\n<!-- networks:end -->")[0]
@@ -145,6 +146,7 @@ def condconv_table() -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_the_table_of_condconv_networks_is_what_is_counted():
     page = (ROOT / "docs" / "condconv.md").read_text()
     stated = page.partition("<!-- networks:begin -->\n")[2].partition("\n<!-- networks:end -->")[0]
