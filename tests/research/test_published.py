@@ -133,7 +133,7 @@ def test_ptflops_missing_is_named(monkeypatch):
     from torch import nn
 
     monkeypatch.setitem(sys.modules, "ptflops", None)
-    with pytest.raises(ImportError, match=r"pip install 'pliant\[counts\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'ptflops==0\.7\.5'"):
         ptflops_macs(nn.Linear(1, 1), (3, 1, 1))
 
 

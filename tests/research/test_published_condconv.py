@@ -285,7 +285,7 @@ def test_command_line(monkeypatch, report):
     assert "- TF profiler, summed: TensorFlow's profiler, halved" in shown.output
     assert run("--method", "condconv", "--table", "5", "--markdown").output == markdown(report) + "\n"
     assert asked[3:] == [("condconv", ["5"])]
-    assert "--table needs --method, the paper's: one of mod, condconv, adn" in str(
+    assert "--table needs the paper; add --method with one of mod, condconv, adn" in str(
         run("--table", "5").exception
     )
 
