@@ -11,7 +11,7 @@ from torch import nn
 
 from pliant import MixtureOfDepths, convert
 from pliant.anatomy import Block, stages
-from pliant.surgery import Method, PassedOver, Site, Survey
+from pliant.method import Method, PassedOver, Site, Survey
 from pliant.threaded import thread, threaded
 
 SELECTIONS = ("learned", "random", "fixed", "first", "none")

@@ -23,7 +23,7 @@ LAYERS = (
     ("methods",),
     ("models",),
 )
-# These ask the methods (`pliant.surgery.Method`, `pliant.parts.Part`) and name none.
+# These ask the methods (`pliant.method.Method`, `pliant.parts.Part`) and name none.
 ASKING = ("checkpoint", "compare", "deploy", "measuring", "models", "recipes", "train")
 
 

@@ -14,8 +14,9 @@ from _checkpoint import assert_same_outputs, assert_same_state, disturb, make
 from pliant import MixtureOfDepths, convert, load, save
 from pliant._config import FORMAT_VERSION
 from pliant.checkpoint import read_config
+from pliant.method import Method, Site, Survey
 from pliant.methods import _OWN
-from pliant.surgery import Method, Site, Survey, conversions
+from pliant.surgery import conversions
 
 NARROW = {"channels": (8, 16, 16, 32), "num_classes": 5}
 SELECTIONS = ("learned", "random", "fixed", "first", "none")

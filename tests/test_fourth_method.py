@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from pliant import AdaptiveDepth, methods
+from pliant.method import Method
 from pliant.methods import METHODS
 from pliant.models import PLAIN_NETWORKS
-from pliant.surgery import Method
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,9 +19,10 @@ from pliant.deploy.folding import fold_norms
 from pliant.deploy.loading import open_export
 from pliant.deploy.optimize import optimize, unfused
 from pliant.measuring.candidates import control_of
+from pliant.method import Method, Site, Survey
 from pliant.methods import METHODS
 from pliant.parts import OnnxOperator, Part, Ranking, operators_of, parts, replace_parts
-from pliant.surgery import Method, Site, Survey, conversions
+from pliant.surgery import conversions
 
 SIZE = (3, 8, 8)
 

@@ -10,7 +10,7 @@ from _surgery import ShareTheMean, assert_untouched, small, snapshot
 from pliant import MixtureOfDepths, convert, plan
 from pliant.anatomy import stages
 from pliant.counting import count_macs, count_parameters
-from pliant.surgery import PassedOver
+from pliant.method import PassedOver
 
 
 def test_plan_counts_are_those_of_the_converted_network():

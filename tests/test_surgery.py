@@ -12,8 +12,9 @@ from torch import nn
 
 from _surgery import SELECTIONS, Run, ShareTheMean, assert_untouched, converted, small, snapshot
 from pliant import MixtureOfDepths, convert, plan
+from pliant.method import Method, Site, Survey
 from pliant.methods.mixture_of_depths import MoDBlock
-from pliant.surgery import Method, Site, Survey, conversions
+from pliant.surgery import conversions
 from pliant.threaded import thread, threaded
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pliant.deploy.optimize import optimize
     from pliant.measuring.latency import measure
     from pliant.measuring.rows import Measurement
+    from pliant.method import Method
     from pliant.methods.adaptive_depth.depth import (
         at_depth,
         compile_depths,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from pliant.methods.mixture_of_depths.method import MixtureOfDepths
     from pliant.models import list_networks
     from pliant.recipes import get_recipe
-    from pliant.surgery import Method, Plan, convert, plan
+    from pliant.surgery import Plan, convert, plan
     from pliant.train.evaluation import evaluate
     from pliant.train.fitting import fit
     from pliant.train.recipe import Recipe
@@ -85,13 +86,14 @@ _MODULES = {
     "deploy.optimize": "optimize",
     "measuring.latency": "measure",
     "measuring.rows": "Measurement",
+    "method": "Method",
     "methods.adaptive_depth.depth": "at_depth compile_depths depths get_depth set_depth subnet",
     "methods.adaptive_depth.method": "AdaptiveDepth Subnet",
     "methods.condconv.method": "CondConv",
     "methods.mixture_of_depths.method": "MixtureOfDepths",
     "models": "list_networks",
     "recipes": "get_recipe",
-    "surgery": "Method Plan convert plan",
+    "surgery": "Plan convert plan",
     "train.evaluation": "evaluate",
     "train.fitting": "fit",
     "train.recipe": "Recipe",

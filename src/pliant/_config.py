@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import timm
 
 from pliant._version import __version__
-from pliant.surgery import Method
+from pliant.method import Method
 
 FORMAT = "pliant"
 FORMAT_VERSION = 1

@@ -15,11 +15,11 @@ from _adaptive import scramble
 from pliant import MixtureOfDepths
 from pliant.anatomy import stages
 from pliant.deploy.forms import use_export_forms
+from pliant.method import Site
 from pliant.methods.condconv import CondConvBlock
 from pliant.methods.condconv.exported import OneImageConv
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.methods.mixture_of_depths.exported import GraphMoD, ProgramMoD
-from pliant.surgery import Site
 
 SELECTIONS = [
     {"selection": "learned", "order": "score"},

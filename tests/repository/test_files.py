@@ -13,7 +13,6 @@ import pliant
 from _repository import ROOT, tracked
 
 LONGEST = 500  # lines of a file of Python; CONTRIBUTING says about 400
-LONGER = {"src/pliant/surgery.py": 600}  # what a method answers and what is done with it: one subject
 
 
 def test_one_version_everywhere():
@@ -65,8 +64,7 @@ def test_files_are_short():
     lengths = {
         str(f.relative_to(ROOT)): len(text_of(f).splitlines()) for f in tracked() if f.suffix == ".py"
     }
-    assert {name: n for name, n in lengths.items() if n > LONGER.get(name, LONGEST)} == {}
-    assert [name for name in LONGER if lengths[name] <= LONGEST] == [], "they are no longer exceptions"
+    assert {name: n for name, n in lengths.items() if n > LONGEST} == {}
     assert {Path(name).parts[0] for name in lengths} >= {"src", "research", "tests", "examples"}
 
 

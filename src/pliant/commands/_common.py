@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pliant.surgery import Method
+    from pliant.method import Method
 
 Changes = Annotated[
     list[str] | None,

@@ -13,13 +13,13 @@ from importlib.metadata import EntryPoint, entry_points
 
 import timm
 
+from pliant.method import Method
 from pliant.methods import combined as combined
 from pliant.methods.adaptive_depth import AdaptiveDepth, Subnet
 from pliant.methods.condconv import CondConv
 from pliant.methods.mixture_of_depths import MixtureOfDepths
 from pliant.models import PLAIN_NETWORKS, list_networks, register
 from pliant.models._build import methods_of
-from pliant.surgery import Method
 
 GROUP = "pliant.methods"
 

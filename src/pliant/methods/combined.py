@@ -12,11 +12,11 @@ Example:
 
 from __future__ import annotations
 
+from pliant.method import Method
 from pliant.methods.adaptive_depth.method import AdaptiveDepth
 from pliant.methods.condconv.method import CondConv
 from pliant.methods.mixture_of_depths.method import MixtureOfDepths
 from pliant.models import PLAIN_NETWORKS, register
-from pliant.surgery import Method
 
 _BASE = "resnet20_cifar"
 _PAIRS: dict[str, tuple[type[Method], ...]] = {

@@ -19,7 +19,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureDictNet, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from pliant.surgery import Method, convert, inherit_conversions, mark_named
+from pliant.method import Method
+from pliant.surgery import convert, inherit_conversions, mark_named
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from torch import nn
 from pliant import anatomy
 from pliant.anatomy import BlockInfo, RemovedBlock, stages
 from pliant.counting import count_parameters
+from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
 from pliant.methods.adaptive_depth.block import AdaptiveBlock, SwitchableNorm
 from pliant.methods.adaptive_depth.objectives import Joint, Specialization
 from pliant.methods.adaptive_depth.recipes import ABLATIONS, BASE_ALONE, adn
@@ -37,7 +38,7 @@ from pliant.methods.adaptive_depth.switch import (
     find_depth,
 )
 from pliant.objectives import Objective
-from pliant.surgery import Method, PassedOver, RecipeForms, Site, Survey, convert, record_conversion
+from pliant.surgery import convert, record_conversion
 from pliant.threaded import borrowed
 
 Network = TypeVar("Network", bound=nn.Module)

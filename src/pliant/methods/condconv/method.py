@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from pliant import anatomy
 from pliant.anatomy import Block, BlockInfo, Convolution, convolutions
+from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
 from pliant.methods.condconv.layers import (
     Activation,
     CondConv2d,
@@ -44,7 +45,6 @@ from pliant.methods.condconv.recipes import (
     condconv,
     regularized,
 )
-from pliant.surgery import Method, PassedOver, RecipeForms, Site, Survey
 from pliant.threaded import Bound, between, pass_along, passes_along, thread
 
 Routing = Literal["block", "layer", "single", "shared", "hierarchical"]

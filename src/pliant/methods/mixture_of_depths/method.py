@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
+from pliant.method import Gone, Method, PassedOver, RecipeForms, Site, Survey
 from pliant.methods.mixture_of_depths.block import MoDBlock, without_mod_blocks
 from pliant.methods.mixture_of_depths.cores import core_width, last_activation, narrow_core, unfit
 from pliant.methods.mixture_of_depths.layers import Fusion
 from pliant.methods.mixture_of_depths.recipes import CONTROLS, cifar, imagenet
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Order, RandomSelector
-from pliant.surgery import Gone, Method, PassedOver, RecipeForms, Site, Survey
 
 Selection = Literal["learned", "random", "fixed", "first", "none"]
 
