@@ -13,6 +13,6 @@ with torch.inference_mode():
     print("full depth equals the network:", torch.equal(adaptive(images), network(images)))
 for depth in pliant.depths(adaptive)[::5]:
     print(depth)
-with pliant.at_depth(adaptive, "TTTT"):  # every stage skips its last blocks
+with pliant.at_depth(adaptive, "TTTT"):  # a letter a stage: T skips its last blocks
     logits = adaptive(images)
 pliant.save(adaptive, "resnet50-adaptive")  # config.json and model.safetensors

@@ -8,7 +8,7 @@ import pliant
 network = timm.create_model("resnet18_adn").eval()  # or pliant.load("your-network")
 image = torch.randn(1, 3, 160, 160)  # of the shape that the network serves
 
-profile = pliant.profile_depths(network, image)  # all 16 depths, timed in turn
+profile = pliant.profile_depths(network, image, threads=1)  # all 16 depths, timed in turn
 for row in profile.front:
     print(f"{row.variant}: {row.median_ms:.1f} ms, {row.macs / 1e9:.2f} G MACs")
 

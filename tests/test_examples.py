@@ -39,7 +39,7 @@ def test_pick_a_depth(tmp_path, run_example):
     """With a budget that any machine keeps: the times of a test are nobody's claim."""
     code = (EXAMPLES / "pick_a_depth.py").read_text()
     small = code.replace("budget_ms=20", "budget_ms=1e6").replace("160, 160", "32, 32")
-    small = small.replace("(network, image)", "(network, image, rounds=1, min_run_time=0)")
+    small = small.replace("threads=1)", "threads=1, rounds=1, min_run_time=0)")
     assert small.count("1e6") == small.count("rounds=1") == small.count("32, 32") == 1
     (tmp_path / "small.py").write_text(small)
     printed = run_example(tmp_path / "small.py")
