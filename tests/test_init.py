@@ -90,7 +90,7 @@ def test_nothing_is_compiled_by_importing(tmp_path):
 
 
 def test_public_names():
-    """Each is there, by `from pliant import` too, and no other one is promised."""
+    """Every public name can be imported by `from pliant import NAME`; no further name is promised."""
     assert {"at_depth", "convert", "measure", "set_depth", "MixtureOfDepths"} <= set(pliant.__all__)
     for name in pliant.__all__:
         scope: dict[str, object] = {}

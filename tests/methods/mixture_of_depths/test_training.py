@@ -1,6 +1,6 @@
 """A Mixture-of-Depths block in training gives the values and gradients of its plain operators.
 
-Those values are held against a reading of the paper in `test_block`, and the gradients of training
+Those values are compared with a reading of the paper in `test_block`, and the gradients of training
 against difference quotients; so each of the two forms is held by the other.
 """
 
