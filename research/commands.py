@@ -219,8 +219,9 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="Networks in all engines (mod, mod-bfloat16, mod-int8, condconv), forms of a mixed "
-            "convolution (forms), training steps (steps), image loading (loader), or depths (depths)"
+            help="Networks in all engines (mod, mod-bfloat16, mod-int8, condconv-engines) or in PyTorch "
+            "(condconv), forms of a mixed convolution (forms), training steps (steps), image loading "
+            "(loader), or depths (depths)"
         ),
     ] = "mod",
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch and of each engine")] = None,

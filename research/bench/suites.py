@@ -68,6 +68,7 @@ class Suite:
         against: the baseline.
         lower_resolution: pixels at which the baseline is timed too, as a second baseline; None: none.
         options: of all `models`, as keywords of ``timm.create_model``.
+        also: further options; each of `models` is timed once more with each of them.
         forms: of all networks, as for `measure`.
         conditions: one run each.
         rounds: of each run.
@@ -81,6 +82,7 @@ class Suite:
     lower_resolution: int | None
     conditions: tuple[Condition, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[Mapping[str, Any], ...] = ()
     forms: tuple[str, ...] = (AS_BUILT,)
     rounds: int = 20
     min_run_time: float = 0.2
@@ -154,6 +156,25 @@ def _condconv(*conditions: Condition, **limits: Any) -> tuple[Suite, ...]:
     )
 
 
+# CondConv as it is deployed, in every engine; hard routing, which reads fewer experts, beside it.
+def _condconv_engines(*networks: tuple[str, int, str]) -> tuple[Suite, ...]:
+    engines = ("eager", "onnxruntime", "openvino", "compile")
+    return tuple(
+        Suite(
+            models=(name,),
+            against=plain,
+            lower_resolution=None,
+            conditions=tuple(Condition(engine=e, batch=b) for e in engines for b in (1, 32)),
+            options={"experts": experts},
+            also=({"active": 2},),
+            forms=(PLAIN, OPTIMIZED, NATIVE),
+            min_run_time=0.1,
+            max_run_time=16.0,
+        )
+        for name, experts, plain in networks
+    )
+
+
 # The limits keep `make bench` (Mixture-of-Depths on a CPU, and training steps) under 20 minutes on 2
 # cores, and CondConv under 30: AOTInductor, which compiles longest, and bfloat16 get the best form of
 # blocks alone, and no baseline of lower resolution.
@@ -211,6 +232,7 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
             max_run_time=10.0,
         ),
     },
+    "condconv-engines": {"cpu": _condconv_engines(_CONDCONV[0], _CONDCONV[3])},
 }
 
 _STEMS = {
@@ -218,6 +240,7 @@ _STEMS = {
     "mod-bfloat16": "latency-bfloat16",
     "mod-int8": "latency-int8",
     "condconv": "condconv-latency",
+    "condconv-engines": "condconv-engines",
 }
 
 
@@ -247,7 +270,7 @@ def run_bench(
         results: folder of the files; made if missing.
         quick: a rehearsal (`Suite.quick`).
         name: ``mod`` for Mixture-of-Depths in all engines that are installed, ``mod-bfloat16``,
-            ``mod-int8`` or ``condconv``.
+            ``mod-int8``, ``condconv``, or ``condconv-engines`` for CondConv in all engines.
         resume: keep the runs that the CSV file has from this commit on this machine, and
             do the others.
         patient: without limits of time (`Suite.patient`).
@@ -375,8 +398,11 @@ def _run(
 ) -> list[Measurement]:
     import torch
 
-    told = "".join(f" {key}={value}" for key, value in suite.options.items())
-    models = {f"{name}{told}": fresh(name, **suite.options) if told else name for name in suite.models}
+    models: dict[str, Any] = {}
+    for options in (suite.options, *({**suite.options, **more} for more in suite.also)):
+        told = "".join(f" {key}={value}" for key, value in options.items())
+        for name in suite.models:
+            models[f"{name}{told}"] = fresh(name, **options) if told else name
     rows = measure(
         models,
         against=suite.against,

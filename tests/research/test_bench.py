@@ -175,9 +175,8 @@ def test_suites_name_networks_and_settings_that_exist() -> None:
 def test_no_suite_for_a_device_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no benchmark for device 'tpu'; there is one for cpu, cuda"):
         run_bench("tpu", tmp_path)
-    with pytest.raises(
-        ValueError, match="no benchmark 'adn'; there are mod, mod-bfloat16, mod-int8, condconv"
-    ):
+    names = "mod, mod-bfloat16, mod-int8, condconv, condconv-engines"
+    with pytest.raises(ValueError, match=f"no benchmark 'adn'; there are {names}"):
         run_bench("cpu", tmp_path, name="adn")
     assert list(tmp_path.iterdir()) == []
 
@@ -195,7 +194,7 @@ def test_the_command_names_all_suites_and_refuses_what_one_does_not_do(
         command = ["bench", "--results", str(tmp_path), *options]
         return str(CliRunner().invoke(app, command).exception)
 
-    suites = "mod, mod-bfloat16, mod-int8, condconv, forms, steps, loader, depths"
+    suites = "mod, mod-bfloat16, mod-int8, condconv, condconv-engines, forms, steps, loader, depths"
     assert said("--suite", "form") == f"no benchmark 'form'; there are {suites}"
     assert said("--suite", "steps", "--patient") == "--patient has no effect on --suite steps; remove it"
     assert said("--suite", "forms", "--resume").startswith("--resume has no effect")

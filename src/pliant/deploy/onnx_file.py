@@ -138,7 +138,8 @@ def write(model: ir.Model, path: Path, facts: Facts | None) -> list[Path]:
 
     if facts is not None:
         model.metadata_props.update(facts.to_metadata())
-    values = (value.const_value for value in model.graph.initializers.values())
+    graphs = (model.graph, *model.graph.subgraphs())
+    values = (value.const_value for graph in graphs for value in graph.initializers.values())
     size = sum(value.nbytes for value in values if value is not None)
     data = f"{path.name}.data" if size > LARGEST_FILE else None
     ir.save(model, path, external_data=data)
@@ -319,14 +320,15 @@ def _simplify(model: ir.Model) -> None:
     from onnx_ir.passes import common
 
     _cast_first(model)
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         if node.op_type == "ReduceMean":
-            _as_global_pool(model, node)
-    for node in list(model.graph):
+            _as_global_pool(node)
+    for node in list(model.graph.all_nodes()):
         if node.op_type == "Reshape":
             _reshape_plainly(model, node)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
+    _sink_weights(model)
     model.graph.sort()
 
 
@@ -340,7 +342,7 @@ def _cast_first(model: ir.Model) -> None:
                 user.replace_input_with(position, casts[0].outputs[0])
 
 
-def _as_global_pool(model: ir.Model, node: ir.Node) -> None:
+def _as_global_pool(node: ir.Node) -> None:
     """A mean over height and width as a pool; flattened where the axes went."""
     import onnx_ir as ir
 
@@ -359,7 +361,7 @@ def _as_global_pool(model: ir.Model, node: ir.Node) -> None:
         last = ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=f"{node.name}_flatten")
         last.outputs[0].type, last.outputs[0].shape = y.type, y.shape
         new.append(last)
-    ir.convenience.replace_nodes_and_values(model.graph, node, [node], new, [y], [last.outputs[0]])
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [y], [last.outputs[0]])
 
 
 def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
@@ -386,6 +388,16 @@ def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
     node.attributes.pop("allowzero", None)
 
 
+def _sink_weights(model: ir.Model) -> None:
+    """Weights that only the body of one loop uses go into it: engines pack constants of the same graph."""
+    for value in list(model.graph.initializers.values()):
+        graphs = {user.graph for user, _ in value.uses()}
+        body = graphs.pop() if len(graphs) == 1 else None
+        if body is not None and body is not model.graph and not value.is_graph_output():
+            del model.graph.initializers[str(value.name)]
+            body.register_initializer(value)
+
+
 def _name_batch(model: ir.Model) -> None:
     """Call the open dimension of images and outputs what it is."""
     import onnx_ir as ir
@@ -400,12 +412,12 @@ def _strip(model: ir.Model) -> None:
     from onnx_ir.passes import common
 
     common.ClearMetadataAndDocStringPass()(model)
-    graph = model.graph
     model.metadata_props.clear()
-    graph.metadata_props.clear()
-    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
-        value.metadata_props.clear()
-    for node in graph.all_nodes():
+    for graph in (model.graph, *model.graph.subgraphs()):
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+    for node in model.graph.all_nodes():
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import timm.layers
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from pliant import anatomy
 from pliant.anatomy import Block, BlockInfo, Convolution, convolutions
 from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
+from pliant.methods.condconv.exported import EachImageBlock, needs_loop
 from pliant.methods.condconv.layers import (
     Activation,
     CondConv2d,
@@ -45,7 +46,8 @@ from pliant.methods.condconv.recipes import (
     condconv,
     regularized,
 )
-from pliant.threaded import Bound, between, pass_along, passes_along, thread
+from pliant.parts import Target
+from pliant.threaded import Bound, Call, between, pass_along, passes_along, thread
 
 Routing = Literal["block", "layer", "single", "shared", "hierarchical"]
 Layers = Literal["all", "pointwise", "depthwise"]
@@ -355,6 +357,7 @@ class CondConv(Method):
         channels, out = _channels(layer)
         options: dict[str, Any] = {"experts": self.experts, "router": router, "form": self.form}
         options["bias"] = None if layer.bias is None else "shared"
+        options["active"] = self.active
         new: CondConv2d | CondLinear
         if isinstance(layer, nn.Linear):
             new = CondLinear(channels, out, **options)
@@ -419,14 +422,33 @@ class CondConvBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
         """Run the block on `x` [B, C, H, W], with kernels for each of the B examples."""
         routing = self.router(x)
-        y: Tensor = Bound(self.block, self._leaves, self._between, partial(self._call, routing))(x)
+        y: Tensor = self.bound(partial(self._call, routing))(x)
         return thread(y, ROUTING, routing) if self.passes_on else y
 
     def _call(self, routing: Tensor, path: str, layer: nn.Module, x: Tensor) -> Any:
-        if routing.dim() == 3:  # weights of all layers' channels, side by side
-            start, end = self._parts[path]
-            routing = routing[:, :, start:end]
-        return layer(x, routing)
+        return layer(x, self.share(path, routing))
+
+    def bound(self, call: Call) -> Bound:
+        """The block, its conditional layers called by `call` (`pliant.threaded.Bound`)."""
+        return Bound(self.block, self._leaves, self._between, call)
+
+    def layers(self) -> dict[str, CondConv2d | CondLinear]:
+        """The conditional layers by their paths in the block."""
+        return {
+            path: cast("CondConv2d | CondLinear", self.block.get_submodule(path)) for path in self._parts
+        }
+
+    def share(self, path: str, routing: Tensor) -> Tensor:
+        """What a layer gets of the block's routing."""
+        if routing.dim() == 2:
+            return routing
+        start, end = self._parts[path]  # weights of all layers' channels, side by side
+        return routing[:, :, start:end]
+
+    def export_form(self, target: Target, batch: int | None) -> nn.Module:
+        """One loop over the images, where a layer needs one; see `Part.export_form`."""
+        looped = any(needs_loop(layer, target, batch) for layer in self.layers().values())
+        return EachImageBlock(self) if looped else self
 
 
 def _lowest_resolutions(blocks: list[BlockInfo], between: list[tuple[int, Convolution]]) -> int:
