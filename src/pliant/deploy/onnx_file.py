@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -27,7 +28,7 @@ from torch.export import ExportedProgram
 from pliant.deploy import tensorrt
 from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts
-from pliant.deploy.selections import Result, Run, Selection
+from pliant.deploy.selections import Result, Run, told_beside
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -36,14 +37,8 @@ OLDEST_OPSET = 18  # that PyTorch's exporter writes
 DEFAULT_OPSET = 18
 LARGEST_FILE = 2**31 - 2**20  # bytes of weights that one protobuf message can hold, and some room
 INPUT = "images"
+UNPACKED = 2**18  # values of a matrix that outgrows a cache
 _SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-def newest_opset() -> int:
-    """The newest opset that PyTorch's exporter writes here."""
-    from torch.onnx._constants import ONNX_MAX_OPSET
-
-    return int(ONNX_MAX_OPSET)
 
 
 def check_opset(opset: int) -> None:
@@ -52,11 +47,12 @@ def check_opset(opset: int) -> None:
     Raises:
         ValueError: names it, and those that can.
     """
-    newest = newest_opset()
-    if not isinstance(opset, int) or isinstance(opset, bool) or not OLDEST_OPSET <= opset <= newest:
+    from torch.onnx._constants import ONNX_MAX_OPSET
+
+    if not isinstance(opset, int) or isinstance(opset, bool) or not OLDEST_OPSET <= opset <= ONNX_MAX_OPSET:
         raise ValueError(
             f"opset {opset!r} is not supported: PyTorch {torch.__version__} writes {OLDEST_OPSET} to "
-            f"{newest}"
+            f"{ONNX_MAX_OPSET}"
         )
 
 
@@ -79,8 +75,6 @@ def build(
     Raises:
         ValueError: an operator of the program has no ONNX form, or not in this opset.
     """
-    check_opset(opset)
-    require("onnxscript")
     _drop_idle_dtypes(program)
     try:
         # The exporter prints and logs its steps.
@@ -164,14 +158,11 @@ def facts_of(path: str | Path) -> Facts:
     return Facts.from_metadata({p.key: p.value for p in model.metadata_props})
 
 
-def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """A function that runs the file by ONNX Runtime on the CPU.
-
-    Args:
-        path: path of the file.
-        threads: threads of ONNX Runtime; None: as many as it takes.
-    """
-    session = open_session(Path(path), threads)
+def load(
+    path: str | Path, threads: int | None = None, library: Path | None = None
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A function that runs the file by ONNX Runtime on the CPU; arguments as of `open_session`."""
+    session = open_session(Path(path), threads, library)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(torch.from_numpy, session.run(None, {INPUT: images.numpy()})))
@@ -194,24 +185,18 @@ def runner(path: Path, ranking: list[str], tell: Callable[[Any], None] | None = 
         tell(model)
     outputs = len(model.graph.output)
     names = [name for part in ranking for name in selection_names(part)]
-    there = {name for node in model.graph.node for name in node.output}
-    told = there.issuperset(names)
-    names = names if told else []
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    told = {name for node in model.graph.node for name in node.output}.issuperset(names)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if told)
     probe = path.with_name(f"check-{path.name}")  # beside it, where its external data is found
     probe.write_bytes(model.SerializeToString())
     try:
-        session = open_session(probe, 1, library_path(path))
+        call = load(probe, 1, library_path(path))
     finally:
         probe.unlink()
 
     def run(images: Tensor) -> Result:
-        found = tuple(map(torch.from_numpy, session.run(None, {INPUT: images.numpy()})))
-        if not told:
-            return Result(found, None)
-        pairs = zip(found[outputs::2], found[outputs + 1 :: 2], strict=True)
-        chosen = [Selection(x.flatten(1), i.flatten(1)) for x, i in pairs]
-        return Result(found[:outputs], dict(zip(ranking, chosen, strict=True)))
+        found = call(images)
+        return told_beside(found, outputs, ranking) if told else Result(found, None)
 
     return run
 
@@ -221,13 +206,16 @@ def selection_names(path: str) -> tuple[str, str]:
     return f"{path}.logits", f"{path}.index"
 
 
-def open_session(path: Path, threads: int | None, library: Path | None = None) -> Any:
+def open_session(
+    path: Path, threads: int | None, library: Path | None = None, optimised: Path | None = None
+) -> Any:
     """A session of ONNX Runtime on the CPU, with all of its graph optimisations.
 
     Args:
         path: path of the file.
         threads: for each operator; None: as many as ONNX Runtime takes.
         library: of operators that the file has; None: the one beside it (`library_path`), if any.
+        optimised: file to write the optimised graph to.
 
     Raises:
         ValueError: the library cannot be used here; says why.
@@ -239,6 +227,8 @@ def open_session(path: Path, threads: int | None, library: Path | None = None) -
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
     library = library_path(path) if library is None else library
     if library.exists():
         try:
@@ -357,19 +347,18 @@ def _as_global_pool(node: ir.Node) -> None:
     new, last = [pool], pool
     pool.outputs[0].type = y.type
     pool.outputs[0].shape = ir.Shape([x.shape[0], x.shape[1], 1, 1])
-    if not tensorrt.number(node, "keepdims", 1):
+    if not node.attributes.get_int("keepdims", 1):
         last = ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=f"{node.name}_flatten")
         last.outputs[0].type, last.outputs[0].shape = y.type, y.shape
         new.append(last)
+    assert node.graph is not None
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [y], [last.outputs[0]])
 
 
 def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
     """A constant target, where all but one dimension is known; from the first of many reshapes."""
-    import onnx_ir as ir
-
     y = node.outputs[0]
-    if y.shape is None or (tensorrt.number(node, "allowzero", 0) and 0 in y.shape):
+    if y.shape is None or (node.attributes.get_int("allowzero", 0) != 0 and 0 in y.shape):
         return
     sizes = [size if isinstance(size, int) else -1 for size in y.shape]
     if sizes.count(-1) > 1:
@@ -379,13 +368,70 @@ def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
         node.replace_input_with(0, before.inputs[0])
     name = "shape_" + "_".join(str(size).replace("-1", "any") for size in sizes)
     if name not in model.graph.initializers:
-        target = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
-        value = ir.Value(
-            name=name, const_value=target, shape=ir.Shape([len(sizes)]), type=ir.TensorType(target.dtype)
-        )
-        model.graph.register_initializer(value)
+        _initializer(model, name, np.array(sizes, np.int64))
     node.replace_input_with(1, model.graph.initializers[name])
     node.attributes.pop("allowzero", None)
+
+
+def leave_unpacked(model: ir.Model) -> None:
+    """Keep ONNX Runtime from packing large matrices of which a product uses each value once an image.
+
+    It packs every constant on the right of a product, which pays where rows are many. For one row, a
+    packed matrix takes 1.7 times as long to read as one left as it is; for many, it is packed on the
+    way. So such a matrix passes a reshape to its own sizes, which the batch's size keeps from being a
+    constant. Matrices count that are 4 times as long as wide, or more: experts' kernels side by side.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    same = None
+    for node in list(model.graph):
+        if node.op_type not in ("MatMul", "Gemm"):
+            continue
+        rows, matrix = node.inputs[:2]
+        assert rows is not None
+        assert matrix is not None
+        values = _constant(matrix)
+        open_rows = rows.shape is not None and len(rows.shape) == 2 and not isinstance(rows.shape[0], int)
+        if not open_rows or values is None or values.ndim != 2:
+            continue
+        if values.size < UNPACKED or max(values.shape) < 4 * min(values.shape):
+            continue
+        if same is None:
+            zeros = _initializer(model, "zeros", np.zeros(2, np.int64))
+            sizes = ir.node("Shape", [rows], name="sizes")
+            same = ir.node("Mul", [sizes.outputs[0], zeros], name="same_sizes")  # 0: the size that it has
+            model.graph.insert_before(node, [sizes, same])
+        constant = _initializer(model, f"{matrix.name}.unpacked", values)
+        passed = ir.node("Reshape", [constant, same.outputs[0]], name=f"{matrix.name}.reshape")
+        passed.outputs[0].type, passed.outputs[0].shape = constant.type, constant.shape
+        model.graph.insert_before(node, [passed])
+        node.replace_input_with(1, passed.outputs[0])
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _constant(value: ir.Value) -> np.ndarray | None:
+    """What a value is where it is constant, or one reshaped."""
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    maker = value.producer()
+    if maker is None or maker.op_type != "Reshape" or value.shape is None or not value.shape.is_static():
+        return None
+    given = maker.inputs[0]
+    values = None if given is None else _constant(given)
+    return None if values is None else values.reshape(value.shape.numpy())
+
+
+def _initializer(model: ir.Model, name: str, values: np.ndarray) -> ir.Value:
+    """Give a graph a constant."""
+    import onnx_ir as ir
+
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype)
+    )
+    model.graph.register_initializer(value)
+    return value
 
 
 def _sink_weights(model: ir.Model) -> None:
@@ -411,13 +457,10 @@ def _strip(model: ir.Model) -> None:
     """Take the exporter's notes out."""
     from onnx_ir.passes import common
 
-    common.ClearMetadataAndDocStringPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)  # of graphs and nodes
     model.metadata_props.clear()
-    for graph in (model.graph, *model.graph.subgraphs()):
-        graph.metadata_props.clear()
-        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
-            value.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
+    graphs = (model.graph, *model.graph.subgraphs())
+    named = (v for g in graphs for v in (*g.inputs, *g.outputs, *g.initializers.values()))
+    made = (value for node in model.graph.all_nodes() for value in node.outputs)
+    for value in (*named, *made):
+        value.metadata_props.clear()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pliant.methods.condconv.mixing import ROUTING, mix, mix_of_one
 from pliant.parts import Target
-from pliant.threaded import Bound, thread
+from pliant.threaded import thread
 
 if TYPE_CHECKING:  # these ask for their own forms
     from pliant.methods.condconv.layers import CondConv2d, CondLinear
@@ -76,12 +76,7 @@ class OneImage(nn.Module):
     def __init__(self, layer: CondConv2d | CondLinear) -> None:
         super().__init__()
         self.layer = layer
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        """Stride of a convolution, by which blocks are read."""
-        stride: tuple[int, int] = self.layer.stride
-        return stride
+        self.stride = getattr(layer, "stride", None)  # of a convolution: blocks are read by it
 
     def forward(self, x: Tensor, routing: Tensor | None = None) -> Tensor:
         """What the layer gives for `x` [1, ...]."""
@@ -100,7 +95,7 @@ class EachImage(OneImage):
         routing = layer._routing(x, routing)
 
         def run(image: Tensor, *needs: Tensor) -> Tensor:
-            return _of_one(layer, image[None], *needs)[0]
+            return _of_one(layer, image[None], *needs).squeeze(0)
 
         y = each_image(run, x, *_needs(layer, routing))
         return thread(y, ROUTING, routing) if layer.passes_on else y
@@ -131,7 +126,7 @@ class EachImageBlock(nn.Module):
                 return _of_one(layer, given, *own[path])
 
             y: Tensor = made.bound(call)(image[None])
-            return y[0]
+            return y.squeeze(0)  # indexing would copy
 
         y = each_image(run, x, *(tensor for some in needs.values() for tensor in some))
         return thread(y, ROUTING, routing) if made.passes_on else y
@@ -164,7 +159,8 @@ class SideBySideLinear(nn.Module):
         layer = self.layer
         routing = layer._routing(x, routing)
         if x.dim() > 2 or routing.dim() == 3:
-            return layer(x, routing)
+            own: Tensor = layer(x, routing)
+            return own
         weighted = (routing[:, :, None].to(x.dtype) * x[:, None]).flatten(1)
         shared = layer.bias is not None and layer.bias.dim() == 1
         y = F.linear(weighted, self.weight, layer.bias if shared else None)
@@ -185,10 +181,10 @@ def _of_one(layer: CondConv2d | CondLinear, x: Tensor, *needs: Tensor) -> Tensor
     """What a layer gives for one image `x` [1, ...], by what `_needs` says of it."""
     bias = layer.bias
     if layer.active is not None:
-        routing = needs[0][None]
+        (routing,) = needs
         kernel = mix_of_one(layer.weight.view(layer._kernels), routing, layer.active)
         if bias is not None and bias.dim() == 2:
-            bias = mix(bias, routing)[0]
+            bias = mix(bias, routing[None]).squeeze(0)
     else:
         kernel, bias = needs if len(needs) == 2 else (needs[0], bias)
     return layer.plain(x, kernel.to(x.dtype), None if bias is None else bias.to(x.dtype))

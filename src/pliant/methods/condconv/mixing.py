@@ -96,18 +96,18 @@ def mix_of_one(experts: Tensor, routing: Tensor, active: int) -> Tensor:
 
     Args:
         experts: [E, O, ...].
-        routing: [1, E] or [1, E, O].
+        routing: [E] or [E, O].
         active: experts whose weights are not zero, at most.
 
     Returns:
         [O, ...].
 
     Example:
-        >>> mix_of_one(torch.tensor([[1.0, 2.0], [10.0, 20.0]]), torch.tensor([[0.0, 0.5]]), 1)
+        >>> mix_of_one(torch.tensor([[1.0, 2.0], [10.0, 20.0]]), torch.tensor([0.0, 0.5]), 1)
         tensor([ 5., 10.])
     """
-    shares, chosen = routing[0].to(experts.dtype).topk(active, dim=0)
-    if routing.dim() == 2:
+    shares, chosen = routing.to(experts.dtype).topk(active, dim=0)
+    if routing.dim() == 1:
         mixed = shares[None] @ experts.index_select(0, chosen).flatten(1)
         return mixed.reshape(experts.shape[1:])
     out = experts.shape[1]
@@ -372,7 +372,7 @@ def _pointwise(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
-    """Products [B, M, N] of `a` [B, M, K] and `b` [B, K, N], and `added`, in one pass where run as it is."""
+    """Products [B, M, N] of `a` [B, M, K] and `b` [B, K, N], plus `added`, in eager mode in one pass."""
     if added is None:
         return torch.bmm(a, b)
     if torch.compiler.is_compiling() or _exporting():
