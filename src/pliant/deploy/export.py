@@ -287,10 +287,11 @@ def _write(
     assert facts.opset is not None
     places = () if native is None else native.operators
     graph = onnx_file.build(made, facts.outputs, facts.opset, ranking, places)
+    if target == "onnx":
+        onnx_file.leave_unpacked(graph)
     if native is not None:
         return onnx_native.write(graph, native, path, facts), onnx_native.runner(path, native, ranking)
     if target == "onnx":
-        onnx_file.leave_unpacked(graph)
         if portable:
             onnx_file.check_portable(graph)
         return onnx_file.write(graph, path, facts), onnx_file.runner(path, ranking)

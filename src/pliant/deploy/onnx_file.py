@@ -368,7 +368,7 @@ def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
         node.replace_input_with(0, before.inputs[0])
     name = "shape_" + "_".join(str(size).replace("-1", "any") for size in sizes)
     if name not in model.graph.initializers:
-        _initializer(model, name, np.array(sizes, np.int64))
+        initializer(model, name, np.array(sizes, np.int64))
     node.replace_input_with(1, model.graph.initializers[name])
     node.attributes.pop("allowzero", None)
 
@@ -391,26 +391,26 @@ def leave_unpacked(model: ir.Model) -> None:
         rows, matrix = node.inputs[:2]
         assert rows is not None
         assert matrix is not None
-        values = _constant(matrix)
+        values = constant(matrix)
         open_rows = rows.shape is not None and len(rows.shape) == 2 and not isinstance(rows.shape[0], int)
         if not open_rows or values is None or values.ndim != 2:
             continue
         if values.size < UNPACKED or max(values.shape) < 4 * min(values.shape):
             continue
         if same is None:
-            zeros = _initializer(model, "zeros", np.zeros(2, np.int64))
+            zeros = initializer(model, "zeros", np.zeros(2, np.int64))
             sizes = ir.node("Shape", [rows], name="sizes")
             same = ir.node("Mul", [sizes.outputs[0], zeros], name="same_sizes")  # 0: the size that it has
             model.graph.insert_before(node, [sizes, same])
-        constant = _initializer(model, f"{matrix.name}.unpacked", values)
-        passed = ir.node("Reshape", [constant, same.outputs[0]], name=f"{matrix.name}.reshape")
-        passed.outputs[0].type, passed.outputs[0].shape = constant.type, constant.shape
+        held = initializer(model, f"{matrix.name}.unpacked", values)
+        passed = ir.node("Reshape", [held, same.outputs[0]], name=f"{matrix.name}.reshape")
+        passed.outputs[0].type, passed.outputs[0].shape = held.type, held.shape
         model.graph.insert_before(node, [passed])
         node.replace_input_with(1, passed.outputs[0])
     common.RemoveUnusedNodesPass()(model)
 
 
-def _constant(value: ir.Value) -> np.ndarray | None:
+def constant(value: ir.Value) -> np.ndarray | None:
     """What a value is where it is constant, or one reshaped."""
     if value.const_value is not None:
         return value.const_value.numpy()
@@ -418,11 +418,11 @@ def _constant(value: ir.Value) -> np.ndarray | None:
     if maker is None or maker.op_type != "Reshape" or value.shape is None or not value.shape.is_static():
         return None
     given = maker.inputs[0]
-    values = None if given is None else _constant(given)
+    values = None if given is None else constant(given)
     return None if values is None else values.reshape(value.shape.numpy())
 
 
-def _initializer(model: ir.Model, name: str, values: np.ndarray) -> ir.Value:
+def initializer(model: ir.Model, name: str, values: np.ndarray) -> ir.Value:
     """Give a graph a constant."""
     import onnx_ir as ir
 

@@ -23,11 +23,11 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.deploy import onnx_file
+from pliant.deploy import onnx_file, onnx_kernels
 from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts
 from pliant.deploy.selections import Run
-from pliant.parts import OnnxOperator, Part, named_operators, replace_parts
+from pliant.parts import OnnxOperator, Part, named_operators, parts, replace_parts
 from pliant.provenance import cpu_model
 
 if TYPE_CHECKING:
@@ -98,10 +98,15 @@ def block_size() -> int:
 
 @dataclass(frozen=True)
 class Native:
-    """The parts of a network that are operators, by path, and the library that holds these."""
+    """What of a network gets a form for this machine.
+
+    Attributes:
+        operators: of its parts, by path.
+        library: that holds these; None where there are none.
+    """
 
     operators: Mapping[str, OnnxOperator]
-    library: Path
+    library: Path | None
 
     @property
     def rankings(self) -> dict[str, str]:
@@ -120,8 +125,8 @@ def take_parts(network: nn.Module) -> Native:
         The operators, their library built.
 
     Raises:
-        ValueError: no part can be an operator, they are of two libraries, or theirs cannot be
-            built; says why.
+        ValueError: no part can be an operator or mixes kernels, the operators are of two libraries, or
+            theirs cannot be built; says why.
     """
     taken: dict[str, OnnxOperator] = {}
     reasons: list[str] = []
@@ -137,6 +142,8 @@ def take_parts(network: nn.Module) -> Native:
         return None
 
     replace_parts(network, place)
+    if not taken and any(part.mixes for part in parts(network).values()):
+        return Native({}, None)
     if not taken:
         why = "; ".join(dict.fromkeys(reasons)) or "it has no part of such a method"
         raise ValueError(
@@ -153,14 +160,16 @@ def take_parts(network: nn.Module) -> Native:
 
 
 def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Path]:
-    """Optimise a graph for this machine, put the operators in their places, and write the two files.
+    """Optimise a graph for this machine, put operators and mixed kernels in their places, and write it.
 
-    The graph has a pool for each operator, by its name. The operators' library is the second file.
+    The graph has a pool for each operator, by its name. The operators' library, if any, is a second file.
 
     Raises:
         ValueError: ONNX Runtime cannot optimise the graph, or dropped a place.
     """
     import onnx
+
+    kernels = onnx_kernels.mark(graph)
 
     before, after = path.with_suffix(".before.onnx"), path.with_suffix(".after.onnx")
     onnx_file.write(graph, before, None)
@@ -171,28 +180,38 @@ def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Pat
     model = onnx.load(str(after))
     before.unlink()
     after.unlink()
+    onnx_kernels.put_back(model, kernels)
     _put(model, native.operators, block_size())
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, facts.to_metadata())
     onnx.save(model, str(path))
+    if native.library is None:
+        return [path]
     library = onnx_file.library_path(path)
     shutil.copyfile(native.library, library)
     return [path, library]
 
 
 def check_here(path: Path, facts: Facts) -> None:
-    """Refuse a compiled file whose library is missing, or that another ONNX Runtime made.
+    """Refuse a compiled file whose library is missing, or that another ONNX Runtime or layout made.
 
     Raises:
         ValueError: it cannot be run here; says why.
     """
+    model = require("onnx").load(str(path), load_external_data=False)
     library = onnx_file.library_path(path)
-    if not library.is_file():
+    if any(opset.domain == DOMAIN for opset in model.opset_import) and not library.is_file():
         raise ValueError(f"{path.name} was compiled, and its library {library.name} is not beside it")
     made, here = facts.versions.get("onnxruntime"), str(onnx_runtime().__version__)
     if made != here:
         raise ValueError(
             f"{path.name} was compiled by and for onnxruntime {made}, and this is {here}: export it again"
+        )
+    blocks = f"blocks of {block_size()} channels"
+    if not facts.machine.endswith(blocks):
+        raise ValueError(
+            f"{path.name} was compiled for {facts.machine}, and ONNX Runtime works in {blocks} here: "
+            f"export it again"
         )
 
 
@@ -238,4 +257,5 @@ def _put(model: onnx.ModelProto, operators: Mapping[str, OnnxOperator], size: in
         node.CopyFrom(new)
     if left:
         raise ValueError(f"ONNX Runtime left no place for {', '.join(left)} in its graph")
-    model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    if operators:
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))

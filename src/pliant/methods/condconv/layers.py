@@ -157,6 +157,7 @@ class _Conditional(Part):
     """What the two layers share: experts' weights, a bias, a router and a form."""
 
     bias: Tensor | None
+    mixes = True
     _kernels: tuple[int, ...]  # shape of all experts' kernels
 
     def __init__(
