@@ -6,8 +6,8 @@ Shapes: images [B, C, H, W] as the file takes them; outputs as the network gives
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,16 +21,17 @@ from pliant import anatomy
 from pliant._version import __version__
 from pliant.deploy import onnx_file, onnx_native, openvino_file, placing, program
 from pliant.deploy.extras import require
-from pliant.deploy.facts import ExportReport, Facts, digest_of, report_path
+from pliant.deploy.facts import PREPARATION, ExportReport, Facts, digest_of, report_path
 from pliant.deploy.folding import fold_norms
 from pliant.deploy.forms import check_exportable, use_export_forms
 from pliant.deploy.inputs import Preparation, Prepared, Takes
 from pliant.deploy.parity import TOLERANCE, Parity, ParityError, check_parity
-from pliant.deploy.selections import Run, rankings, run_eager
+from pliant.deploy.selections import Result, Run, rankings
 from pliant.parts import Target
 from pliant.surgery import conversions
 
 Precision = Literal["float32", "float16", "bfloat16"]
+Progress = Callable[[int, int, str], None]
 
 FORMATS: dict[str, Target] = {".pt2": "program", ".onnx": "onnx", ".xml": "openvino"}
 # OpenVINO computes in bfloat16 by a hint to the engine; ONNX Runtime's CPU cannot convolve in it.
@@ -82,6 +83,7 @@ def export(
     check_images: str | Path | None = None,
     tolerance: float | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a network as a file that an engine runs, after comparing the file with the network.
 
@@ -118,9 +120,10 @@ def export(
             not compiled.
         batches: batch sizes to check at; a file of a fixed batch is checked at that alone.
         check_images: folder of images to check with; by default scikit-learn's digits.
-        tolerance: largest relative error; by default 1e-4 in float32, 2e-2 in float16, 1e-1 in
-            bfloat16.
+        tolerance: largest relative error. By default 1e-4 in float32, 2e-2 in float16, 1e-1 in
+            bfloat16; four times what rounding alone moves the network by, where that is more.
         seed: seed of the random images.
+        progress: called with steps done, steps in all, and what comes next: writing, then each check.
 
     Returns:
         `path`.
@@ -162,7 +165,7 @@ def export(
     # Of one image, torch.export would make a program for one image.
     images = preparation.random(2 if dynamic_batch else count, torch.Generator().manual_seed(seed))
     truth = Prepared(network, preparation).eval()
-    outputs = _outputs(truth, images)
+    outputs = _outputs(network, preparation, images)
     batch = None if dynamic_batch else count
     names = classes if classes is not None else config.get("label_names")
     facts = Facts(
@@ -182,6 +185,7 @@ def export(
         compiled=compiled,
         machine=onnx_native.machine() if compiled and target == "onnx" else "",
         versions=_versions(target),
+        preparation={name: config[name] for name in PREPARATION if config.get(name) is not None},
     )
     order = _Order(
         path, target, network, preparation, images, batch, precision, opset, compiled, portable, facts
@@ -192,16 +196,29 @@ def export(
     checks = [
         made for n in sizes for made in (preparation.random(n, generator), preparation.real(n, folder))
     ]
+    tell = progress or (lambda _done, _total, _what: None)
     with placing.workshop(path, _weight(order)) as place:
-        files, run = _write(order, place)
-        admitted = TOLERANCE[precision] if tolerance is None else tolerance
+        tell(0, 1 + len(checks), f"writing {path.name}")
+        files, run, facts = _write(order, place)
+        left = iter(range(1, 1 + len(checks)))
+
+        def watched(images: Tensor) -> Result:
+            tell(next(left, len(checks)), 1 + len(checks), f"checking {path.name} on {len(images)} images")
+            return run(images)
+
         parity = check_parity(
-            truth, run, checks, admitted, lambda: _otherwise(network, preparation, precision)
+            truth,
+            watched,
+            checks,
+            TOLERANCE[precision] if tolerance is None else tolerance,
+            lambda: _otherwise(network, preparation, precision),
+            follow=tolerance is None,
         )
         if not parity.holds:
             raise ParityError(f"{path} is not written: it is not the network: {parity}", parity)
         files.append(_report(place / path.name, facts, parity, files))
         placing.put_in_place(files, path.parent)
+    tell(1 + len(checks), 1 + len(checks), "done")
     return path
 
 
@@ -255,15 +272,42 @@ def _stated(given: Sequence[float] | None, known: Sequence[float] | None, channe
     return tuple(known) if known is not None and len(known) in (1, channels) else None
 
 
-def _outputs(network: nn.Module, images: Tensor) -> int:
-    """How many outputs the network has for `images`."""
+def _outputs(network: nn.Module, preparation: Preparation, images: Tensor) -> int:
+    """How many outputs the network has for `images`.
+
+    Raises:
+        ValueError: it does not take them, or gives what no file can give or nobody could compare.
+    """
+    name = type(network).__name__
     try:
-        found = run_eager(network, images).outputs
+        with torch.no_grad():
+            given = network(_as_seen(preparation, images))
     except Exception as error:  # the network's own
         raise ValueError(f"the network takes no images of shape {tuple(images.shape)}: {error}") from error
-    if not all(isinstance(y, Tensor) for y in found):
-        raise ValueError("the network must give a tensor, or several in a tuple or list")
-    return len(found)
+    if isinstance(given, Mapping):
+        keys = ", ".join(map(repr, given))
+        raise ValueError(
+            f"the {name} gives a {type(given).__name__} with {keys}; a file gives a tensor, or several in "
+            f"a tuple: export a module whose forward returns model(x)[{next(iter(given), '...')!r}], say"
+        )
+    several = given if isinstance(given, (tuple, list)) else (given,)
+    for n, y in enumerate(several):
+        if not isinstance(y, Tensor):
+            raise ValueError(
+                f"output {n} of the {name} is a {type(y).__name__}; a file gives a tensor, or several in a "
+                f"tuple: export a module whose forward returns that"
+            )
+        if not y.is_floating_point():
+            raise ValueError(
+                f"output {n} of the {name} is {y.dtype}: a decision (argmax, say), which rounding may turn, "
+                f"so no file can be compared with it; export a module that returns the scores"
+            )
+        if y.dim() == 0 or len(y) != len(images):
+            raise ValueError(
+                f"output {n} of the {name} has shape {tuple(y.shape)} for {len(images)} images; export a "
+                f"module whose outputs have the images as their first dimension"
+            )
+    return len(several)
 
 
 def _otherwise(network: nn.Module, preparation: Preparation, precision: Precision) -> nn.Module:
@@ -281,8 +325,8 @@ def _weight(order: _Order) -> int:
     return once * 2 if through_onnx else once
 
 
-def _write(order: _Order, place: Path) -> tuple[list[Path], Run]:
-    """Write the files, the main one first, and say how they are run for the check."""
+def _write(order: _Order, place: Path) -> tuple[list[Path], Run, Facts]:
+    """Write the files, the main one first; how they are run for the check, and what they say of themselves."""
     path, facts, network = place / order.path.name, order.facts, order.network
     native: onnx_native.Native | None = None
     if order.target == "onnx" and order.compiled:
@@ -293,21 +337,22 @@ def _write(order: _Order, place: Path) -> tuple[list[Path], Run]:
     if order.target == "program":
         write = program.write_compiled if order.compiled else program.write
         write(made, path, facts)
-        return [path], program.runner(path, ranking, order.compiled)
+        return [path], program.runner(path, ranking, order.compiled), facts
     places = () if native is None else native.operators
     graph = onnx_file.build(made, facts.outputs, order.opset, ranking, places)
     if native is not None:
+        facts = replace(facts, library_sha256=digest_of(native.library))
         files = onnx_native.write(graph, native, path, facts)
-        return files, onnx_native.runner(path, native, ranking)
+        return files, onnx_native.runner(path, native, ranking), facts
     if order.target == "onnx":
         if order.portable:
             onnx_file.check_portable(graph)
         files = onnx_file.write(graph, path, facts)
-        return files, onnx_file.runner(path, ranking)
+        return files, onnx_file.runner(path, ranking), facts
     between = path.with_suffix(".onnx")
     onnx_file.write(graph, between, None)
     files = openvino_file.write(between, path, facts)
-    return files, openvino_file.runner(path, ranking)
+    return files, openvino_file.runner(path, ranking), facts
 
 
 def trace(

@@ -9,11 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from pliant.deploy.parity import Parity
+
+
+# Of timm's `pretrained_cfg`: what says how test images are prepared, beside size, mean and deviation.
+PREPARATION = ("interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Facts:
         machine: that machine, where the file is tied to it more than by its code: of a compiled
             ONNX file the processor, and the channels in a block of its layout; else empty.
         versions: of pliant, and of what wrote the file.
+        preparation: how images of a data set become those that the network expects, as far as timm says it
+            (`PREPARATION`); for `pliant.evaluate`.
+        library_sha256: of ``FILE.so``, the library of a compiled ONNX file; else empty.
     """
 
     format: str
@@ -57,6 +64,8 @@ class Facts:
     compiled: bool
     machine: str
     versions: Mapping[str, str]
+    preparation: Mapping[str, Any] = field(default_factory=dict)
+    library_sha256: str = ""
 
     def to_metadata(self) -> dict[str, str]:
         """Each field as JSON text, under ``pliant.FIELD``."""
@@ -64,15 +73,21 @@ class Facts:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Facts:
-        """What `to_metadata` wrote.
+        """What `to_metadata` wrote; fields that earlier versions had not are at their defaults.
 
         Raises:
             ValueError: it is not there.
         """
-        try:
-            values = {f.name: _tuples(json.loads(metadata[f"pliant.{f.name}"])) for f in fields(cls)}
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"this is no file that pliant exported: it says nothing of {error}") from error
+        said = {key[7:]: text for key, text in metadata.items() if key.startswith("pliant.")}
+        values = {}
+        for known in fields(cls):
+            if known.name in said:
+                try:
+                    values[known.name] = _tuples(json.loads(said[known.name]))
+                except ValueError as error:
+                    raise ValueError(f"what this file says of {known.name} is damaged: {error}") from error
+            elif known.default is known.default_factory is MISSING:
+                raise ValueError(f"this is no file that pliant exported: it says nothing of {known.name}")
         return cls(**values)
 
 
@@ -120,13 +135,18 @@ def read_report(path: str | Path) -> ExportReport:
         content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
         facts = Facts(**{k: _tuples(v) for k, v in content["facts"].items()})
         parity = Parity(**{k: _tuples(v) for k, v in content["parity"].items()})
-        report = ExportReport(facts, parity, content["sha256"])
+        report = ExportReport(facts, parity, dict(content["sha256"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{place} is no report of an exported file: {error}") from error
+    if path.name not in report.sha256:
+        raise ValueError(
+            f"{place} is the report of {', '.join(report.sha256)}, not of {path.name}: keep the name that "
+            f"the file was exported under, or export it again"
+        )
     for name, digest in report.sha256.items():
-        file = path.with_name(name)
+        file = path.parent / Path(name).name
         if not file.is_file() or digest_of(file) != digest:
-            raise ValueError(f"{file} is not the file that was checked: export it again")
+            raise ValueError(f"{file} is not the file that was checked: it is damaged, so export it again")
     return report
 
 
@@ -140,4 +160,6 @@ def digest_of(path: Path) -> str:
 
 
 def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(part) for name, part in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -29,7 +29,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pliant.parts import Network, Part, parts
+from pliant.parts import Network, Part, as_defined, parts
 from pliant.threaded import passes_along, take_over
 
 # By exact type: a subclass may do something to its weight first (weight standardisation).
@@ -126,11 +126,10 @@ def _watch(model: nn.Module, example: Tensor) -> _Seen:
 def _hooked(model: nn.Module, seen: _Seen) -> Iterator[None]:
     handles = []
     for module in model.modules():
-        if _hooks(module):
-            continue  # what they do to inputs and outputs is not known
-        if type(module) in _PLAIN or (isinstance(module, Part) and not is_parametrized(module)):
+        part = isinstance(module, Part) and not (_hooks(module) or is_parametrized(module))
+        if part or as_defined(module, *_PLAIN):  # what hooks do to inputs and outputs is not known
             handles.append(module.register_forward_hook(seen.after_layer))
-        elif type(module) in _NORMS:
+        elif as_defined(module, *_NORMS):
             handles.append(module.register_forward_pre_hook(seen.before_norm))
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pliant.parts import Network, Target, parts, replace_parts
+from pliant.parts import Network, Target, hooked, parts, replace_parts
 
 
 def check_exportable(network: nn.Module) -> None:
@@ -19,7 +19,7 @@ def check_exportable(network: nn.Module) -> None:
 
 
 def use_export_forms(model: Network, target: Target, batch: int | None) -> Network:
-    """Put export forms in the places of parts, in `model` itself.
+    """Put export forms in the places of parts, in `model` itself; a part with hooks stays, and they run.
 
     Args:
         model: a network in evaluation mode, its norms folded where they can be.
@@ -41,4 +41,6 @@ def use_export_forms(model: Network, target: Target, batch: int | None) -> Netwo
         True
     """
     check_exportable(model)
-    return replace_parts(model, lambda _, part: part.export_form(target, batch))
+    return replace_parts(
+        model, lambda _, part: None if hooked(part) else part.export_form(target, batch)
+    )

@@ -170,10 +170,13 @@ def _read(folder: Path, count: int, size: Size) -> Tensor:
         raise ValueError(f"{folder} holds no image to check with ({', '.join(IMAGE_FILES)})")
     images = []
     for file in files[:count]:
-        with Image.open(file) as opened:
-            image = opened.convert("L" if size[0] == 1 else "RGB").resize(
-                (size[2], size[1]), Image.Resampling.BILINEAR
-            )
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("L" if size[0] == 1 else "RGB").resize(
+                    (size[2], size[1]), Image.Resampling.BILINEAR
+                )
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{file}, an image to check with, cannot be read: {error}; remove it") from error
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         image_of = pixels.reshape(size[1], size[2], -1).permute(2, 0, 1).float() / 255
         # Networks of other than 1 or 3 channels get these in turn.

@@ -163,14 +163,17 @@ def facts_of(path: str | Path) -> Facts:
     return Facts.from_metadata({p.key: p.value for p in model.metadata_props})
 
 
-def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def load(
+    path: str | Path, threads: int | None = None, library: Path | None = None
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """A function that runs the file by ONNX Runtime on the CPU.
 
     Args:
         path: path of the file.
         threads: threads of ONNX Runtime; None: as many as it takes.
+        library: as of `open_session`.
     """
-    session = open_session(Path(path), threads)
+    session = open_session(Path(path), threads, library)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(torch.from_numpy, session.run(None, {INPUT: images.numpy()})))
@@ -178,13 +181,19 @@ def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], tup
     return run
 
 
-def runner(path: Path, ranking: list[str], tell: Callable[[Any], None] | None = None) -> Run:
+def runner(
+    path: Path,
+    ranking: list[str],
+    tell: Callable[[Any], None] | None = None,
+    library: Path | None = None,
+) -> Run:
     """Runs the file, its selections as further outputs; these change nothing else in it.
 
     Args:
         path: path of the file.
         ranking: paths of the parts that rank; where the graph lacks a tensor of one, nothing is told.
         tell: makes nodes of the model give more of what they compute.
+        library: as of `open_session`.
     """
     import onnx
 
@@ -200,7 +209,7 @@ def runner(path: Path, ranking: list[str], tell: Callable[[Any], None] | None = 
     probe = path.with_name(f"check-{path.name}")  # beside it, where its external data is found
     probe.write_bytes(model.SerializeToString())
     try:
-        session = open_session(probe, 1, library_path(path))
+        session = open_session(probe, 1, library)
     finally:
         probe.unlink()
 
@@ -226,7 +235,7 @@ def open_session(path: Path, threads: int | None, library: Path | None = None) -
     Args:
         path: path of the file.
         threads: for each operator; None: as many as ONNX Runtime takes.
-        library: of operators that the file has; None: the one beside it (`library_path`), if any.
+        library: of operators that the file has; it is code, so never one that merely stands there.
 
     Raises:
         ValueError: the library cannot be used here; says why.
@@ -238,8 +247,7 @@ def open_session(path: Path, threads: int | None, library: Path | None = None) -
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
-    library = library_path(path) if library is None else library
-    if library.exists():
+    if library is not None:
         try:
             options.register_custom_ops_library(str(library))
         except Exception as error:  # ONNX Runtime's own

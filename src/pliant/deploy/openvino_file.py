@@ -8,6 +8,7 @@ Shapes: as in the network; the batch is open where it is in the graph.
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,8 @@ def load(
         precision: that it computes in, ``f32``, ``bf16`` or ``f16``. OpenVINO's own default on
             a CPU with bfloat16 is that, which changes which channels are selected.
     """
-    compiled = compile_model(require("openvino").Core().read_model(str(path)), threads, precision)
-
-    def run(images: Tensor) -> tuple[Tensor, ...]:
-        found = compiled(images.numpy())
-        return tuple(torch.from_numpy(found[n].copy()) for n in range(len(compiled.outputs)))
-
-    return run
+    run = Requests(compile_model(require("openvino").Core().read_model(str(path)), threads, precision))
+    return lambda images: tuple(run(images))
 
 
 def runner(path: Path, ranking: list[str]) -> Run:
@@ -73,11 +69,10 @@ def runner(path: Path, ranking: list[str]) -> Run:
     outputs = len(model.outputs)
     for part in ranking:
         model.add_outputs(list(selection_names(part)))
-    compiled = compile_model(model, 1, "f32")
+    outputs_of = Requests(compile_model(model, 1, "f32"))
 
     def run(images: Tensor) -> Result:
-        found = compiled(images.numpy())
-        tensors = [torch.from_numpy(found[n].copy()) for n in range(len(compiled.outputs))]
+        tensors = outputs_of(images)
         chosen = {}
         for n, part in enumerate(ranking):
             logits, index = tensors[outputs + 2 * n : outputs + 2 * n + 2]
@@ -85,6 +80,31 @@ def runner(path: Path, ranking: list[str]) -> Run:
         return Result(tuple(tensors[:outputs]), chosen)
 
     return run
+
+
+class Requests:
+    """Runs a compiled model from any number of threads: each call has an infer request to itself.
+
+    A compiled model's own request is one for all threads, and gives a caller what another one asked.
+
+    Args:
+        compiled: what `compile_model` made.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled, self._ports = compiled, list(compiled.outputs)
+        self._idle: deque[Any] = deque()  # its ends can be taken and put back from any thread
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """The outputs for contiguous `images` [B, C, H, W], each in memory of its own."""
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        found = request.infer([images.numpy()], share_inputs=True)
+        outputs = [torch.from_numpy(found[port]) for port in self._ports]
+        self._idle.append(request)  # not where it failed
+        return outputs
 
 
 def compile_model(model: Any, threads: int | None, precision: str) -> Any:

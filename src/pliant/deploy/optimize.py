@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from pliant.deploy.folding import fold_norms
-from pliant.parts import Network, Part, named_operators, parts, replace_parts
-from pliant.threaded import passes_along
+from pliant.parts import Network, Part, hooked, named_operators, parts, replace_parts
 
 
 def optimize(model: Network, example: Tensor, *, fused: bool = True, channels_last: bool = True) -> Network:
@@ -59,7 +58,7 @@ def optimize(model: Network, example: Tensor, *, fused: bool = True, channels_la
     operators: set[str] = set()
 
     def fast(_path: str, part: Part) -> nn.Module | None:
-        form = None if _hooked(part) else part.fast_form()
+        form = None if hooked(part) else part.fast_form()
         if not isinstance(form, nn.Module):
             return None
         operators.add(part.operators)
@@ -89,15 +88,8 @@ def unfused(model: nn.Module) -> dict[str, str]:
     for path, part in parts(model).items():
         form = part.fast_form()
         if form is not None:
-            found[path] = _hooked(part) or (form if isinstance(form, str) else "")
+            found[path] = hooked(part) or (form if isinstance(form, str) else "")
     return found
-
-
-def _hooked(part: Part) -> str:
-    """Why hooks forbid a part's fast form; empty if they do not."""
-    inside = [*part.modules()]
-    hooks = [h for m in inside for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return "" if all(map(passes_along, hooks)) else "it has hooks, which a fused block would not run"
 
 
 def _change_in_place(network: nn.Module, example: Tensor) -> None:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from pliant import anatomy
+from pliant.deploy.loading import engine_of, is_export, read_facts
 from pliant.measuring.clock import Clock
 from pliant.measuring.rows import (
     AS_BUILT,
@@ -28,7 +30,7 @@ from pliant.parts import parts
 from pliant.surgery import conversions
 
 Size = tuple[int, int, int]
-Model = str | nn.Module  # a name that timm knows, or a network
+Model = str | nn.Module  # a name that timm knows, the path of an exported file, or a network
 
 
 class EngineError(RuntimeError):
@@ -45,6 +47,9 @@ class Candidate:
         form: form of the network, as in `Measurement`.
         network: the network, until it is prepared.
         size: channels, height, width of its images.
+        file: exported file in the place of a network.
+        engine: engine of that file; empty for a network, which the run's engine gets.
+        precision: precision of that file.
         parameters: counted before all runs, as `macs`.
         macs: multiply-accumulates of one image.
         clock: times the network, once it is prepared.
@@ -58,6 +63,9 @@ class Candidate:
     variant: str
     form: str = AS_BUILT
     network: nn.Module | None = None
+    file: Path | None = None
+    engine: str = ""
+    precision: str = ""
     size: Size | None = None
     parameters: int | None = None
     macs: int | None = None
@@ -123,7 +131,7 @@ def _name(model: Model) -> str:
 
 
 def _check_known(model: Model) -> None:
-    if isinstance(model, str) and not timm.is_model(model):
+    if isinstance(model, str) and not is_export(model) and not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models(), n=3)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise ValueError(f"timm knows no model {model!r}{hint}")
@@ -141,6 +149,8 @@ def variants(
 
     A network whose parts have no optimized or native form is plain where that is asked for.
     """
+    if isinstance(model, str) and is_export(model):
+        return [_of_file(name, Path(model))]
     plain = list(dict.fromkeys(PLAIN if form in OF_PARTS else form for form in forms))
     first = Candidate(name, AS_IS, plain[0])
     attempt(first, lambda e: setattr(e, "network", fresh(model) if isinstance(model, str) else model))
@@ -168,6 +178,13 @@ def variants(
         ]
     candidates += [Candidate(name, label, form, bare, size) for label, bare in controls for form in plain]
     return candidates
+
+
+def _of_file(name: str, path: Path) -> Candidate:
+    facts = read_facts(path)
+    return Candidate(
+        name, AS_IS, file=path, engine=engine_of(facts), precision=facts.precision, size=facts.input_size
+    )
 
 
 def _has_form(network: nn.Module, form: str) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from pliant.deploy.engines import named
+from pliant.deploy.engines import ENGINES, named
 from pliant.measuring.candidates import Candidate, Model, Size, add_baseline, attempt, by_name, variants
 from pliant.measuring.rows import (
     AS_BUILT,
@@ -89,7 +89,8 @@ def measure(
     (``native``).
 
     Args:
-        models: names that ``timm.create_model`` knows (random weights), or networks,
+        models: names that ``timm.create_model`` knows (random weights), paths of files that
+            `pliant.export` wrote (each runs in its own engine), or networks,
             or a mapping of names to either.
         against: the baseline, in the same form, or the name of one of `models`; it is
             timed too. None: no ratios.
@@ -167,7 +168,9 @@ def measure(
         for name, model in models_by_name.items():
             low = lower_resolution if name == base else None
             lineup += variants(name, model, input_size, low, tax, wanted)
-        for candidate in lineup:
+        if deployed and (files := [c.model for c in lineup if c.file is not None]):
+            raise ValueError(f"{files[0]} is an exported file, which has its own engine; leave out engines=")
+        for candidate in (c for c in lineup if c.file is None):
             attempt(candidate, count)
         steps = len(lineup) * (1 + rounds)
         report = progress or (lambda _done, _total, _what: None)
@@ -247,9 +250,9 @@ def _row(
         input_size=candidate.size,
         batch=setting.batch,
         device=setting.device.type,
-        engine=setting.engine.name,
-        dtype=setting.precision,
-        channels_last=setting.channels_last,
+        engine=candidate.engine or setting.engine.name,
+        dtype=candidate.precision or setting.precision,
+        channels_last=setting.channels_last and candidate.file is None,
         threads=setting.threads,
         rounds=len(ms),
         median_ms=median(ms),
@@ -265,7 +268,7 @@ def _row(
         note="; ".join(notes),
         error=candidate.error,
         form=candidate.form,
-        runtime=setting.engine.version,
+        runtime=ENGINES[candidate.engine or setting.engine.name].version,
         **origin,
     )
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import PRECISIONS, Engine, FileEngine, named
 from pliant.deploy.folding import fold_norms
-from pliant.measuring.candidates import Candidate, attempt
+from pliant.deploy.loading import open_export
+from pliant.measuring.candidates import Candidate, EngineError, attempt
 from pliant.measuring.clock import calls_within, clock, warm
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.rows import AS_BUILT, NATIVE, OPTIMIZED
@@ -223,6 +224,8 @@ def _begin(
 
     What comes back does the rest: it sets the clock, warms up, and gives the seconds of one call.
     """
+    if candidate.file is not None:
+        return partial(_open, candidate, candidate.file, setting)
     assert candidate.network is not None
     assert candidate.size is not None
     original, candidate.network = candidate.network, None
@@ -236,6 +239,15 @@ def _begin(
     if child is None or writing is None:
         return partial(_prepare_here, candidate, setting, formed(), images)
     return partial(_load, candidate, setting, child, writing.begin(candidate, formed, images), images)
+
+
+def _open(candidate: Candidate, file: Path, setting: Setting) -> float:
+    """An exported file, in its own engine."""
+    if setting.device.type != "cpu":
+        raise EngineError(f"an exported file runs on the CPU here, not on {setting.device.type}")
+    opened = open_export(file, threads=setting.threads)
+    candidate.clock = clock(opened, opened.example(setting.batch), setting.threads)
+    return warm(candidate.clock)
 
 
 def _prepare_here(candidate: Candidate, setting: Setting, network: nn.Module, images: Tensor) -> float:

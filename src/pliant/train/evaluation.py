@@ -77,7 +77,8 @@ def evaluate(
     in memory gets those in its ``pretrained_cfg``, as far as it names them.
 
     Args:
-        model: a network, or the folder of a saved one or of a run.
+        model: a network, the folder of a saved one or of a run, or a file that `pliant.export` wrote, which
+            runs in its own engine on the CPU.
         data: as `Recipe.data`. None: the data of the run in the folder `model`, divided in the same way,
             so that no training image is scored; else digits.
         path: as `Recipe.path`.
@@ -255,8 +256,14 @@ class _Settings:
 
 
 def _saved(folder: Path) -> tuple[nn.Module, _Settings]:
-    """A network and its settings, from the folder of a checkpoint or of a run."""
+    """A network and its settings, from the folder of a checkpoint or of a run, or from an exported file."""
     from pliant.checkpoint import load, read_config
+    from pliant.deploy.loading import FileNetwork, is_export, open_export
+
+    if is_export(folder):
+        opened = open_export(folder)
+        network = FileNetwork(opened)
+        return network, replace(_settings(network), classes=opened.facts.classes)
 
     if (folder / BEST).is_dir():
         folder = folder / BEST

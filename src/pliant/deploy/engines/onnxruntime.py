@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pliant.deploy.engines.base import Expected, Runner, evaluated, outputs
 from pliant.deploy.engines.files import ONNXEngine, write_onnx
-from pliant.deploy.onnx_file import open_session
+from pliant.deploy.onnx_file import facts_of, library_path, open_session
+from pliant.deploy.onnx_native import check_here
 
 
 class ONNXRuntime(ONNXEngine):
@@ -57,7 +58,9 @@ class ONNXRuntime(ONNXEngine):
     ) -> Runner:
         """A session; see `FileEngine.load`."""
         threads = self._check(example, precision, threads)
-        session = open_session(path, threads)
+        facts = facts_of(path) if library_path(path).exists() else None
+        library = check_here(path, facts) if facts is not None and facts.compiled else None
+        session = open_session(path, threads, library)
         (made,) = session.get_inputs()
         name = made.name
         expected = Expected(example, precision, any_batch=not isinstance(made.shape[0], int))

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pliant.deploy.engines.base import Expected, Runner, outputs
 from pliant.deploy.engines.files import ONNXEngine
 from pliant.deploy.extras import require
-from pliant.deploy.openvino_file import compile_model
+from pliant.deploy.openvino_file import Requests, compile_model
 
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
@@ -48,13 +47,11 @@ class OpenVINO(ONNXEngine):
         threads = self._check(example, precision, threads)
         model = require("openvino").Core().read_model(str(path))
         model.reshape(list(example.shape))
-        compiled = compile_model(model, threads, HINTS[precision])
-        request = compiled.create_infer_request()
+        outputs_of = Requests(compile_model(model, threads, HINTS[precision]))
         expected = Expected(example, precision)
 
         def run(images: Tensor) -> Any:
             expected.check(images)
-            found = request.infer([self.images(images, precision).numpy()], share_inputs=True)
-            return outputs([torch.from_numpy(found[port]) for port in compiled.outputs])
+            return outputs(outputs_of(self.images(images, precision)))
 
         return run
