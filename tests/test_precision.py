@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import _export
 import pliant
 from pliant.deploy.folding import fold_norms
-from pliant.deploy.forms import use_export_forms
 from pliant.deploy.optimize import optimize, unfused
+from pliant.parts import hooked, replace_parts
 from pliant.precision import linear
 
 
@@ -135,7 +135,9 @@ def test_every_form_of_a_block_calls_the_layers_of_its_selector(change):
         assert reasons
         assert all(reasons)
         for target in ("program", "onnx"):
-            formed = use_export_forms(copy.deepcopy(other), target, None)
+            formed = replace_parts(
+                copy.deepcopy(other), lambda _, p, t=target: p if hooked(p) else p.export_form(t, None)
+            )
             torch.testing.assert_close(formed(x), expected, rtol=1e-4, atol=1e-4)
 
 

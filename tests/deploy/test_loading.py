@@ -206,7 +206,7 @@ def test_machine_code_without_its_report_is_not_opened(tmp_path, monkeypatch):
 
     path = tmp_path / "net.pt2"
     path.write_bytes(b"machine code")
-    monkeypatch.setitem(loading._FACTS, ".pt2", lambda _: replace(_facts(), compiled=True))
+    monkeypatch.setattr(loading.program, "facts_of", lambda _: replace(_facts(), compiled=True))
     with pytest.raises(ValueError, match=r"machine code, and its report net\.pt2\.json is not beside it"):
         open_export(path)
 

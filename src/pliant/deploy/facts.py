@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from pliant.deploy.parity import Parity
 
 
 # Of timm's `pretrained_cfg`: what says how test images are prepared, beside size, mean and deviation.
 PREPARATION = ("interpolation", "crop_pct", "crop_mode")
+_LATE = ("preparation", "library_sha256")  # fields that files of earlier versions have not
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Facts:
     compiled: bool
     machine: str
     versions: Mapping[str, str]
-    preparation: Mapping[str, Any] = field(default_factory=dict)
+    preparation: Mapping[str, float | str] = field(default_factory=dict)
     library_sha256: str = ""
 
     def to_metadata(self) -> dict[str, str]:
@@ -78,17 +80,12 @@ class Facts:
         Raises:
             ValueError: it is not there.
         """
-        said = {key[7:]: text for key, text in metadata.items() if key.startswith("pliant.")}
-        values = {}
-        for known in fields(cls):
-            if known.name in said:
-                try:
-                    values[known.name] = _tuples(json.loads(said[known.name]))
-                except ValueError as error:
-                    raise ValueError(f"what this file says of {known.name} is damaged: {error}") from error
-            elif known.default is known.default_factory is MISSING:
-                raise ValueError(f"this is no file that pliant exported: it says nothing of {known.name}")
-        return cls(**values)
+        try:
+            there = [f.name for f in fields(cls) if f.name not in _LATE or f"pliant.{f.name}" in metadata]
+            values = {name: json.loads(metadata[f"pliant.{name}"]) for name in there}
+            return TypeAdapter(cls).validate_python(values)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"this is no file that pliant exported: it says nothing of {error}") from error
 
 
 @dataclass(frozen=True)
@@ -132,11 +129,8 @@ def read_report(path: str | Path) -> ExportReport:
     path = Path(path)
     place = report_path(path)
     try:
-        content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-        facts = Facts(**{k: _tuples(v) for k, v in content["facts"].items()})
-        parity = Parity(**{k: _tuples(v) for k, v in content["parity"].items()})
-        report = ExportReport(facts, parity, dict(content["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        report = TypeAdapter(ExportReport).validate_python(json.loads(place.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{place} is no report of an exported file: {error}") from error
     if path.name not in report.sha256:
         raise ValueError(
@@ -157,9 +151,3 @@ def digest_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _tuples(part) for name, part in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 
 from pliant.deploy import onnx_file, onnx_native, openvino_file, program
 from pliant.deploy.facts import Facts, read_report, report_path
-from pliant.deploy.selections import as_tuple
+from pliant.deploy.selections import as_tuple, one_or_several
 
-_FACTS: dict[str, Callable[[Path], Facts]] = {
-    ".pt2": program.facts_of,
-    ".onnx": onnx_file.facts_of,
-    ".xml": openvino_file.facts_of,
-}
+_FORMATS: dict[str, Any] = {".pt2": program, ".onnx": onnx_file, ".xml": openvino_file}
 _log = logging.getLogger(__name__)
 
 
@@ -61,8 +57,7 @@ class ExportedNetwork:
         if self.finite and not bool(images.isfinite().all()):
             raise ValueError(f"the images for {name} hold NaN or infinity, of which no output means anything")
         with torch.no_grad():
-            found = as_tuple(self._run(images))
-        return found[0] if len(found) == 1 else found
+            return one_or_several(as_tuple(self._run(images)))
 
     def example(self, batch: int | None = None) -> Tensor:
         """Random images [batch, C, H, W] as the file takes them; by default as many as it takes, or one."""
@@ -105,8 +100,7 @@ class FileNetwork(nn.Module):
         for some in images.split(step):
             whole = torch.cat([some, some[:1].expand(step - len(some), *some.shape[1:])])
             found.append([y[: len(some)].to(x.device) for y in as_tuple(self.opened(whole))])
-        outputs = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-        return outputs[0] if len(outputs) == 1 else outputs
+        return one_or_several(tuple(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def is_export(path: str | Path) -> bool:
@@ -117,7 +111,7 @@ def is_export(path: str | Path) -> bool:
         (False, False)
     """
     path = Path(path)
-    return path.suffix in _FACTS and path.is_file()
+    return path.suffix in _FORMATS and path.is_file()
 
 
 def engine_of(facts: Facts) -> str:
@@ -140,13 +134,14 @@ def read_facts(path: str | Path) -> Facts:
         ValueError: another ending, or no file that `pliant.export` wrote.
     """
     path = _known(path)
-    return _FACTS[path.suffix](path)
+    facts: Facts = _FORMATS[path.suffix].facts_of(path)
+    return facts
 
 
 def _known(path: str | Path) -> Path:
     path = Path(path)
-    if path.suffix not in _FACTS:
-        raise ValueError(f"{path.name}: the ending must be one of {', '.join(_FACTS)}")
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"{path.name}: the ending must be one of {', '.join(_FORMATS)}")
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     return path
@@ -207,12 +202,7 @@ def open_export(path: str | Path, *, threads: int | None = None, finite: bool = 
         _log.warning(
             "%s has no report %s beside it, so nothing tells whether it is damaged", path, report.name
         )
-    run: Callable[[Tensor], Any]
-    if path.suffix == ".pt2":
-        run = program.load(path, threads)
-    elif path.suffix == ".onnx":
-        library = onnx_native.check_here(path, facts) if facts.compiled else None
-        run = onnx_file.load(path, threads, library)
-    else:
-        run = openvino_file.load(path, threads)
-    return ExportedNetwork(path, facts, run, finite)
+    how: dict[str, Any] = {"threads": threads}
+    if facts.compiled and path.suffix == ".onnx":
+        how["library"] = onnx_native.check_here(path, facts)
+    return ExportedNetwork(path, facts, _FORMATS[path.suffix].load(path, **how), finite)
