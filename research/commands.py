@@ -258,7 +258,9 @@ def bench(
         run_loader_bench(path, results, quick)
     elif suite == "switch":
         if device != "cpu" or threads is not None:
-            raise ValueError("--suite switch times on the CPU, without a forward; remove --device and --threads")
+            raise ValueError(
+                "--suite switch times on the CPU, without a forward; remove --device and --threads"
+            )
         typer.echo(f"rows: {run_switch_bench(results, quick)}")
     elif suite == "depths":
         if device != "cpu":

@@ -67,7 +67,12 @@ def test_what_engines_libraries_write_is_too(tmp_path, ending):
 def test_what_fails_leaves_what_stood_there(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("old")
-    with pytest.raises(csv.Error), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise csv.Error
+
+    def fail():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise csv.Error
+
+    with pytest.raises(csv.Error):
+        fail()
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.csv", "old")]

@@ -40,7 +40,7 @@ def pooled(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """Call `layer` in the precision of `x`, whatever stands there: a linear layer, an adapter, a quantised one.
+    """Call `layer` in the precision of `x`: a linear layer, or what stands in its place (an adapter, say).
 
     Example:
         >>> halved = nn.Linear(2, 1).half()

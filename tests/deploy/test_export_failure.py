@@ -53,12 +53,12 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, name, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("opset", [9, 17, 99, "18"])
+@pytest.mark.parametrize("opset", [9, 15, 99, "18"])
 def test_an_unsupported_opset(tmp_path, opset):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     with pytest.raises(
-        ValueError, match=rf"opset {opset!r} is not supported: PyTorch .* writes 18 to \d\d"
+        ValueError, match=rf"opset {opset!r} is not supported: with PyTorch .*, 16 to \d\d are"
     ):
         pliant.export(_export.plain(), tmp_path / "n.onnx", opset=opset)
     assert list(tmp_path.iterdir()) == []
@@ -333,10 +333,16 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda y: {"logits": y, "aux": y}, r"the Gives gives a dict with 'logits', 'aux'; .* model\(x\)\['log"),
+        (
+            lambda y: {"logits": y, "aux": y},
+            r"the Gives gives a dict with 'logits', 'aux'; .* model\(x\)\['log",
+        ),
         (lambda y: (y, [y]), r"output 1 of the Gives is a list; a file gives a tensor"),
         (lambda y: (y, None), r"output 1 of the Gives is a NoneType"),
-        (lambda y: y.argmax(1), r"output 0 of the Gives is torch.int64: a decision .*; export a module that"),
+        (
+            lambda y: y.argmax(1),
+            r"output 0 of the Gives is torch.int64: a decision .*; export a module that",
+        ),
         (lambda y: (y, y > 0), r"output 1 of the Gives is torch.bool: a decision"),
         (lambda y: y.sum(), r"output 0 of the Gives has shape \(\) for 2 images"),
         (lambda y: y.t(), r"output 0 of the Gives has shape \(4, 2\) for 2 images"),
@@ -358,7 +364,9 @@ def test_an_output_of_one_number_an_image(tmp_path):
 def test_an_image_to_check_with_that_is_damaged_is_named(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"bad\.png, an image to check with, cannot be read: .*; remove it"):
+    with pytest.raises(
+        ValueError, match=r"bad\.png, an image to check with, cannot be read: .*; remove it"
+    ):
         pliant.export(_export.plain(), tmp_path / "net.pt2", check_images=tmp_path / "images")
 
 

@@ -184,10 +184,12 @@ def test_a_library_is_loaded_only_where_its_hash_fits(tmp_path):
         onnx_native.check_here(path, facts)
     library = onnx_file.library_path(path)
     library.write_bytes(b"code")
-    with pytest.raises(ValueError, match=r"net\.onnx\.so is not the library that net\.onnx was compiled with"):
+    with pytest.raises(
+        ValueError, match=r"net\.onnx\.so is not the library that net\.onnx was compiled with"
+    ):
         onnx_native.check_here(path, facts)
     pytest.importorskip("onnxruntime")
-    with pytest.raises(ValueError, match="was compiled by and for onnxruntime 0.1"):
+    with pytest.raises(ValueError, match=r"was compiled by and for onnxruntime 0\.1"):
         onnx_native.check_here(path, replace(facts, library_sha256=digest_of(library)))
 
 
@@ -262,7 +264,7 @@ def test_a_program_that_holds_code_is_not_opened(made, tmp_path):
 
     for change in (sample, weight, opaque, machine_code, beside):
         file = forged(path, tmp_path / f"{change.__name__}.pt2", change)
-        with pytest.raises(ValueError, match="which no program of tensors has|holds more than tensors"):
+        with pytest.raises(ValueError, match=r"which no program of tensors has|holds more than tensors"):
             open_export(file)
         assert not mark.exists(), change.__name__
     same = forged(path, tmp_path / "same.pt2", lambda *_: None)
@@ -276,7 +278,9 @@ def test_a_program_that_holds_code_is_not_opened(made, tmp_path):
 def test_what_is_no_tensor_is_refused_in_one_sentence(made, ending):
     run = open_export(made(ending)[0])
     for given in (np.zeros((1, 3, 16, 16), np.float32), [[0.0]], None):
-        with pytest.raises(ValueError, match=r"takes a tensor, .* \[any, 3, 16, 16\], not a .*torch.as_tensor"):
+        with pytest.raises(
+            ValueError, match=r"takes a tensor, .* \[any, 3, 16, 16\], not a .*torch.as_tensor"
+        ):
             run(given)
     x = images(2)
     strided = x.contiguous(memory_format=torch.channels_last).requires_grad_()

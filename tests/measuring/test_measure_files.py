@@ -52,7 +52,9 @@ def test_the_images_are_those_that_the_file_takes(path, monkeypatch):
 
 
 def test_what_a_file_cannot_do_is_told(path, tmp_path):
-    with pytest.raises(ValueError, match="is an exported file, which has its own engine; leave out engines"):
+    with pytest.raises(
+        ValueError, match="is an exported file, which has its own engine; leave out engines"
+    ):
         measure(path, engines="all")
     one = {"example": torch.zeros(1, 3, 16, 16), "dynamic_batch": False}
     fixed = pliant.export(_export.plain().eval(), tmp_path / "one.pt2", **one)

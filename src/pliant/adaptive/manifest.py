@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,7 +140,7 @@ def export_depths(
         for n, skip in enumerate(chosen):
             cut, file = subnet(model, skip), Path(folder) / f"depth-{depth_name(skip)}.{format}"
             with torch_threads(threads):  # machine code is compiled for so many
-                finished.export(cut, file, options, lambda _a, _b, what, n=n: tell(n, steps, what))
+                finished.export(cut, file, options, partial(_tell, tell, n, steps))
                 opened = open_export(file, threads=threads)
             error = read_report(file).parity.max_rel_error
             size = opened.facts.network_size
@@ -158,6 +159,10 @@ def export_depths(
             temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     tell(steps, steps, "done")
     return manifest
+
+
+def _tell(tell: Progress, done: int, total: int, _done: int, _total: int, what: str) -> None:
+    tell(done, total, what)
 
 
 class _Finished:

@@ -281,7 +281,7 @@ def _outputs(network: nn.Module, preparation: Preparation, images: Tensor) -> in
             )
         if not y.is_floating_point():
             raise ValueError(
-                f"output {n} of the {name} is {y.dtype}: a decision (argmax, say), which rounding may turn, "
+                f"output {n} of the {name} is {y.dtype}: a decision (argmax, say) that rounding may turn, "
                 f"so no file can be compared with it; export a module that returns the scores"
             )
         if y.dim() == 0 or len(y) != len(images):
@@ -309,7 +309,7 @@ def _weight(network: nn.Module, facts: Facts) -> int:
 def _write(
     path: Path, facts: Facts, network: nn.Module, preparation: Preparation, images: Tensor, portable: bool
 ) -> tuple[list[Path], Run, Facts]:
-    """Write the files, the main one first; how they are run for the check, and what they say of themselves.
+    """Write the files, the main one first; how they are run for the check, and their facts.
 
     `images` are as the file takes them, two or more for an open batch; the network stays as it is.
     """

@@ -16,7 +16,6 @@ from pydantic import TypeAdapter
 
 from pliant.deploy.parity import Parity
 
-
 # Of timm's `pretrained_cfg`: what says how test images are prepared, beside size, mean and deviation.
 PREPARATION = ("interpolation", "crop_pct", "crop_mode")
 _LATE = ("preparation", "library_sha256")  # fields that files of earlier versions have not

@@ -172,7 +172,9 @@ def _read(folder: Path, count: int, size: Size) -> Tensor:
                     (size[2], size[1]), Image.Resampling.BILINEAR
                 )
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file}, an image to check with, cannot be read: {error}; remove it") from error
+            raise ValueError(
+                f"{file}, an image to check with, cannot be read: {error}; remove it"
+            ) from error
         pixels = to_tensor(image)
         # Networks of other than 1 or 3 channels get these in turn.
         images.append(pixels[torch.arange(size[0]) % len(pixels)])

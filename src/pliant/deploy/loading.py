@@ -30,7 +30,9 @@ class ExportedNetwork:
         finite: refuse images that hold NaN or infinity.
     """
 
-    def __init__(self, path: Path, facts: Facts, run: Callable[[Tensor], Any], finite: bool = False) -> None:
+    def __init__(
+        self, path: Path, facts: Facts, run: Callable[[Tensor], Any], finite: bool = False
+    ) -> None:
         self.path, self.facts, self.finite, self._run = path, facts, finite, run
 
     def __call__(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -55,7 +57,9 @@ class ExportedNetwork:
             )
         images = images.detach().cpu().contiguous()
         if self.finite and not bool(images.isfinite().all()):
-            raise ValueError(f"the images for {name} hold NaN or infinity, of which no output means anything")
+            raise ValueError(
+                f"the images for {name} hold NaN or infinity, of which no output means anything"
+            )
         with torch.no_grad():
             return one_or_several(as_tuple(self._run(images)))
 
@@ -78,11 +82,10 @@ class FileNetwork(nn.Module):
     def __init__(self, opened: ExportedNetwork) -> None:
         super().__init__()
         self.opened, facts = opened, opened.facts
-        channels = facts.input_size[0]
-        if facts.takes != "normalised":  # the file normalises
-            mean, std = (0.0,) * channels, (1.0,) * channels
-        else:  # one value may stand for all channels
-            mean, std = (v and v * (channels // len(v)) for v in (facts.mean, facts.std))
+        inside = facts.takes != "normalised"  # the file normalises
+        given = ((0.0,), (1.0,)) if inside else (facts.mean, facts.std)
+        # One value may stand for all channels.
+        mean, std = (v and v * (facts.input_size[0] // len(v)) for v in given)
         self.pretrained_cfg = {
             **facts.preparation,
             "architecture": facts.network,
@@ -97,7 +100,7 @@ class FileNetwork(nn.Module):
         images = (255 * x).round().clamp(0, 255).to(torch.uint8) if facts.takes == "uint8" else x.float()
         step = facts.batch or len(images)
         found = []
-        for some in images.split(step):
+        for some in torch.split(images, step):
             whole = torch.cat([some, some[:1].expand(step - len(some), *some.shape[1:])])
             found.append([y[: len(some)].to(x.device) for y in as_tuple(self.opened(whole))])
         return one_or_several(tuple(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -119,8 +122,8 @@ def engine_of(facts: Facts) -> str:
 
     Example:
         >>> from types import SimpleNamespace as Of
-        >>> [engine_of(Of(format=f, compiled=c)) for f, c in (("onnx", True), ("pt2", False), ("pt2", True))]
-        ['onnxruntime', 'eager', 'aoti']
+        >>> [engine_of(Of(format=f, compiled=c)) for f, c in (("onnx", True), ("pt2", False))]
+        ['onnxruntime', 'eager']
     """
     if facts.format == "pt2":
         return "aoti" if facts.compiled else "eager"

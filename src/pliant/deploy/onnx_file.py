@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from pliant.deploy import tensorrt
+from pliant.deploy import opsets, tensorrt
 from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts
 from pliant.deploy.selections import Result, Run, told_beside
@@ -32,7 +32,7 @@ from pliant.deploy.selections import Result, Run, told_beside
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OLDEST_OPSET = 18  # that PyTorch's exporter writes
+_WRITTEN = 18  # the oldest opset that PyTorch's exporter writes
 DEFAULT_OPSET = 18
 LARGEST_FILE = 2**31 - 2**20  # bytes of weights that one protobuf message can hold, and some room
 INPUT = "images"
@@ -47,10 +47,14 @@ def check_opset(opset: int) -> None:
     """
     from torch.onnx._constants import ONNX_MAX_OPSET
 
-    if not isinstance(opset, int) or isinstance(opset, bool) or not OLDEST_OPSET <= opset <= ONNX_MAX_OPSET:
+    if (
+        not isinstance(opset, int)
+        or isinstance(opset, bool)
+        or not opsets.OLDEST <= opset <= ONNX_MAX_OPSET
+    ):
         raise ValueError(
-            f"opset {opset!r} is not supported: PyTorch {torch.__version__} writes {OLDEST_OPSET} to "
-            f"{ONNX_MAX_OPSET}"
+            f"opset {opset!r} is not supported: with PyTorch {torch.__version__}, {opsets.OLDEST} to "
+            f"{ONNX_MAX_OPSET} are"
         )
 
 
@@ -73,6 +77,7 @@ def build(
     Raises:
         ValueError: an operator of the program has no ONNX form, or not in this opset.
     """
+    written = max(opset, _WRITTEN)
     _drop_idle_dtypes(program)
     try:
         # The exporter prints and logs its steps.
@@ -81,24 +86,29 @@ def build(
                 program,
                 (),
                 dynamo=True,
-                opset_version=opset,
+                opset_version=written,
                 input_names=[INPUT],
                 output_names=list(outputs),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ValueError(f"PyTorch could not write the network as ONNX, opset {opset}: {error}") from error
+        raise ValueError(
+            f"PyTorch could not write the network as ONNX, opset {written}: {error}"
+        ) from error
     assert made is not None
     model = made.model
-    if model.opset_imports.get("") != opset:
+    if model.opset_imports.get("") != written:
         raise ValueError(
-            f"opset {opset} is not supported for this network: PyTorch wrote {model.opset_imports.get('')}"
+            f"opset {written} is not supported for this network: PyTorch wrote "
+            f"{model.opset_imports.get('')}"
         )
     _name_selections(model, ranking)
     _name_places(model, places)
     _simplify(model)
     _name_batch(model)
     _strip(model)
+    if opset < written:
+        opsets.lower(model, opset)
     return model
 
 

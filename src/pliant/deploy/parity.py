@@ -64,8 +64,8 @@ class Parity:
         unexplained: images with other outputs that are no ties, if the file does not tell.
         ties: images with other outputs whose scores tie, if the file does not tell. The errors
             and the top-1 are those of all other images.
-        own_error: how far rounding alone moves the network, relative: float32 from float64, or half precision
-            from float32. 0: not measured, because the file is as near as it should be.
+        own_error: how far rounding alone moves the network, relative: float32 from float64, or half
+            precision from float32. 0: not measured, because the file is as near as it should be.
     """
 
     batches: tuple[int, ...]
@@ -101,8 +101,8 @@ class Parity:
         text = (
             f"{self.images} images in batches of {', '.join(map(str, self.batches))}: largest error "
             f"{self.max_abs_error:.2e} absolute, {self.max_rel_error:.2e} relative (admitted: "
-            f"{self.tolerance:.0e}{why}); another top-1 for {self.top1_differs} images, {self.top1_ties} of "
-            f"them ties"
+            f"{self.tolerance:.0e}{why}); another top-1 for {self.top1_differs} images, "
+            f"{self.top1_ties} of them ties"
         )
         if self.selections:
             text += (
@@ -144,7 +144,7 @@ class _Tally:
     wrong_selections: int = 0
     told: bool = True
     unexplained: int = 0
-    own_error: float = 0.0
+    ties: int = 0
 
 
 def check_parity(
@@ -316,7 +316,8 @@ def rounding(network: nn.Module, other: nn.Module, images: Tensor) -> Rounding:
         path: float(relative_error(selection.logits, chosen[path].logits).max())
         for path, selection in (seen.selections or {}).items()
     }
-    return Rounding(float(worst(true.outputs, seen.outputs).max()), scores)
+    outputs = [float(relative.max()) for _, relative in errors(true.outputs, seen.outputs)]
+    return Rounding(max(outputs), scores)
 
 
 def _compare_outputs(wanted: tuple[Tensor, ...], found: tuple[Tensor, ...], tally: _Tally) -> None:

@@ -94,7 +94,6 @@ def _restrictions(node: ir.Node) -> list[str]:
     return []
 
 
-
 def _constant(node: ir.Node, position: int) -> Any:
     """The value of an input where it is constant."""
     import onnx_ir as ir

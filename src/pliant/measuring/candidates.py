@@ -48,9 +48,6 @@ class Candidate:
     variant: str
     form: str = AS_BUILT
     network: nn.Module | None = None
-    file: Path | None = None
-    engine: str = ""
-    precision: str = ""
     size: Size | None = None
     parameters: int | None = None
     macs: int | None = None
@@ -59,6 +56,9 @@ class Candidate:
     seconds: list[float] = field(default_factory=list)
     note: str = ""
     error: str = ""
+    file: Path | None = None
+    engine: str = ""
+    precision: str = ""
 
     @property
     def label(self) -> str:

@@ -156,8 +156,10 @@ def measure(
         for name, model in models_by_name.items():
             low = lower_resolution if name == base else None
             lineup += variants(name, model, input_size, low, tax, wanted)
-        if deployed and (files := [c.model for c in lineup if c.file is not None]):
-            raise ValueError(f"{files[0]} is an exported file, which has its own engine; leave out engines=")
+        if deployed and (opened := [c.model for c in lineup if c.file is not None]):
+            raise ValueError(
+                f"{opened[0]} is an exported file, which has its own engine; leave out engines="
+            )
         for candidate in (c for c in lineup if c.file is None):
             attempt(candidate, count)
         steps = len(lineup) * (1 + rounds)
@@ -167,7 +169,9 @@ def measure(
         with tempfile.TemporaryDirectory(prefix="pliant-", ignore_cleanup_errors=True) as folder:
             files = Files(Path(folder))
             for n, setting in enumerate(settings):
-                candidates = [replace(c, seconds=[]) for c in lineup if c.form != NATIVE or setting.has_native]
+                candidates = [
+                    replace(c, seconds=[]) for c in lineup if c.form != NATIVE or setting.has_native
+                ]
                 run(
                     candidates,
                     setting,
@@ -213,6 +217,7 @@ def _row(
     origin: Provenance,
 ) -> Measurement:
     """All that is known of one candidate beside the others."""
+    engine = ENGINES[candidate.engine] if candidate.engine else setting.engine
     beside = [c for c in candidates if c.form == candidate.reference_form]
     baseline = next((c for c in beside if (c.model, c.variant) == (base, AS_IS)), None)
     control = next((c for c in beside if is_control(c.variant) and c.model == candidate.model), None)

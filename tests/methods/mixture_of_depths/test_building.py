@@ -106,7 +106,13 @@ def test_a_broken_compiler(body, reason, cache, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" + b[1:], lambda b: b + b"\0", lambda b: b[:-32]],
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b"",
+        lambda b: b"x" + b[1:],
+        lambda b: b + b"\0",
+        lambda b: b[:-32],
+    ],
     ids=["half", "empty", "changed", "longer", "of an earlier version"],
 )
 def test_a_library_that_is_not_whole_is_built_again(damage, cache, tmp_path, monkeypatch):
