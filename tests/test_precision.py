@@ -92,7 +92,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_layer_is_called_in_the_precision_of_its_input(change, dtype, bias):
     torch.manual_seed(0)
-    layer = CHANGES[change](nn.Linear(8, 4, bias=bias))
+    with torch.no_grad():  # a pruned weight with gradients cannot be copied
+        layer = CHANGES[change](nn.Linear(8, 4, bias=bias))
     x = torch.randn(3, 8)
     rounded = copy.deepcopy(layer).to(dtype).float() if change != "own forward" else layer
     if change == "own forward":
@@ -129,7 +130,8 @@ def test_every_form_of_a_block_calls_the_layers_of_its_selector(change):
     with torch.no_grad():
         expected = other(x)
         fast = optimize(other, x)
-        assert change == "packed" or not torch.allclose(network(x), expected, rtol=1e-3)
+        same = change in ("packed", "weight norm")
+        assert torch.allclose(network(x), expected, rtol=1e-3) == same
         torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-4)
         reasons = unfused(fast).values()
         assert reasons
