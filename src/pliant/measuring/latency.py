@@ -164,14 +164,14 @@ def measure(
         with tempfile.TemporaryDirectory(prefix="pliant-", ignore_cleanup_errors=True) as folder:
             files = Files(Path(folder))
             for n, setting in enumerate(settings):
-                candidates = [replace(c, seconds=[]) for c in lineup if c.form != NATIVE or setting.has_native]
-                run(
-                    candidates,
-                    setting,
-                    limits,
-                    files,
-                    lambda step, what, before=n * steps: report(before + step, total, what),
-                )
+                candidates = [
+                    replace(c, seconds=[]) for c in lineup if c.form != NATIVE or setting.has_native
+                ]
+
+                def told(step: int, what: str, before: int = n * steps) -> None:
+                    report(before + step, total, what)
+
+                run(candidates, setting, limits, files, told)
                 origin = provenance(setting.device)
                 rows = [_row(c, candidates, base, setting, origin) for c in candidates]
                 found += rows
