@@ -378,14 +378,14 @@ def input_size(model: nn.Module) -> tuple[int, int, int] | None:
     """Channels, height and width that a network was made for, ``(3, 224, 224)``.
 
     Height and width come from timm's configuration of the network, the channels from
-    its first convolution (so ``in_chans`` counts), if it has one. None when nothing tells.
+    its first convolution (so ``in_chans`` counts). None when nothing tells.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     size = config.get("input_size")
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if size is None:
+    if size is None or first is None:
         return None
-    return int(size[0]) if first is None else first.in_channels, int(size[1]), int(size[2])
+    return first.in_channels, int(size[1]), int(size[2])
 
 
 def is_channels_last(model: nn.Module) -> bool:

@@ -30,13 +30,16 @@ def room_to_compile() -> Iterator[None]:
 
 
 @contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """So many threads in PyTorch's pool, then as many as before.
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """So many threads in PyTorch's pool (None: as many as there are), then as many as before.
 
     The number is this Python thread's, and that with which others begin. So blocks may be open in several
     threads at once: each leaves with the number that held before the first of them.
     """
     global _outside
+    if threads is None:
+        yield
+        return
     me = threading.get_ident()
     here = torch.get_num_threads()  # a thread's first call takes over what others have set
     with _changing:

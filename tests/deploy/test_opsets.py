@@ -53,7 +53,9 @@ def test_families_in_an_older_opset(tmp_path, name, opset, fails):
     model = timm.create_model(name).eval()
     path = tmp_path / "net.onnx"
     if opset in fails:
-        with pytest.raises(ValueError, match=r"opset 16 has no LayerNormalization .* came with opset 17; ch"):
+        with pytest.raises(
+            ValueError, match=r"opset 16 has no LayerNormalization .* came with opset 17; ch"
+        ):
             pliant.export(model, path, opset=opset, batches=(1,))
         return
     pliant.export(model, path, opset=opset, batches=(1,))
@@ -74,7 +76,9 @@ def lowered(body: str, opset: int = 16):
     return [(n.op_type, {k: a.value for k, a in n.attributes.items()}, len(n.inputs)) for n in nodes]
 
 
-@pytest.mark.parametrize("kind", ["Mean", "Max", "Min", "L1", "L2", "Prod", "LogSum", "LogSumExp", "SumSquare"])
+@pytest.mark.parametrize(
+    "kind", ["Mean", "Max", "Min", "L1", "L2", "Prod", "LogSum", "LogSumExp", "SumSquare"]
+)
 def test_axes_of_a_reduction_become_an_attribute(kind):
     assert lowered(f"y = Reduce{kind} <keepdims = 0> (x, axes)") == [
         (f"Reduce{kind}", {"keepdims": 0, "axes": (2, 3)}, 1)
@@ -87,15 +91,25 @@ def test_what_only_says_its_default_is_left_out():
     assert found == ("Split", {"axis": 1}, 1)
     (found,) = lowered('y = Resize <antialias = 0, mode = "linear"> (x, , scales)')
     assert found[1] == {"mode": "linear"}
-    for body in ("y = ScatterND (x, at, z)", 'y = ScatterND <reduction = "add"> (x, at, z)', "y = Pad (x, pads)"):
+    for body in (
+        "y = ScatterND (x, at, z)",
+        'y = ScatterND <reduction = "add"> (x, at, z)',
+        "y = Pad (x, pads)",
+    ):
         assert len(lowered(body)) == 1
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("y = Mish (x)", r"opset 16 has no Mish \(.*\), which came with opset 18; choose that or a newer one"),
-        ('y = ScatterND <reduction = "max"> (x, at, z)', "opset 16 has no ScatterND such as .* choose opset 18"),
+        (
+            "y = Mish (x)",
+            r"opset 16 has no Mish \(.*\), which came with opset 18; choose that or a newer one",
+        ),
+        (
+            'y = ScatterND <reduction = "max"> (x, at, z)',
+            "opset 16 has no ScatterND such as .* choose opset 18",
+        ),
         ("y = Resize <antialias = 1> (x, , scales)", "no Resize such as"),
         ("y = ReduceMean <noop_with_empty_axes = 1> (x)", "no ReduceMean such as"),
         ("n = Shape <start = 2> (x)\n y = ReduceMax (x, n)", "no ReduceMax such as"),

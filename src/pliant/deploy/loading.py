@@ -76,7 +76,8 @@ class FileNetwork(nn.Module):
         opened: the file.
 
     Attributes:
-        pretrained_cfg: size, mean and deviation of the images that it takes, and how timm prepares them.
+        pretrained_cfg: size, mean and deviation of the images that it takes, how timm prepares them, and
+            the names of the classes.
     """
 
     def __init__(self, opened: ExportedNetwork) -> None:
@@ -92,6 +93,7 @@ class FileNetwork(nn.Module):
             "input_size": facts.input_size,
             "mean": mean,
             "std": std,
+            "label_names": facts.classes,
         }
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -370,7 +370,7 @@ def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
     import onnx_ir as ir
 
     y = node.outputs[0]
-    if y.shape is None or (node.attributes.get_int("allowzero", 0) and 0 in y.shape):
+    if y.shape is None or (node.attributes.get_int("allowzero", 0) != 0 and 0 in y.shape):
         return
     sizes = [size if isinstance(size, int) else -1 for size in y.shape]
     if sizes.count(-1) > 1:

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 LARGEST_K = 3840  # of TopK, "must be less than"
 OPSETS = range(9, 25)
-_AXES_FIXED = frozenset(
-    "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceProd Squeeze Unsqueeze".split()
-)
+_AXES_FIXED = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceProd")
 # ONNX's names of types, as the table has them.
 _TYPES = {
     "FLOAT": "FP32",
@@ -75,13 +73,17 @@ def _restrictions(node: ir.Node) -> list[str]:
             return ["K is no constant"]
         too_large = [f"K = {k.item()} is not less than {LARGEST_K}"] if k.item() >= LARGEST_K else []
         return too_large + ([] if node.attributes.get_int("sorted", 1) == 1 else ["sorted must be 1"])
-    if node.op_type in _AXES_FIXED and len(node.inputs) > 1 and _constant(node, 1) is None:
+    if (
+        node.op_type in (*_AXES_FIXED, "Squeeze", "Unsqueeze")
+        and len(node.inputs) > 1
+        and _constant(node, 1) is None
+    ):
         return ["axes are no constant"]
     if node.op_type in ("CumSum", "OneHot") and _constant(node, 1) is None:
         return ["its second input is no constant"]
     if node.op_type == "ScatterND" and node.attributes.get_string("reduction", "none") != "none":
         return ["reduction must be none"]
-    if node.op_type == "Resize" and node.attributes.get_int("antialias", 0):
+    if node.op_type == "Resize" and node.attributes.get_int("antialias", 0) != 0:
         return ["antialias is not supported"]
     if node.op_type in ("MaxPool", "AveragePool"):
         dilations = node.attributes.get_ints("dilations", [1])

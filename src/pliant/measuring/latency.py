@@ -172,13 +172,11 @@ def measure(
                 candidates = [
                     replace(c, seconds=[]) for c in lineup if c.form != NATIVE or setting.has_native
                 ]
-                run(
-                    candidates,
-                    setting,
-                    limits,
-                    files,
-                    lambda step, what, before=n * steps: report(before + step, total, what),
-                )
+
+                def told(step: int, what: str, before: int = n * steps) -> None:
+                    report(before + step, total, what)
+
+                run(candidates, setting, limits, files, told)
                 origin = provenance(setting.device)
                 rows = [_row(c, candidates, base, setting, origin) for c in candidates]
                 found += rows
