@@ -67,7 +67,7 @@ def lowered(body: str, opset: int = 16):
     text = f"""<ir_version: 10, opset_import: ["" : 18]>
         net (float[2, 4, 6, 6] x) => (float[] y)
         <int64[2] axes = {{2, 3}}, int64[4] pads = {{0, 0, 1, 1}}, float[4] scales = {{1, 1, 2, 2}},
-         int64[1, 1] at = {{0}}, int64[2] parts = {{2, 2}}, float[1, 4, 6, 6] z = {{{", ".join("0" * 144)}}}>
+         int64[1, 1] at = {{0}}, float[1, 4, 6, 6] z = {{{", ".join("0" * 144)}}}>
         {{ {body} }}"""
     model = ir.from_onnx_text(text)
     lower(model, opset)

@@ -139,8 +139,6 @@ def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], Any
     else:
         check_harmless(Path(path))
         network = torch.export.load(str(path)).module()
-    if threads is None:
-        return network
 
     def run(images: Tensor) -> Any:
         with torch_threads(threads):
