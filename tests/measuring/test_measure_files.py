@@ -60,7 +60,7 @@ def test_what_a_file_cannot_do_is_told(path, tmp_path):
     fixed = pliant.export(_export.plain().eval(), tmp_path / "one.pt2", **one)
     (row,) = measure(str(fixed), batch=2, rounds=1, min_run_time=0)
     assert "takes torch.float32 images of [1, 3, 16, 16], not torch.float32 of [2, 3, 16, 16]" in row.error
-    with pytest.raises(ValueError, match="timm knows no model"):
+    with pytest.raises(ValueError, match="timm has no network"):
         measure(str(tmp_path / "missing.onnx"))
 
 
