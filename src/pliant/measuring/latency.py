@@ -35,7 +35,7 @@ from pliant.measuring.rows import (
     FORMS,
     NATIVE,
     OPTIMIZED,
-    PLAIN,
+    PLAIN_FORM,
     Measurement,
 )
 from pliant.measuring.running import Limits, Setting, count, run, setting_of
@@ -119,7 +119,8 @@ def measure(
             a network, or for one round of one.
         write_timeout: seconds that it may take there to write the file of a network: to export
             or compile it. AOTInductor takes some 10 s for a ResNet-50, and minutes for large networks.
-        tax: time the control of each converted network too (`Method.without`), for its tax.
+        tax: time the controls of each converted network too (`Method.without`), one for each method that
+            has one. The tax is over the first.
         lower_resolution: pixels at which the baseline is timed too, for comparison.
         seed: seed of random weights and images; the caller's generators are left alone.
         progress: called with steps done, steps in all, and what comes next.
@@ -144,7 +145,8 @@ def measure(
     """
     deployed = engines is not None
     last = deployed if channels_last is None else channels_last
-    wanted = tuple(forms) if forms is not None else (PLAIN, OPTIMIZED, NATIVE) if deployed else (AS_BUILT,)
+    usual = (PLAIN_FORM, OPTIMIZED, NATIVE) if deployed else (AS_BUILT,)
+    wanted = usual if forms is None else tuple(forms)
     limits = Limits(rounds, min_run_time, max_run_time, max_prepare_time, timeout, write_timeout)
     # An engine's batches stand together: what it compiled for one is at hand for the next.
     settings = [
