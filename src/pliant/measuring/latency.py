@@ -40,7 +40,7 @@ from pliant.measuring.rows import (
 )
 from pliant.measuring.running import Limits, Setting, count, run, setting_of
 from pliant.measuring.writing import Files
-from pliant.provenance import Provenance, provenance
+from pliant.provenance import provenance
 
 Progress = Callable[[int, int, str], None]
 
@@ -221,7 +221,7 @@ def _row(
     candidates: list[Candidate],
     base: str | None,
     setting: Setting,
-    origin: Provenance,
+    origin: Mapping[str, Any],
 ) -> Measurement:
     """All that is known of one candidate beside the others."""
     form = candidate.reference_form
