@@ -121,6 +121,7 @@ def save(
         config = replace(config, sha256=sha256((temporary / WEIGHTS).read_bytes()).hexdigest())
         text = json.dumps(config.to_json(), indent=2, allow_nan=False)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
+        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # safetensors makes its file private
         if verify:
             _check_outputs(model, load(temporary), config.input_size)
         for name in (WEIGHTS, CONFIG):
