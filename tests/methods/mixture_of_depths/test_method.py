@@ -179,6 +179,7 @@ def test_padding_mode_and_process_group_are_kept():
         ({"stages": 1}, "stages must be a valid tuple, or none, not 1"),
         ({"stages": ("0",)}, "stages.0 must be a valid integer, not '0'"),
         ({"stages": (True,)}, "stages.0 must be a valid integer, not True"),
+        ({"stages": (-1,)}, "stages.0 must be greater than or equal to 0, not -1"),
         ({"blocks": ("layer1.1",), "stages": (3,)}, r"stages=\(3,\) goes with blocks='odd' or 'all' only"),
         ({"inner_shortcut": "no"}, "inner_shortcut must be a valid boolean, not 'no'"),
         ({"last_act": 1}, "last_act must be a valid boolean, not 1"),
@@ -300,7 +301,6 @@ def test_one_block_stages_stay():
         ({"blocks": ("layer1.1", "layer3.0")}, r"layer3\.0 has stride 2 and goes from 128 to 256"),
         ({"blocks": ("layer9.1",)}, r"blocks names 'layer9\.1', which is no block; blocks: layer1\.0, "),
         ({"stages": (4,)}, "stages holds 4, but ResNet has 4 stages"),
-        ({"stages": (-1,)}, "stages holds -1, but ResNet has 4 stages"),
         ({"blocks": ()}, "MixtureOfDepths matches nothing in ResNet"),
     ],
 )

@@ -160,7 +160,7 @@ class MixtureOfDepths(Method):
         """Find the blocks to replace; see `Method.survey`."""
         found = stages(model)
         for n in self.stages or ():
-            if not 0 <= n < len(found):
+            if n >= len(found):
                 raise ValueError(f"stages holds {n}, but {type(model).__name__} has {len(found)} stages")
         if not isinstance(self.blocks, str):
             _check_named(self.blocks, {block.path: block for stage in found for block in stage.blocks})

@@ -102,7 +102,7 @@ def unfit(x: Tensor, weight1: Tensor, fusion: Fusion = "first") -> str:
     if x.device.type != where:
         return f"the input is on {x.device.type}, the kernels are for {where}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{x.dtype}: the kernels compute in float32"
+        return f"{str(x.dtype).removeprefix('torch.')}: the kernels compute in float32"
     channels, (inner, k) = x.shape[1], weight1.shape[:2]
     held = _triton_launch.power(k) * _triton_launch.power(inner)
     if channels > MOST_CHANNELS or held > MOST_PRODUCTS:
