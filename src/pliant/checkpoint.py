@@ -353,7 +353,7 @@ def _check_structure(model: nn.Module, config: Config) -> None:
     problem = difference(shapes(model.state_dict()), shapes(rebuilt.state_dict()))
     if not problem and ties(model) != ties(rebuilt):
         problem = (
-            f"other tensors are shared: {some('='.join(sorted(t)) for t in ties(model) ^ ties(rebuilt))}"
+            f"other tensors are shared: {some({'='.join(sorted(t)) for t in ties(model) ^ ties(rebuilt)})}"
         )
     if problem:
         raise ValueError(f"this network is not {config.network} {config.arguments}: {problem}; {_ADVICE}")
