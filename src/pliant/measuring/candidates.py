@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from torch import nn
 from pliant import anatomy
 from pliant.measuring.clock import Clock
 from pliant.measuring.rows import AS_BUILT, AS_IS, LOWER_RESOLUTION, NATIVE, OF_PARTS, OPTIMIZED, PLAIN
+from pliant.models._build import check_network
 from pliant.parts import parts
 from pliant.surgery import conversions
 
@@ -100,10 +100,8 @@ def _name(model: Model) -> str:
 
 
 def _check_known(model: Model) -> None:
-    if isinstance(model, str) and not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models(), n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ValueError(f"timm knows no model {model!r}{hint}")
+    if isinstance(model, str):
+        check_network(model)
 
 
 def variants(
