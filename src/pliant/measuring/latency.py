@@ -37,7 +37,7 @@ from pliant.measuring.rows import (
 )
 from pliant.measuring.running import Limits, Setting, count, run, setting_of
 from pliant.measuring.writing import Files
-from pliant.provenance import Provenance, provenance
+from pliant.provenance import provenance
 
 Progress = Callable[[int, int, str], None]
 
@@ -218,7 +218,7 @@ def _row(
     candidates: list[Candidate],
     base: str | None,
     setting: Setting,
-    origin: Provenance,
+    origin: Mapping[str, Any],
 ) -> Measurement:
     """All that is known of one candidate beside the others."""
     beside = [c for c in candidates if c.form == candidate.reference_form]
