@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pliant._files import put_between
-from pliant.commands._common import progress_bar
+from pliant.commands._common import progress_of
 from pliant.compare import PLAIN, Score, compare, controls_by_name, write_scores
 from pliant.methods.adaptive_depth.method import last_stages_first
 from pliant.report import FigureBlock, TableBlock, write_report
@@ -115,7 +115,7 @@ def _latencies(
     scores = {label: score for label, (score, _) in done.items()}
     size = next(iter(scores.values()))
     small = {label: run.model for label, (_, run) in done.items()}
-    with progress_bar(console, f"Timing them at {size.pixels} px") as step:
+    with progress_of(f"Timing them at {size.pixels} px", console) as step:
         rows = measure(
             small,
             against=PLAIN,
@@ -129,7 +129,7 @@ def _latencies(
     # The networks without blocks are in the table by themselves, trained.
     rows = [replace(r, accuracy=scores[r.model].test_accuracy) for r in rows if r.variant == AS_IS]
     plain, mod = large
-    with progress_bar(console, f"Timing {plain} and {mod} at 224 px") as step:
+    with progress_of(f"Timing {plain} and {mod} at 224 px", console) as step:
         rows += measure(
             [plain, mod],
             against=plain,
@@ -216,7 +216,7 @@ def _selections(figures: Path, done: dict[str, tuple[Score, Run]]) -> tuple[Tabl
 
     _, run = done[LEARNED]
     data = load_data(run.recipe)
-    found = selection_frequency(run.model, data.test_batches(), data.classes)
+    found = selection_frequency(run.model, data.batches("test"), data.classes)
     rows = []
     for block, counts in found.counts.items():
         kinds = len(found.always(block)), len(found.never(block))

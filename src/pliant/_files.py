@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,14 +29,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    # Not by tempfile, which makes files private: a result is as readable as the umask says.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
-        umask = os.umask(0)  # mkstemp makes files private; a result is as readable as any other
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(mode)  # a library may have put a file of its own there
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)

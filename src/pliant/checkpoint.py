@@ -119,6 +119,7 @@ def save(
         config = replace(config, sha256=_digest((temporary / WEIGHTS).read_bytes()))
         text = json.dumps(config.to_json(), indent=2, allow_nan=False)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
+        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # safetensors makes its file private
         if verify:
             _check_outputs(model, load(temporary), config.input_size)
         for file in (temporary / WEIGHTS, temporary / CONFIG):
@@ -358,7 +359,7 @@ def _check_structure(model: nn.Module, config: Config) -> None:
     problem = difference(shapes(model.state_dict()), shapes(rebuilt.state_dict()))
     if not problem and ties(model) != ties(rebuilt):
         problem = (
-            f"other tensors are shared: {some('='.join(sorted(t)) for t in ties(model) ^ ties(rebuilt))}"
+            f"other tensors are shared: {some({'='.join(sorted(t)) for t in ties(model) ^ ties(rebuilt)})}"
         )
     if problem:
         raise ValueError(f"this network is not {config.network} {config.arguments}: {problem}; {_ADVICE}")

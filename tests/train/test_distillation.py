@@ -302,7 +302,7 @@ def test_recipes_without_what_a_teacher_needs_are_refused(tmp_path):
         fit(override(TINY, ["distill_args.alpha=0.5"]), tmp_path / "a", progress=False)
     recipe = override(TINY, ["teacher=resnet20_cifa", "teacher_weights=x"])
     with pytest.raises(
-        ValueError, match="there is no network 'resnet20_cifa'; close names: resnet20_cifar"
+        ValueError, match="timm has no network 'resnet20_cifa'; did you mean resnet20_cifar"
     ):
         fit(recipe, tmp_path / "a", progress=False)
     recipe = override(TINY, ["teacher=resnet20_cifar", "teacher_args.sea=1", "teacher_weights=x"])
