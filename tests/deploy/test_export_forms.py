@@ -11,15 +11,16 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 import _export
+import pliant
 from _adaptive import scramble
 from pliant import MixtureOfDepths
 from pliant.anatomy import stages
-from pliant.deploy.forms import use_export_forms
 from pliant.method import Site
 from pliant.methods.condconv import CondConvBlock
 from pliant.methods.condconv.exported import OneImageConv
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.methods.mixture_of_depths.exported import GraphMoD, ProgramMoD
+from pliant.parts import replace_parts
 
 SELECTIONS = [
     {"selection": "learned", "order": "score"},
@@ -30,6 +31,10 @@ SELECTIONS = [
 ]
 ENDS = [{}, {"inner_shortcut": True}, {"last_act": True}, {"inner_shortcut": True, "last_act": True}]
 TARGETS = [("program", None), ("onnx", None), ("onnx", 1), ("openvino", None), ("openvino", 1)]
+
+
+def use_export_forms(model: nn.Module, target, batch) -> nn.Module:
+    return replace_parts(model, lambda _, part: part.export_form(target, batch))
 
 
 def block_of(block: str, **options) -> nn.Module:
@@ -92,6 +97,6 @@ def test_same_padding_goes_along():
         torch.testing.assert_close(formed(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_drawn_anew_each_time_is_refused():
+def test_what_is_drawn_anew_each_time_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"layer1.1 has selection='random'.*selection='fixed'"):
-        use_export_forms(_export.mod(selection="random"), "onnx", None)
+        pliant.export(_export.mod(selection="random"), tmp_path / "net.pt2")

@@ -160,7 +160,7 @@ def test_wrong_arguments_are_named():
         measure_steps("resnet20_cifar", **QUICK)
     with pytest.raises(ValueError, match="rounds must be at least 1, not 0"):
         measure_steps("resnet20_cifar_adn", **{**QUICK, "rounds": 0})
-    with pytest.raises(ValueError, match="timm knows no model 'resnet20_cifar_and'"):
+    with pytest.raises(ValueError, match="timm has no network 'resnet20_cifar_and'"):
         measure_steps("resnet20_cifar_and", **QUICK)
     with pytest.raises(ValueError, match="batch must be at least 1"):
         measure_steps("resnet20_cifar_adn", **{**QUICK, "batch": 0})
