@@ -212,7 +212,7 @@ def test_newer_format(folder):
             {"methods": [{"name": "MixtureOfDepths", "options": {"tomorrow": 1}}]},
             "unknown option tomorrow of MixtureOfDepths .*a newer pliant",
         ),
-        ({"methods": [{"name": "MixtureOfDepths", "options": {"c": "x"}}]}, "MixtureOfDepths: c must be"),
+        ({"methods": [{"name": "MixtureOfDepths", "options": {"c": "x"}}]}, "MixtureOfDepths: c: give"),
         ({"methods": [{"name": "MixtureOfDepths", "options": {"stages": 3}}]}, "MixtureOfDepths: "),
         ({"methods": [{"name": "MixtureOfDepths", "options": {}}]}, "cannot be built: .*matches nothing"),
         ({"methods": {}}, "methods must be a list"),

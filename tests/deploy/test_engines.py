@@ -124,8 +124,16 @@ def test_what_an_engine_cannot_do_is_said() -> None:
 @pytest.mark.parametrize(
     ("name", "absent", "line"),
     [
-        ("onnxruntime", "onnxruntime", 'onnxruntime not installed: pip install "pliant[onnx]"'),
-        ("openvino", "openvino", 'openvino not installed: pip install "pliant[openvino]"'),
+        (
+            "onnxruntime",
+            "onnxruntime",
+            'onnxruntime not installed: pip install ".[onnx]" in a checkout of pliant',
+        ),
+        (
+            "openvino",
+            "openvino",
+            'openvino not installed: pip install ".[openvino]" in a checkout of pliant',
+        ),
     ],
 )
 def test_a_missing_engine_is_named_with_its_install_line(

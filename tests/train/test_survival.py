@@ -140,7 +140,7 @@ def test_a_terminated_run_keeps_the_step_at_hand(unbroken, tmp_path):
                 signal.raise_signal(signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="continued with resume"):
+    with pytest.raises(SystemExit, match=r"pliant train command with --resume"):
         fit(RANDOM, tmp_path / "run", progress=False, callbacks=[Terminate()])
     assert signal.getsignal(signal.SIGTERM) is handler
     assert read_state(tmp_path / "run").step == 13
