@@ -259,10 +259,10 @@ def test_a_mod_network_with_depths_is_measured_without_its_tax():
 
 
 def test_command_lists_depths():
-    lines = [" ".join(line.split()) for line in run("depths", "resnet50_adn").splitlines()]
-    assert "resnet50_adn depth FFFF 25.6 4.09" in lines
-    assert "resnet50_adn depth TTTT 17.1 2.56" in lines
-    assert sum("resnet50_adn depth" in line for line in lines) == 16
+    lines = [" ".join(line.split()) for line in run("depths", "resnet20_cifar_adn").splitlines()]
+    assert "resnet20_cifar_adn depth FFF 0.270 0.0406" in lines
+    assert "resnet20_cifar_adn depth TTT 0.173 0.0264" in lines
+    assert sum("resnet20_cifar_adn depth" in line for line in lines) == 8
 
 
 def test_command_profiles_a_saved_network(tmp_path):
