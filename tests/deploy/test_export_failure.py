@@ -236,7 +236,9 @@ def test_a_missing_extra_is_named_with_its_install_line(tmp_path, monkeypatch, p
             monkeypatch.setitem(sys.modules, name, sys)  # is there, whatever it is
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(MissingExtraError, match=rf'needs {package}.*pip install "\.\[{extra}\]" in a checkout'):
+    with pytest.raises(
+        MissingExtraError, match=rf'needs {package}.*pip install "\.\[{extra}\]" in a checkout'
+    ):
         pliant.export(_export.plain(), tmp_path / f"net{ending}")
     assert list(tmp_path.iterdir()) == []
 
