@@ -15,15 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pliant._files import atomic_path, put_between
+from pliant._files import atomic_path
 from pliant.deploy.engines import ENGINES
 from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure
 from pliant.measuring.rows import (
     AS_BUILT,
+    FORMS,
     NATIVE,
     OPTIMIZED,
-    PLAIN,
+    PLAIN_FORM,
     Measurement,
     grouped,
     markdown_table,
@@ -33,6 +34,7 @@ from pliant.measuring.rows import (
 )
 from pliant.provenance import provenance
 from research.bench.speed_table import BEGIN, END, speed_table
+from research.marks import put_between
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,7 +118,7 @@ def _mod(
     batches: Sequence[int],
     dtypes: Sequence[str],
     *,
-    forms: tuple[str, ...] = (PLAIN, OPTIMIZED, NATIVE),
+    forms: tuple[str, ...] = (PLAIN_FORM, OPTIMIZED, NATIVE),
     lower_resolution: int | None = 176,
     **limits: Any,
 ) -> Suite:
@@ -157,21 +159,24 @@ def _condconv(*conditions: Condition, **limits: Any) -> tuple[Suite, ...]:
 
 
 # CondConv as it is deployed, in every engine; hard routing, which reads fewer experts, beside it.
+# PyTorch has one form of it, engines that run files have several.
 def _condconv_engines(*networks: tuple[str, int, str]) -> tuple[Suite, ...]:
-    engines = ("eager", "onnxruntime", "openvino", "compile")
+    engines = {("eager", "compile"): (PLAIN_FORM,), ("onnxruntime", "openvino"): FORMS[1:]}
     return tuple(
         Suite(
             models=(name,),
             against=plain,
             lower_resolution=None,
-            conditions=tuple(Condition(engine=e, batch=b) for e in engines for b in (1, 32)),
+            conditions=tuple(Condition(engine=e, batch=b) for e in several for b in (1, 32)),
             options={"experts": experts},
             also=({"active": 2},),
-            forms=(PLAIN, OPTIMIZED, NATIVE),
+            forms=forms,
+            rounds=15,
             min_run_time=0.1,
-            max_run_time=16.0,
+            max_run_time=20.0,
         )
         for name, experts, plain in networks
+        for several, forms in engines.items()
     )
 
 
@@ -209,7 +214,7 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
                 ("onnxruntime", "openvino"),
                 (1, 16),
                 ("int8",),
-                forms=(PLAIN, OPTIMIZED),
+                forms=(PLAIN_FORM, OPTIMIZED),
                 **_SHORT,
             ),
         ),

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from pliant.deploy import onnx_file, onnx_kernels
 from pliant.deploy.extras import onnx_runtime, require
-from pliant.deploy.facts import Facts
+from pliant.deploy.facts import Facts, digest_of
 from pliant.deploy.selections import Run
-from pliant.parts import OnnxOperator, Part, named_operators, parts, replace_parts
+from pliant.parts import OnnxOperator, Part, hooked, named_operators, parts, replace_parts
 from pliant.provenance import cpu_model
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def take_parts(network: nn.Module) -> Native:
     libraries: set[str] = set()
 
     def place(path: str, part: Part) -> nn.Module | None:
-        operator = part.onnx_operator()
+        operator = hooked(part) or part.onnx_operator()
         if isinstance(operator, OnnxOperator):
             taken[path] = operator
             libraries.add(part.operators)
@@ -170,7 +170,6 @@ def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Pat
     import onnx
 
     kernels = onnx_kernels.mark(graph)
-
     before, after = path.with_suffix(".before.onnx"), path.with_suffix(".after.onnx")
     onnx_file.write(graph, before, None)
     try:
@@ -192,27 +191,33 @@ def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Pat
     return [path, library]
 
 
-def check_here(path: Path, facts: Facts) -> None:
-    """Refuse a compiled file whose library is missing, or that another ONNX Runtime or layout made.
+def check_here(path: Path, facts: Facts) -> Path | None:
+    """The library of a compiled file, if it has one, and it and this ONNX Runtime are those of the file.
 
     Raises:
-        ValueError: it cannot be run here; says why.
+        ValueError: the library is missing or another one, or ONNX Runtime is of another version or has
+            another layout than where the file was made.
     """
-    model = require("onnx").load(str(path), load_external_data=False)
-    library = onnx_file.library_path(path)
-    if any(opset.domain == DOMAIN for opset in model.opset_import) and not library.is_file():
+    library = onnx_file.library_path(path) if facts.library_sha256 else None
+    if library is not None and not library.is_file():
         raise ValueError(f"{path.name} was compiled, and its library {library.name} is not beside it")
+    if library is not None and digest_of(library) != facts.library_sha256:
+        raise ValueError(
+            f"{library.name} is not the library that {path.name} was compiled with, so it is not loaded: "
+            f"export it again"
+        )
     made, here = facts.versions.get("onnxruntime"), str(onnx_runtime().__version__)
     if made != here:
         raise ValueError(
             f"{path.name} was compiled by and for onnxruntime {made}, and this is {here}: export it again"
         )
-    blocks = f"blocks of {block_size()} channels"
-    if not facts.machine.endswith(blocks):
+    if library is None and not facts.machine.endswith(blocks := f"blocks of {block_size()} channels"):
+        # An operator's library sees to that by itself.
         raise ValueError(
             f"{path.name} was compiled for {facts.machine}, and ONNX Runtime works in {blocks} here: "
             f"export it again"
         )
+    return library
 
 
 def runner(path: Path, native: Native, others: list[str]) -> Run:
@@ -227,7 +232,8 @@ def runner(path: Path, native: Native, others: list[str]) -> Run:
             if node.domain == DOMAIN and node.name in native.rankings:
                 node.output.extend(onnx_file.selection_names(native.rankings[node.name]))
 
-    return onnx_file.runner(path, [*native.rankings.values(), *others], tell)
+    library = onnx_file.library_path(path)
+    return onnx_file.runner(path, [*native.rankings.values(), *others], tell, library)
 
 
 def _put(model: onnx.ModelProto, operators: Mapping[str, OnnxOperator], size: int) -> None:
