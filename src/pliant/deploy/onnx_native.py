@@ -232,7 +232,7 @@ def runner(path: Path, native: Native, others: list[str]) -> Run:
             if node.domain == DOMAIN and node.name in native.rankings:
                 node.output.extend(onnx_file.selection_names(native.rankings[node.name]))
 
-    library = onnx_file.library_path(path)
+    library = None if native.library is None else onnx_file.library_path(path)
     return onnx_file.runner(path, [*native.rankings.values(), *others], tell, library)
 
 
