@@ -1,13 +1,13 @@
 """What the methods cover of timm: each of its modules, network by network.
 
-A network is built and converted without weights. It counts as converted only if its forward then
-runs; where the plain network itself does not run without weights, both run with them.
+A network is built, converted and run without weights, or with them where it does not run without.
+It counts as converted only if its forward then runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from pliant.counting import run_once
 from pliant.method import Method
 from pliant.provenance import provenance
 from pliant.records import Origin, read_records, write_records
-from pliant.surgery import Plan, convert, plan
+from pliant.surgery import conversions, convert
 from pliant.tables import markdown
 
 METHODS: tuple[Method, ...] = (MixtureOfDepths(), CondConv(experts=2), AdaptiveDepth())
@@ -70,7 +70,7 @@ def module_of(name: str) -> str:
         >>> module_of("wide_resnet50_2")
         'resnet'
     """
-    return timm.model_entrypoint(name).__module__.rpartition(".")[2]
+    return str(timm.model_entrypoint(name).__module__).rpartition(".")[2]
 
 
 def cover(names: Sequence[str], path: Path, told: Callable[[str], None] = print) -> list[CoverageRow]:
@@ -101,18 +101,22 @@ def survey(name: str, methods: Iterable[Method] = METHODS) -> list[CoverageRow]:
         [('converted', 4, 8), ('converted', 4, 8), ('converted', 8, 8)]
     """
     model = build(name)
+    plain = _failure(model)
+    if plain:  # it computes with values, which there are none of without weights
+        model = build(name, "cpu")
+        plain = _failure(model)
     blocks = anatomy.blocks(model)
-    origin = asdict(provenance())
+    origin = provenance()
     rows = []
     for method in methods:
-        outcome, replaced, reason = _outcome(name, model, method)
+        outcome, sites, reason = _outcome(model, method, plain)
         rows.append(
             CoverageRow(
                 module=module_of(name),
                 network=name,
                 method=method.name,
                 outcome=outcome,
-                replaced=replaced,
+                replaced=_replaced(blocks, sites),
                 known=sum(isinstance(block, anatomy.BlockInfo) for block in blocks),
                 blocks=len(blocks),
                 reason=reason,
@@ -132,45 +136,45 @@ def build(name: str, device: str = "meta") -> nn.Module:
     return model.eval()
 
 
-def _outcome(name: str, model: nn.Module, method: Method) -> tuple[Outcome, int, str]:
-    """The outcome, how many blocks are replaced, and the reason."""
+def _outcome(model: nn.Module, method: Method, plain: str) -> tuple[Outcome, tuple[str, ...], str]:
+    """The outcome, the paths that are replaced, and the reason."""
     try:
-        made = plan(model, method)
+        new = convert(model, method)
     except ValueError as error:
-        return "refused", 0, _first_reason(str(error))
-    except Exception as error:  # what a plan must not raise is what is looked for
-        return "fails", 0, f"{type(error).__name__}: {error}"
-    failed = made.uncounted if made.uncounted.startswith("once converted") else ""
-    if made.uncounted and not failed:
-        failed = _fails_with_weights(name, method)
-    return "fails" if failed else "converted", _replaced(model, made), failed
+        return "refused", (), _first_reason(str(error))
+    except Exception as error:  # what a conversion must not raise is what is looked for
+        return "fails", (), f"{type(error).__name__}: {error}"
+    failure = "" if plain else _failure(new)
+    return "fails" if failure else "converted", conversions(new)[-1].sites, failure or plain
 
 
-def _fails_with_weights(name: str, method: Method) -> str:
-    """Why a converted network's forward fails where the plain network's does not; or empty."""
-    model = build(name, "cpu")
-    size = anatomy.input_size(model) or (3, 224, 224)
+def _failure(model: nn.Module) -> str:
+    """Why the forward of a network fails; empty if it does not."""
     try:
-        run_once(model, size)
-    except Exception as error:  # nobody's fault but the network's, or the size's
-        return f"not even the plain network runs: {type(error).__name__}: {error}"
-    try:
-        run_once(convert(model, method, inplace=True), size)
-    except Exception as error:  # as above
-        return f"{type(error).__name__}: {error}"
+        run_once(model, anatomy.input_size(model) or (3, 224, 224))
+    except Exception as error:  # whatever a forward may raise
+        return f"its forward fails: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return ""
 
 
-def _replaced(model: nn.Module, made: Plan) -> int:
-    paths = [f"{replacement.path}." for replacement in made.replacements]
-    blocks = [f"{block.path}." for block in anatomy.blocks(model)]
-    return sum(any(p.startswith(block) or block.startswith(p) for p in paths) for block in blocks)
+def _replaced(blocks: Iterable[anatomy.BlockInfo | anatomy.UnknownBlock], sites: Sequence[str]) -> int:
+    paths = [f"{site}." for site in sites]
+    return sum(
+        any(path.startswith(f"{block.path}.") or f"{block.path}.".startswith(path) for path in paths)
+        for block in blocks
+    )
 
 
 def _first_reason(error: str) -> str:
-    """Of an error that lists reasons block by block, the last; otherwise its first line."""
-    lines = [line for line in error.splitlines() if line.startswith("  ")]
-    return lines[-1].partition(": ")[2] if lines else error.splitlines()[0]
+    """Of an error that lists reasons block by block, that of an unknown block, else the last one.
+
+    Example:
+        >>> _first_reason("X:\\n  fc: a reason\\n  a.0: Y is no block of a known family")
+        'Y is no block of a known family'
+    """
+    reasons = [line.partition(": ")[2] for line in error.splitlines() if line.startswith("  ")]
+    unknown = (reason for reason in reasons if reason.endswith("no block of a known family"))
+    return next(unknown, reasons[-1] if reasons else error.splitlines()[0])
 
 
 ABOUT = "What each method converts of timm's networks, module by module."
@@ -214,8 +218,8 @@ def coverage_page(rows: Sequence[CoverageRow]) -> str:
             markdown(("method", "converted", "refused, with the reason", "fails"), totals),
             "",
             "A cell says how many of a module's networks a method converts, and how many of their blocks "
-            "it replaces, from the least to the most. The other blocks stay, and the plan names each with the "
-            "reason. `no` means that every network is refused, with the reason. "
+            "it replaces, from the least to the most. The other blocks stay, and the plan names each with "
+            "the reason. `no` means that every network is refused, with the reason. "
             "`pliant plan NETWORK` shows a network block by block.",
             "",
             markdown(("module", "networks", *methods), table, text=("module", *methods)),

@@ -352,7 +352,7 @@ def _apply(model: nn.Module, method: Method) -> tuple[Survey, list[str]]:
 
 def _unknown_blocks(model: nn.Module, survey: Survey) -> Iterator[PassedOver]:
     """The unknown blocks of a network that a survey does not name."""
-    named = [place.path for place in (*survey.sites, *survey.passed_over)]
+    named = [site.path for site in survey.sites] + [left.path for left in survey.passed_over]
     for block in anatomy.blocks(model):
         if isinstance(block, anatomy.UnknownBlock) and not any(
             f"{block.path}.".startswith(f"{n}.") or n.startswith(f"{block.path}.") for n in named
