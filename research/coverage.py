@@ -166,10 +166,10 @@ def _replaced(blocks: Iterable[anatomy.BlockInfo | anatomy.UnknownBlock], sites:
 
 
 def _first_reason(error: str) -> str:
-    """Of an error that lists reasons block by block, that of an unknown block, else the last one.
+    r"""Of an error that lists reasons block by block, that of an unknown block, else the last one.
 
     Example:
-        >>> _first_reason("X:\\n  fc: a reason\\n  a.0: Y is no block of a known family")
+        >>> _first_reason("X:\n  fc: a reason\n  a.0: Y is no block of a known family")
         'Y is no block of a known family'
     """
     reasons = [line.partition(": ")[2] for line in error.splitlines() if line.startswith("  ")]

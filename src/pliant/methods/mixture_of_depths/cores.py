@@ -17,6 +17,7 @@ from timm.models import resnet
 from torch import nn
 
 from pliant.anatomy import BlockInfo, type_name
+from pliant.parts import Part
 
 Layers = list[tuple[str, nn.Module]]
 
@@ -60,10 +61,10 @@ def unfit(block: BlockInfo) -> str:
         return f"channel attention ({type(m.se).__name__}) has no narrow form here"
     if not isinstance(m.aa, nn.Identity):
         return f"anti-aliasing ({type(m.aa).__name__}) has no narrow form here"
-    if odd := [
-        n for n, layer in m.named_children() if n.startswith("conv") and not isinstance(layer, nn.Conv2d)
-    ]:
-        return f"{odd[0]} is a {type_name(m.get_submodule(odd[0]))}: a core needs plain convolutions"
+    named = [(n, layer) for n, layer in m.named_children() if n.startswith("conv")]
+    for name, layer in named:  # what another method put there is refused as an overlap
+        if not isinstance(layer, (nn.Conv2d, Part)):
+            return f"{name} is a {type_name(layer)}: a core needs plain convolutions"
     if "Frozen" in type(m.bn1).__name__:
         return (
             f"{type(m.bn1).__name__}: a core needs batch norm that learns; convert first, freeze afterwards"
