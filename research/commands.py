@@ -220,7 +220,8 @@ def bench(
         str,
         typer.Option(
             help="Networks in all engines (mod, mod-bfloat16, mod-int8, condconv), forms of a mixed "
-            "convolution (forms), training steps (steps), image loading (loader), or depths (depths)"
+            "convolution (forms), training steps (steps), image loading (loader), depths (depths), or "
+            "switching the depth (switch)"
         ),
     ] = "mod",
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch and of each engine")] = None,
@@ -239,8 +240,9 @@ def bench(
     from research.bench.mixing_forms import run_forms
     from research.bench.steps import run_step_bench
     from research.bench.suites import SUITES, run_bench
+    from research.bench.switching import run_switch_bench
 
-    others = ("forms", "steps", "loader", "depths")
+    others = ("forms", "steps", "loader", "depths", "switch")
     if suite not in (suites := (*SUITES, *others)):
         raise ValueError(f"no benchmark {suite!r}; there are {', '.join(suites)}")
     for option, given in {"resume": resume, "patient": patient, "readme": readme}.items():
@@ -254,6 +256,12 @@ def bench(
                 "--suite loader loads on the CPU with 0 to 2 workers; remove --device and --threads"
             )
         run_loader_bench(path, results, quick)
+    elif suite == "switch":
+        if device != "cpu" or threads is not None:
+            raise ValueError(
+                "--suite switch times on the CPU, without a forward; remove --device and --threads"
+            )
+        typer.echo(f"rows: {run_switch_bench(results, quick)}")
     elif suite == "depths":
         if device != "cpu":
             raise ValueError("--suite depths times on the CPU; remove --device")

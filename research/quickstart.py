@@ -13,14 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pliant._files import put_between
-from pliant.commands._common import progress_bar
+from pliant.commands._common import progress_of
 from pliant.compare import PLAIN, Score, compare, controls_by_name, write_scores
-from pliant.methods.adaptive_depth.method import last_stages_first
+from pliant.methods.adaptive_depth.method import subnet
+from pliant.methods.adaptive_depth.switch import Depth, depth_name, depth_role
 from pliant.report import FigureBlock, TableBlock, write_report
+from research.marks import put_between
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from pliant.measuring.rows import Measurement
     from pliant.train import Run
@@ -105,6 +107,22 @@ def quickstart(
     return page
 
 
+def last_stages_first(model: nn.Module) -> dict[str, nn.Module]:
+    """Sub-networks by name, from the whole network to the base network: each skips one stage more.
+
+    Empty for a network without adaptive depth.
+
+    Example:
+        >>> import timm
+        >>> list(last_stages_first(timm.create_model("resnet20_cifar_adn")))
+        ['super-net', 'FFT', 'FTT', 'base-net']
+    """
+    flags = next((len(m.skip) for m in model.modules() if isinstance(m, Depth)), -1)
+    skips = [tuple(n >= flags - skipped for n in range(flags)) for skipped in range(flags + 1)]
+    names = [f"{role}-net" if (role := depth_role(skip)) else depth_name(skip) for skip in skips]
+    return {name: subnet(model, skip) for name, skip in zip(names, skips, strict=True)}
+
+
 def _latencies(
     done: dict[str, tuple[Score, Run]], large: tuple[str, str], console: Console
 ) -> list[Measurement]:
@@ -115,7 +133,7 @@ def _latencies(
     scores = {label: score for label, (score, _) in done.items()}
     size = next(iter(scores.values()))
     small = {label: run.model for label, (_, run) in done.items()}
-    with progress_bar(console, f"Timing them at {size.pixels} px") as step:
+    with progress_of(f"Timing them at {size.pixels} px", console) as step:
         rows = measure(
             small,
             against=PLAIN,
@@ -129,7 +147,7 @@ def _latencies(
     # The networks without blocks are in the table by themselves, trained.
     rows = [replace(r, accuracy=scores[r.model].test_accuracy) for r in rows if r.variant == AS_IS]
     plain, mod = large
-    with progress_bar(console, f"Timing {plain} and {mod} at 224 px") as step:
+    with progress_of(f"Timing {plain} and {mod} at 224 px", console) as step:
         rows += measure(
             [plain, mod],
             against=plain,
@@ -216,7 +234,7 @@ def _selections(figures: Path, done: dict[str, tuple[Score, Run]]) -> tuple[Tabl
 
     _, run = done[LEARNED]
     data = load_data(run.recipe)
-    found = selection_frequency(run.model, data.test_batches(), data.classes)
+    found = selection_frequency(run.model, data.batches("test"), data.classes)
     rows = []
     for block, counts in found.counts.items():
         kinds = len(found.always(block)), len(found.never(block))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pliant import tables
 from pliant._files import atomic_path
@@ -140,7 +140,7 @@ def recover(
     recipe = replace(recipe, test_each=True)
     without = replace(recipe, teacher=None, teacher_args={}, teacher_weights=None, distill_args={})
     data = load_data(recipe)
-    data.test_batches()  # refuses data without test images before anything is trained
+    data.batches("test")  # refuses data without test images before anything is trained
     begin = _begin(recipe, data)
     rows: list[Recovery] = []
     for chosen in (recipe,) * teacher + (without,) * control:
@@ -168,15 +168,15 @@ def _begin(recipe: Recipe, data: Data) -> dict[str, Any]:
     found: dict[str, Any] = {"weights_sha256": digest(plain), "test_accuracy_base": None}
     with seeded(recipe.seed, "test"):  # a network may draw
         found["plain_accuracy"] = _accuracy(plain, data, recipe, "test")
-        for part in ("test", "val"):
-            found[f"{part}_accuracy"] = _accuracy(network, data, recipe, part)
+        found["test_accuracy"] = _accuracy(network, data, recipe, "test")
+        found["val_accuracy"] = _accuracy(network, data, recipe, "val")
         if any(isinstance(m, Depth) for m in network.modules()):
             with at_depth(network, (True,) * len(get_depth(network))):
                 found["test_accuracy_base"] = _accuracy(network, data, recipe, "test")
     return found
 
 
-def _accuracy(network: nn.Module, data: Data, recipe: Recipe, part: str) -> float:
+def _accuracy(network: nn.Module, data: Data, recipe: Recipe, part: Literal["test", "val"]) -> float:
     """Accuracy in percent, in the precision of the epochs to come."""
     import torch
 
@@ -186,7 +186,7 @@ def _accuracy(network: nn.Module, data: Data, recipe: Recipe, part: str) -> floa
     device = device_of(recipe)
     if recipe.channels_last:
         network.to(memory_format=torch.channels_last)
-    loader = data.test_batches(device) if part == "test" else data.val_batches(device)
+    loader = data.batches(part, device)
     with (
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),

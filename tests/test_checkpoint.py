@@ -295,7 +295,7 @@ def test_networks_that_cannot_be_rebuilt(tmp_path):
         ({"classes": "abcdefghij"}, "classes must be a sequence, not 'abcdefghij'"),
         ({"mean": [0.5, 0.5]}, r"mean must be one number for each of 3 channels, not \(0.5, 0.5\)"),
         ({"mean": 0.5}, "mean must be a sequence, not 0.5"),
-        ({"std": [0.0]}, r"std must be positive numbers, not \(0.0,\)"),
+        ({"std": [0.0]}, r"std\.0 must be greater than 0, not 0\.0"),
         ({"input_size": (32, 32)}, r"input_size must be channels, height and width, not \(32, 32\)"),
         ({"input_size": (1, 32, 32), "mean": [0.5], "std": [0.5]}, r"fails on an image of \(1, 32, 32\)"),
     ],

@@ -22,13 +22,14 @@ from pliant.compare import (
     write_scores,
 )
 from pliant.counting import count_parameters
-from pliant.methods.adaptive_depth.method import base_arguments, last_stages_first
+from pliant.methods.adaptive_depth.method import base_arguments
 from pliant.methods.adaptive_depth.recipes import BASE_ALONE
 from pliant.methods.adaptive_depth.switch import Depth
 from pliant.methods.condconv.recipes import ABLATIONS
 from pliant.methods.mixture_of_depths.recipes import CONTROLS as MOD_CONTROLS
 from pliant.methods.mixture_of_depths.recipes import REMOVED
 from pliant.train.recipe import Recipe, override
+from research.quickstart import last_stages_first
 
 TINY = Recipe(
     name="tiny", model="resnet20_cifar", pixels=8, epochs=1, batch=256, workers=0, accelerator="cpu"

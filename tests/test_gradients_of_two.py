@@ -17,7 +17,7 @@ from _processes import run_two
 from pliant.objectives import ManyPasses
 from pliant.train import Recipe, evaluate, read_run
 from pliant.train.data import load_data
-from pliant.train.fitting import build
+from pliant.train.networks import build
 from pliant.train.objectives import make_objective
 from pliant.train.seeds import seeded
 from pliant.train.tasks import rate
@@ -93,7 +93,7 @@ def taken(recipe, frozen):
     """Gradients of one process: on the joint batch, and on each half by itself; and the halves."""
     alone = replace(recipe, devices=1, strategy="auto", batch=2 * recipe.batch)
     data = load_data(alone)
-    x, y = next(iter(data.train_batches()))
+    x, y = next(iter(data.batches("train")))
     objective = make_objective(recipe.objective, recipe.objective_args)
     found = []
     # Process r of two has every second image of the shuffled order, from the r-th on.

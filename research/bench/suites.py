@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pliant._files import atomic_path, put_between
+from pliant._files import atomic_path
 from pliant.deploy.engines import ENGINES
 from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure
@@ -33,6 +33,7 @@ from pliant.measuring.rows import (
 )
 from pliant.provenance import provenance
 from research.bench.speed_table import BEGIN, END, speed_table
+from research.marks import put_between
 
 if TYPE_CHECKING:
     from rich.console import Console

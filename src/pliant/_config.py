@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeGuard
+from typing import Any
 
 import timm
+from pydantic import InstanceOf
 
+from pliant._options import Count, Positive, Whole, check
 from pliant._version import __version__
 from pliant.method import Method
 
@@ -50,14 +52,14 @@ class Config:
 
     network: str
     arguments: Mapping[str, Any]
-    methods: tuple[Method, ...] = ()
-    num_classes: int | None = None
+    methods: tuple[InstanceOf[Method], ...] = ()
+    num_classes: Whole | None = None
     classes: tuple[str, ...] | None = None
-    input_size: tuple[int, int, int] | None = None
+    input_size: tuple[Count, Count, Count] | None = None
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
     interpolation: str | None = None
-    crop_pct: float | None = None
+    crop_pct: Positive | None = None
     crop_mode: str | None = None
     channels_last: bool = False
     state: Mapping[str, Any]
@@ -65,35 +67,22 @@ class Config:
     versions: Mapping[str, str]
 
     def __post_init__(self) -> None:
+        size = self.input_size
+        if isinstance(size, tuple) and len(size) != 3:
+            raise ValueError(f"input_size must be channels, height and width, not {size!r}")
+        check(self)
         _check_network(self.network)
         check_arguments(self.arguments)
         plain(self.state, "state")
-        count, names = self.num_classes, self.classes
-        if count is not None and not (_is_whole(count) and count >= 0):
-            raise ValueError(f"num_classes must be a whole number, not {count!r}")
-        if names is not None and not (all(isinstance(n, str) for n in names) and len(names) == count):
-            raise ValueError(f"classes must be {count} names, one for each class, not {names!r}")
-        size = self.input_size
-        if size is not None and not (len(size) == 3 and all(_is_whole(n) and n > 0 for n in size)):
-            raise ValueError(f"input_size must be channels, height and width, not {size!r}")
+        if self.classes is not None and len(self.classes) != self.num_classes:
+            raise ValueError(
+                f"classes must be {self.num_classes} names, one for each class, not {self.classes!r}"
+            )
         for name, values in (("mean", self.mean), ("std", self.std)):
-            channels = size[0] if size else None
-            if values is None:
-                continue
-            if not all(_is_number(v) and (name == "mean" or v > 0) for v in values):
-                kind = "numbers" if name == "mean" else "positive numbers"
-                raise ValueError(f"{name} must be {kind}, not {values!r}")
-            if len(values) not in (1, channels or len(values)):
+            if values is not None and size is not None and len(values) not in (1, size[0]):
                 raise ValueError(
-                    f"{name} must be one number for each of {channels} channels, not {values!r}"
+                    f"{name} must be one number for each of {size[0]} channels, not {values!r}"
                 )
-        for name, text in (("interpolation", self.interpolation), ("crop_mode", self.crop_mode)):
-            if not isinstance(text, (str, type(None))):
-                raise ValueError(f"{name} must be a string, not {text!r}")
-        if self.crop_pct is not None and not (_is_number(self.crop_pct) and self.crop_pct > 0):
-            raise ValueError(f"crop_pct must be a positive number, not {self.crop_pct!r}")
-        if not isinstance(self.channels_last, bool):
-            raise ValueError(f"channels_last must be true or false, not {self.channels_last!r}")
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``config.json``, as `json.dump` takes it."""
@@ -116,7 +105,7 @@ class Config:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f'it was not written by pliant (no "format": "{FORMAT}")')
         version = content.get("format_version")
-        if not _is_whole(version) or version < 1:
+        if type(version) is not int or version < 1:
             raise ValueError(f"format_version must be a whole number from 1, not {version!r}")
         if version > FORMAT_VERSION:
             raise ValueError(
@@ -127,20 +116,16 @@ class Config:
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
         values = {f.name: plain(content[f.name], f.name) for f in fields(cls)}
-        for name in ("methods", "classes", "input_size", "mean", "std"):
-            optional = name != "methods" and values[name] is None
-            if not (optional or isinstance(values[name], tuple)):
-                raise ValueError(f"{name} must be a list, not {values[name]!r}")
-        for name in ("arguments", "state", "versions"):
-            if not isinstance(values[name], dict):
-                raise ValueError(f"{name} must be an object, not {values[name]!r}")
+        if not isinstance(values["methods"], tuple):
+            raise ValueError(f"methods must be a list, not {values['methods']!r}")
         values["methods"] = tuple(_method(entry, known) for entry in values["methods"])
         return cls(**values)
 
 
 def _method(entry: Any, methods: Mapping[str, type[Method]]) -> Method:
     """A method from its name and options, which the dataclass checks."""
-    if not (isinstance(entry, dict) and entry.keys() == {"name", "options"}):
+    shaped = isinstance(entry, dict) and entry.keys() == {"name", "options"}
+    if not shaped or not isinstance(entry["options"], dict):
         raise ValueError(f"a method must have a name and options, not {entry!r}")
     name, options = entry["name"], entry["options"]
     if not isinstance(name, str) or name not in methods:
@@ -149,13 +134,12 @@ def _method(entry: Any, methods: Mapping[str, type[Method]]) -> Method:
             f"or a newer pliant"
         )
     method: Any = methods[name]
-    if isinstance(options, dict):
-        options = method.current_options(options)
+    options = method.current_options(options)
     known = [f.name for f in fields(method) if f.init]
-    if not isinstance(options, dict) or not options.keys() <= set(known):
-        strange = some(options.keys() - set(known)) if isinstance(options, dict) else repr(options)
+    if strange := options.keys() - set(known):
         raise ValueError(
-            f"unknown option {strange} of {name} (known: {', '.join(known)}); a newer pliant may have it"
+            f"unknown option {some(strange)} of {name} (known: {', '.join(known)}); a newer pliant may "
+            f"have it"
         )
     try:
         made: Method = method(**options)
@@ -223,16 +207,8 @@ def sequence(name: str, values: Any) -> Any:
     return plain(tuple(values), name)
 
 
-def _is_whole(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def some(names: Iterable[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    names = sorted(names)
+    """The first few names, and how many more there are; those of a set are sorted."""
+    names = sorted(names) if isinstance(names, set) else list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

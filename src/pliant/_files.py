@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,14 +29,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    # Not by tempfile, which makes files private: a result is as readable as the umask says.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
-        umask = os.umask(0)  # mkstemp makes files private; a result is as readable as any other
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(mode)  # a library may have put a file of its own there
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -86,27 +86,3 @@ def writing(path: str | Path, advice: str) -> Iterator[None]:
         clear = NotWrittenError(f"{path} cannot be written ({error.strerror or error}); {advice}")
         clear.errno = error.errno
         raise clear from error
-
-
-def put_between(path: str | Path, begin: str, end: str, text: str) -> None:
-    """Put `text` between two marks of a text file, in place of what stands there.
-
-    Raises:
-        ValueError: the file has not both marks.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "a.md"
-        ...     _ = path.write_text("A table: [old]")
-        ...     put_between(path, "[", "]", "new")
-        ...     path.read_text().split()
-        ['A', 'table:', '[', 'new', ']']
-    """
-    path = Path(path)
-    before, first, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, second, after = rest.partition(end)
-    if not first or not second:
-        raise ValueError(f"{path} has no part between {begin} and {end} for the table; add the two lines")
-    with atomic_path(path) as temporary:
-        temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")

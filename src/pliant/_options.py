@@ -39,6 +39,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, BeforeValidator(_path)]
+Numbers = Annotated[tuple[Whole, ...], Field(strict=False)]  # a list too: JSON knows no other
 Arguments = Annotated[Mapping[str, Any], BeforeValidator(_plain)]
 
 
@@ -121,9 +122,20 @@ def refuse_unknown(names: Iterable[str], known: Sequence[str], what: str) -> Non
     """
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known) or 'none'}"
-            raise ValueError(f"{what} has no option {name!r}; {hint}")
+            raise ValueError(f"{what} has no option {name!r}; {suggestion(name, known)}")
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """What to say of a name that is not known: the close ones, else `otherwise`, else all.
+
+    Example:
+        >>> suggestion("epoch", ["epochs", "lr"]), suggestion("x", ["epochs", "lr"])
+        ('did you mean epochs?', 'known: epochs, lr')
+    """
+    known = list(known)
+    if close := difflib.get_close_matches(name, known, n=3):
+        return f"did you mean {', '.join(close)}?"
+    return otherwise or f"known: {', '.join(known) or 'none'}"
 
 
 def literal(text: str) -> Any:
@@ -158,6 +170,7 @@ def _told(kind: type, error: Any) -> str:
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}"
     wanted = error["msg"].partition("should ")[2].partition(", unable")[0]
+    wanted = wanted.replace("a valid tuple", "a list")
     return f"{name} must {wanted}{', or none' * _optional(kind, name)}, not {error['input']!r}"
 
 

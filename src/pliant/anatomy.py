@@ -601,6 +601,12 @@ def block_families() -> list[str]:
     )
 
 
+def name_of(model: nn.Module) -> str:
+    """A network's name: that of its architecture in timm, or else its class's."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(model).__name__)
+
+
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:
     """Channels, height and width that a network was made for, ``(3, 224, 224)``.
 

@@ -8,11 +8,12 @@ finished run is not run again, so a comparison that was killed goes on where it 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -27,7 +28,7 @@ from pliant.train.recipe import Recipe, differences, override
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pliant.train import Run
+    from pliant.train import Evaluation, Run
 
 PLAIN = "plain"
 
@@ -201,9 +202,12 @@ def run_as(run: Run, network: nn.Module) -> Run:
 
     data = load_data(run.recipe)
     device = device_of(run.recipe)
-    sets = (data.check_batches, data.val_batches, *([data.test_batches] if data.test is not None else []))
-    check, val, *rest = (score(network, part(device), data.classes, device=device) for part in sets)
-    test = rest[0].top1 if rest else None
+
+    def scored(part: Literal["check", "val", "test"]) -> Evaluation:
+        return score(network, data.batches(part, device), data.classes, device=device)
+
+    check, val = scored("check"), scored("val")
+    test = None if data.test is None else scored("test").top1
     network.cpu()
     row = run.history[run.best_epoch] | {
         "train_accuracy": check.top1,
@@ -224,7 +228,8 @@ def run_folder(folder: str | Path, label: str, recipe: Recipe) -> Path:
         >>> run_folder("runs", "MoD, score order", Recipe(name="a", model="m", seed=2)).as_posix()
         'runs/mod-score-order-s2'
     """
-    return Path(folder) / f"{_slug(label)}-s{recipe.seed}"
+    words = re.findall(r"[^\W_]+", label.lower())
+    return Path(folder, f"{'-'.join(words)}-s{recipe.seed}")
 
 
 def _score(label: str, run: Run) -> Score:
@@ -257,27 +262,12 @@ def _score(label: str, run: Run) -> Score:
 
 
 def write_scores(path: str | Path, scores: Iterable[Score], append: bool = False) -> None:
-    """Write scores to a CSV file; the file is replaced whole or not at all.
-
-    Args:
-        path: the file; its folder is made if missing.
-        scores: what to write.
-        append: keep the rows that the file has and add these, but none twice: a
-            comparison that is run again gives its finished runs again.
-
-    Raises:
-        ValueError: `append` to a file with other columns.
-    """
+    """Write scores to a CSV file, as `pliant.records.write_records`."""
     write_records(path, Score, scores, append=append, number=".4f", called="scores")
 
 
 def read_scores(path: str | Path) -> list[Score]:
-    """Rows that `write_scores` wrote.
-
-    Raises:
-        ValueError: the file has other columns, or a value that is none of its column.
-        FileNotFoundError: no such file.
-    """
+    """Scores that `write_scores` wrote, as `pliant.records.read_records`."""
     return read_records(path, Score, called="scores")
 
 
@@ -328,7 +318,3 @@ def _mean(values: Sequence[float], digits: int) -> str:
         return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def _slug(label: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in label.lower()).split())

@@ -28,10 +28,11 @@ def room_to_compile() -> Iterator[None]:
 
 
 @contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """So many threads in PyTorch's pool, then as many as before."""
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """So many threads in PyTorch's pool (None: as many as there are), then as many as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         yield
     finally:

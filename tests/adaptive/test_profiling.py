@@ -278,7 +278,7 @@ def test_command_profiles_a_saved_network(tmp_path):
 
 def test_command_errors(monkeypatch, capsys, tmp_path):
     assert "has no adaptive depth" in fails(monkeypatch, capsys, "depths", "resnet20_cifar")
-    assert "timm has no network named 'resnet20_x'" in fails(monkeypatch, capsys, "depths", "resnet20_x")
+    assert "timm has no network 'resnet20_x'" in fails(monkeypatch, capsys, "depths", "resnet20_x")
     assert "PyTorch sees no GPU" in fails(
         monkeypatch, capsys, "depths", "resnet20_cifar_adn", "--profile", "--device", "cuda"
     )

@@ -144,10 +144,10 @@ def test_rows_are_kept_with_their_origin(scores, tmp_path):
     assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
 
 
-def test_the_figure_names_every_depth_and_the_individual_networks(scores, tmp_path):
-    path = plot_depths(scores, tmp_path / "a.svg", {"resnet20 alone": (3_000_000, 50.0)})
+def test_the_figure_names_every_depth(scores, tmp_path):
+    path = plot_depths(scores, tmp_path / "a.svg")
     text = path.read_text()
-    for name in (*DEPTHS, "resnet20 alone", "trained by themselves", "multiply-accumulates of an image, M"):
+    for name in (*DEPTHS, "multiply-accumulates of an image, M"):
         assert f">{name}<" in text
     assert plot_depths(scores[:1], tmp_path / "b.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="no scores to draw"):

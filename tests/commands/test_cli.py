@@ -149,7 +149,7 @@ def test_version():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("plan resnet_none", "timm has no network named 'resnet_none'"),
+        ("plan resnet_none", "timm has no network 'resnet_none'"),
         ("plan resnet18 cc=4", "has no option 'cc'"),
         ("plan resnet18 c", "'c' is no option of the method; write key=value"),
         ("plan resnet18 --method Mod", "there is no method 'Mod'; the methods are MixtureOfDepths"),

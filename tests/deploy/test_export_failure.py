@@ -304,7 +304,7 @@ def test_the_command_writes_depths(tmp_path):
 def test_the_command_fails_in_one_sentence(monkeypatch, capsys, tmp_path):
     path = tmp_path / "n.pt2"
     for arguments, message in [
-        (("resnet_none", path), "no network named 'resnet_none'"),
+        (("resnet_none", path), "no network 'resnet_none'"),
         (("resnet20_cifar", tmp_path / "n.tf"), "the ending must be"),
         (("resnet20_cifar_adn", path), "switches the network's depth"),
         (("resnet20_cifar_adn", path, "--depth", "TX"), "skip is 'TX'"),

@@ -11,15 +11,16 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 import _export
+import pliant
 from _adaptive import scramble
 from pliant import MixtureOfDepths
 from pliant.anatomy import stages
-from pliant.deploy.forms import use_export_forms
 from pliant.method import Site
 from pliant.methods.condconv import CondConvBlock
 from pliant.methods.condconv.exported import OneImageConv
 from pliant.methods.mixture_of_depths import MoDBlock
-from pliant.methods.mixture_of_depths.exported import GraphMoD, ProgramMoD
+from pliant.methods.mixture_of_depths.exported import GraphMoD
+from pliant.parts import replace_parts
 
 SELECTIONS = [
     {"selection": "learned", "order": "score"},
@@ -32,6 +33,10 @@ ENDS = [{}, {"inner_shortcut": True}, {"last_act": True}, {"inner_shortcut": Tru
 TARGETS = [("program", None), ("onnx", None), ("onnx", 1), ("openvino", None), ("openvino", 1)]
 
 
+def use_export_forms(model: nn.Module, target, batch) -> nn.Module:
+    return replace_parts(model, lambda _, part: part.export_form(target, batch))
+
+
 def block_of(block: str, **options) -> nn.Module:
     """One Mixture-of-Depths block of 16 channels, 4 of them processed, in a network of its own."""
     plain = (BasicBlock(16, 16) if block == "basic" else Bottleneck(16, 4)).eval()
@@ -42,22 +47,24 @@ def block_of(block: str, **options) -> nn.Module:
 @pytest.mark.parametrize("fusion", ["first", "last", "original", "replace"])
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 @pytest.mark.parametrize("selection", SELECTIONS, ids=str)
-def test_each_form_of_a_block_is_the_block(selection, block, fusion):
+def test_each_form_of_a_block_is_the_block(selection, block, fusion, monkeypatch):
     for end in ENDS:
         model = block_of(block, fusion=fusion, **selection, **end)
         for (target, batch), (height, width) in product(TARGETS, [(8, 8), (5, 7)]):
             formed = use_export_forms(copy.deepcopy(model), target, batch)
-            assert not isinstance(formed[0], MoDBlock)
+            assert isinstance(formed[0], MoDBlock) == (target == "program")
             x = torch.randn(batch or 3, 16, height, width)
-            with torch.no_grad():
-                torch.testing.assert_close(formed(x), model(x), rtol=1e-4, atol=1e-4)
+            with torch.no_grad(), monkeypatch.context() as exporting:
+                expected = model(x)
+                exporting.setattr(torch.compiler, "is_exporting", lambda: True)
+                torch.testing.assert_close(formed(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_which_form_a_block_gets():
     def layer(target, batch, block="bottleneck", **options):
         return use_export_forms(_export.mod(block, **options), target, batch).layer1[1]
 
-    assert isinstance(layer("program", None), ProgramMoD)
+    assert type(layer("program", None)) is MoDBlock  # which sees that it is exported
     assert isinstance(layer("onnx", 1), GraphMoD)
     assert isinstance(layer("openvino", None), GraphMoD)
 
@@ -92,6 +99,6 @@ def test_same_padding_goes_along():
         torch.testing.assert_close(formed(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_drawn_anew_each_time_is_refused():
+def test_what_is_drawn_anew_each_time_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"layer1.1 has selection='random'.*selection='fixed'"):
-        use_export_forms(_export.mod(selection="random"), "onnx", None)
+        pliant.export(_export.mod(selection="random"), tmp_path / "net.pt2")

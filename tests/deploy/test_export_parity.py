@@ -12,7 +12,7 @@ import _export
 import pliant
 from pliant.deploy.parity import Parity, ParityError, check_parity, score_noise, ties
 from pliant.deploy.selections import Result, Selection, rankings, run_eager
-from pliant.methods.mixture_of_depths.exported import ProgramMoD
+from pliant.methods.mixture_of_depths import MoDBlock
 
 FIRST, LAST = "layer1.1.selector", "layer2.1.selector"
 
@@ -363,15 +363,14 @@ def test_another_shape_is_an_error():
 def test_a_wrong_file_is_an_error_with_the_numbers_and_leaves_nothing(tmp_path, monkeypatch, where):
     path = tmp_path / "net.pt2"
     path.write_text("an older file")
-    init = ProgramMoD.__init__
 
-    def tampered(self, block):
-        init(self, block)
+    def tampered(self, target, batch):
         layer = self.core[-2] if where == "core" else self.selector.fc2
         if self.channels == 24:  # the last one: nothing is selected behind it
             layer.weight.data.mul_(-1.01)
+        return self
 
-    monkeypatch.setattr(ProgramMoD, "__init__", tampered)
+    monkeypatch.setattr(MoDBlock, "export_form", tampered)
     with pytest.raises(ParityError, match=r"net.pt2 is not written.*largest error \d") as caught:
         pliant.export(_export.mod(), path, batches=(2,))
     parity = caught.value.parity

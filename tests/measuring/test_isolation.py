@@ -48,9 +48,10 @@ def test_an_engine_that_cannot_be_imported_in_its_process(
     assert [r.error for r in rows] == ["ImportError: libfake.so.1 is not there"] * 2
 
 
-def test_a_process_that_does_not_even_start(fakes: Any) -> None:
+def test_a_process_that_does_not_even_start(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = "import sys; sys.exit('no torch in /home/someone/x')"
-    with Isolated(fakes.Fake(), 5, command=[sys.executable, "-c", broken]) as child:
+    monkeypatch.setattr("pliant.measuring.isolation.COMMAND", (sys.executable, "-c", broken))
+    with Isolated(fakes.Fake(), 5) as child:
         for _ in range(2):
             with pytest.raises(EngineError, match=r"fake died: exit status 1 \(no torch in"):
                 child.load(Path("x"), torch.zeros(1, *SMALL), "float32", 1)

@@ -328,8 +328,8 @@ def test_input_sizes(clock: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("models", "options", "message"),
     [
-        ("resnet20_ciphar", {}, "timm knows no model 'resnet20_ciphar'; near it: resnet20_cifar"),
-        ("resnet20_cifar", {"against": "nothing"}, "timm knows no model 'nothing'"),
+        ("resnet20_ciphar", {}, "timm has no network 'resnet20_ciphar'; did you mean resnet20_cifar"),
+        ("resnet20_cifar", {"against": "nothing"}, "timm has no network 'nothing'"),
         ([], {}, "no model given"),
         (["resnet20_cifar"] * 2, {}, "two models are named 'resnet20_cifar'"),
         ("resnet20_cifar", {"batch": 0}, "batch must be at least 1, not 0"),

@@ -49,7 +49,7 @@ def test_digits_are_the_images_of_scikit_learn_normalised():
     known = dict(zip(raw, digits.target, strict=True))
     for image, label in zip(data.test.images[:50], data.test.labels[:50], strict=True):
         assert known[image.numpy().tobytes()] == label
-    x, _ = all_of(data.test_batches())
+    x, _ = all_of(data.batches("test"))
     torch.testing.assert_close(x, (data.test.images / 255 - 0.3053) / 0.3760, atol=1e-5, rtol=1e-5)
     colour = load_data(replace(DIGITS, pixels=12, model_args={"in_chans": 3}))
     assert colour.test.images.shape == (540, 3, 12, 12)
@@ -71,7 +71,7 @@ def test_images_can_be_normalised_as_trained_weights_want_them(name, mean, std, 
     digits = load_data(replace(DIGITS, mean_std=name, model_args={"in_chans": 3}))
     if name != "data":
         assert (digits.mean, digits.std) == (mean, std)
-        x, _ = all_of(digits.test_batches())
+        x, _ = all_of(digits.batches("test"))
         assert float(x[:, 0].min()) == pytest.approx(-mean[0] / std[0])  # black
     with pytest.raises(ValueError, match="mean_std must be 'data', 'imagenet', 'inception' or 'clip'"):
         replace(DIGITS, mean_std="none")
@@ -89,7 +89,7 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone():
     data = load_data(recipe)
 
     def epoch(n, recipe=recipe):
-        batches = replace(data, recipe=recipe).train_batches()
+        batches = replace(data, recipe=recipe).batches("train")
         batches.set_epoch(n)
         torch.rand(7)  # nothing is drawn from the global generator
         return all_of(batches)
@@ -107,7 +107,7 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone():
 
 def test_without_augmentation_an_epoch_is_a_permutation():
     data = load_data(replace(DIGITS, batch=1131))
-    x, y = all_of(data.train_batches())
+    x, y = all_of(data.batches("train"))
     assert torch.equal(y.bincount(), data.train.labels.bincount())
     assert torch.equal(x.sum((1, 2, 3)).sort().values, all_of_sums(data).sort().values)
 
@@ -167,7 +167,7 @@ def test_transforms_give_the_size_and_repeat(name, memory, tmp_path):
 def test_workers_change_nothing(augmentation, tmp_path):
     recipe = folder_recipe(make_folder(tmp_path / "a"), augmentation=augmentation, erasing=0.3)
     data = load_data(recipe)
-    found = [all_of(replace(data, recipe=replace(recipe, workers=w)).train_batches()) for w in (0, 2)]
+    found = [all_of(replace(data, recipe=replace(recipe, workers=w)).batches("train")) for w in (0, 2)]
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
 
@@ -193,7 +193,7 @@ def test_train_and_val_folders(tmp_path):
     make_folder(tmp_path / "test", 1)
     assert len(load_data(folder_recipe(tmp_path, val_fraction=None)).test) == 3
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "rouge")
-    with pytest.raises(ValueError, match="must have the classes of train/; they differ in red, rouge"):
+    with pytest.raises(ValueError, match=r"must have the same classes as .*; they differ in red, rouge"):
         load_data(folder_recipe(tmp_path))
 
 
@@ -221,11 +221,11 @@ def test_unreadable_images_are_named_counted_and_replaced(tmp_path):
     bad |= {damage(tmp_path / "val" / "green" / f"{i}.png") for i in range(4)}  # a whole batch
     recipe = folder_recipe(tmp_path, val_fraction=None)
     data = load_data(recipe)
-    batches = data.train_batches()
+    batches = data.batches("train")
     assert isinstance(batches, FileBatches)
     _, y = all_of(batches)
     assert y.bincount().tolist() == [8, 8, 8]  # the next image is one of the same class here
-    assert len(all_of(data.val_batches())[1]) == 8
+    assert len(all_of(data.batches("val"))[1]) == 8
     run = fit(recipe, tmp_path / "run", progress=False)
     assert run.unreadable == 6
     assert set(run.unreadable_paths) == bad
@@ -253,7 +253,7 @@ def test_a_folder_is_learnt_and_scored_as_its_checkpoint_says(tmp_path):
     found = evaluate(tmp_path / "run", "folder", few, device="cpu", workers=0)
     assert (found.images, found.top1, found.top5) == (1, 1.0, None)
     (few / "red").rename(few / "rouge")
-    with pytest.raises(ValueError, match="does not name: 1: rouge"):
+    with pytest.raises(ValueError, match="does not name: rouge"):
         evaluate(tmp_path / "run", "folder", few, device="cpu", workers=0)
     with pytest.raises(ValueError, match="has 10 outputs and the data 1 classes"):
         evaluate(timm.create_model("resnet20_cifar"), "folder", few, device="cpu", workers=0)
@@ -370,6 +370,6 @@ def test_cifar10_itself(shared, tmp_path):
     data = load_data(recipe)
     assert [len(s) for s in (data.train, data.val, data.test)] == [45000, 5000, 10000]
     assert data.val.labels.bincount().tolist() == [500] * 10
-    x, _ = all_of(data.test_batches())
+    x, _ = all_of(data.batches("test"))
     assert x.mean().abs() < 0.02
     assert (x.std() - 1).abs() < 0.02

@@ -21,7 +21,7 @@ from _runs import assert_same
 from pliant.cli import app
 from pliant.train import Recipe, fit, fitting, override, read_run, read_state
 from pliant.train.data import load_data
-from pliant.train.launching import Launch, check_launch, environment_plugins, launched
+from pliant.train.launching import check_launch, environment_plugins, launched
 from pliant.train.recipe import _MAPPINGS
 
 TWO = Recipe(
@@ -79,7 +79,7 @@ def test_a_process_by_itself_is_of_no_launch(told):
 
 def test_torchrun_and_slurm_are_known(told):
     told(slurm(3, 4, 20000))
-    assert launched() == Launch("srun", 4, 2)
+    assert launched() == ("srun", 4, 2)
     (plugin,) = environment_plugins()
     assert isinstance(plugin, SLURMEnvironment)
     assert not plugin.auto_requeue
@@ -90,7 +90,7 @@ def test_torchrun_and_slurm_are_known(told):
         1,
     )
     told({**torchrun(1, 8, 20000), "LOCAL_WORLD_SIZE": "4"})  # srun torchrun: torchrun's word counts
-    assert launched() == Launch("torchrun", 8, 2)
+    assert launched() == ("torchrun", 8, 2)
     assert environment_plugins() == []
 
 
@@ -137,7 +137,7 @@ def test_devices_and_nodes_reach_the_trainer(told, tmp_path, monkeypatch):
     monkeypatch.setattr(pl, "Trainer", trainer)
     with pytest.raises(ReachedError):
         fit(override(TWO, ["devices=3", "nodes=2", "strategy=ddp"]), tmp_path / "run", progress=False)
-    assert load_data(TWO).train_batches().steps(6) == 1131 // 6 // 64  # what the schedule is made for
+    assert load_data(TWO).batches("train").steps(6) == 1131 // 6 // 64  # what the schedule is made for
     assert (given["devices"], given["num_nodes"], given["strategy"]) == (3, 2, "ddp")
     assert any(isinstance(plugin, SLURMEnvironment) for plugin in given["plugins"])
 

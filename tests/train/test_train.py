@@ -271,7 +271,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="7"):
         fit(TINY, tmp_path / "a", model=wrong, progress=False)
     with pytest.raises(
-        ValueError, match=r"no network 'resnet20_cifar_mop'; close names: resnet20_cifar_mod"
+        ValueError, match=r"no network 'resnet20_cifar_mop'; did you mean .*resnet20_cifar_mod"
     ):
         fit(override(TINY, ["model=resnet20_cifar_mop"]), tmp_path / "b", progress=False)
     with pytest.raises(ValueError, match=r"does not take model_args = \{'sea': 3\}"):

@@ -104,8 +104,7 @@ class DepthProfile:
         """
         if (budget_ms is None) == (macs is None):
             raise ValueError(f"budget_ms is {budget_ms!r} and macs is {macs!r}; give one of the two")
-        name, unit, cost = ("macs", "multiply-accumulates", _macs) if budget_ms is None else _MS
-        limit: float | None = macs if budget_ms is None else budget_ms
+        name, limit, cost = ("macs", macs, _macs) if budget_ms is None else ("budget_ms", budget_ms, _ms)
         if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 < limit < math.inf:
             raise ValueError(f"{name} is {limit!r}; give a number above 0")
         if budget_ms is None and any(row.macs is None for row in self._timed()):
@@ -113,9 +112,10 @@ class DepthProfile:
         within = [row for row in self._timed() if cost(row) <= limit]
         if not within:
             least = min(self._timed(), key=cost)
+            kind, unit = ("smallest", "multiply-accumulates") if budget_ms is None else ("fastest", "ms")
             raise ValueError(
-                f"no depth is within {name}={limit:g}; the {'fastest' if unit == 'ms' else 'smallest'}, "
-                f"{depth_name(skip_of(least))}, takes {cost(least):.4g} {unit}"
+                f"no depth is within {name}={limit:g}; the {kind}, {depth_name(skip_of(least))}, takes "
+                f"{cost(least):.4g} {unit}"
             )
         return skip_of(max(within, key=lambda r: (self._worth(r), -_ms(r), -_macs(r))))
 
@@ -213,9 +213,6 @@ def skip_of(row: Measurement) -> Skip:
     raise ValueError(f"{row.label} is not a row of a depth; its variant must be like 'depth TTFF'")
 
 
-_MS = ("budget_ms", "ms", _ms)
-
-
 class _OnSharedWeights(nn.Module):
     """One depth on the weights of all: a copy of it is itself, so all take the memory of one."""
 
@@ -298,7 +295,7 @@ def profile_depths(
         progress=progress,
     )
     rows = tuple(
-        replace(row, model=_name(model), variant=f"{DEPTH}{row.model}", accuracy=worth.get(skip))
+        replace(row, model=anatomy.name_of(model), variant=f"{DEPTH}{row.model}", accuracy=worth.get(skip))
         for row, skip in zip(measured, chosen, strict=True)
     )
     profile = DepthProfile(rows)
@@ -320,17 +317,11 @@ def counted(model: nn.Module) -> list[Measurement]:
         >>> counted(timm.create_model("resnet20_cifar_adn"))[0].label
         'resnet20_cifar_adn depth FFF'
     """
+    name = anatomy.name_of(model)
     return [
-        Measurement(
-            model=_name(model), variant=DEPTH + depth_name(d.skip), parameters=d.parameters, macs=d.macs
-        )
+        Measurement(model=name, variant=DEPTH + depth_name(d.skip), parameters=d.parameters, macs=d.macs)
         for d in depths(model)
     ]
-
-
-def _name(model: nn.Module) -> str:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(model).__name__)
 
 
 def _accuracies(model: nn.Module, skips: Sequence[Skip], accuracy: Accuracy | None) -> dict[Skip, float]:

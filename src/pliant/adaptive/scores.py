@@ -6,7 +6,7 @@ Shapes: x float32 [B, C, S, S], images; y int64 [B], classes; logits [B, classes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pliant import tables
+from pliant import anatomy, tables
 from pliant.figures import check_suffix, plain, write_figure
-from pliant.measuring.candidates import by_name
 from pliant.methods.adaptive_depth.depth import at_depth, depths, get_depth
 from pliant.methods.adaptive_depth.switch import (
     Skip,
@@ -32,11 +31,9 @@ from pliant.train.data import Part
 from pliant.train.evaluation import Scores, prepare
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from rich.table import Table
 
-# Okabe and Ito's, told apart by the colour-blind too.
-_ADAPTIVE, _INDIVIDUAL = "#0072B2", "#000000"
+_COLOUR = "#0072B2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +141,7 @@ def evaluate_depths(
                         score.update(network(x), y)
     finally:
         network.train(mode)
-    name = next(iter(by_name(network)))
+    name = anatomy.name_of(network)
     origin = provenance(ready.device)
     rows = []
     for skip, score in scores.items():
@@ -222,11 +219,7 @@ def write_depth_scores(path: str | Path, scores: Iterable[DepthScore], append: b
     write_records(path, DepthScore, scores, append=append, number=".4f", called="scores of depths")
 
 
-def plot_depths(
-    scores: Sequence[DepthScore],
-    path: str | Path,
-    individual: Mapping[str, tuple[int, float]] | None = None,
-) -> Path:
+def plot_depths(scores: Sequence[DepthScore], path: str | Path) -> Path:
     """Draw the accuracy of each depth against its multiply-accumulates.
 
     Figure 3(a) of *Adaptive Depth Networks* (arXiv 2312.16392). The two depths that are
@@ -235,8 +228,6 @@ def plot_depths(
     Args:
         scores: the rows of `evaluate_depths`.
         path: file of the figure: SVG, PNG or PDF by its suffix.
-        individual: networks that were trained by themselves: name to multiply-accumulates and
-            top-1 accuracy in percent.
 
     Returns:
         `path`.
@@ -259,19 +250,23 @@ def plot_depths(
                 [r.macs / 1e6 for r in own],
                 [r.top1 for r in own],
                 "o",
-                color=_ADAPTIVE,
-                markerfacecolor=_ADAPTIVE if filled else "white",
+                color=_COLOUR,
+                markerfacecolor=_COLOUR if filled else "white",
                 label=label,
                 zorder=3,
             )
     for macs in dict.fromkeys(r.macs for r in rows):
         # Many depths cost the same: their names stand on either side in turn.
         for n, row in enumerate(r for r in rows if r.macs == macs):
-            _name(axes, row.depth, macs, row.top1, right=n % 2 == 0)
-    for n, (name, (macs, top1)) in enumerate((individual or {}).items()):
-        label = "trained by themselves" if n == 0 else "_"
-        axes.plot(macs / 1e6, top1, "s", color=_INDIVIDUAL, label=label, zorder=3)
-        _name(axes, name, macs, top1, right=False)
+            axes.annotate(
+                row.depth,
+                (macs / 1e6, row.top1),
+                (-6 if n % 2 else 6, 0),
+                textcoords="offset points",
+                ha="right" if n % 2 else "left",
+                va="center",
+                fontsize=7,
+            )
     axes.margins(x=0.1, y=0.15)
     axes.set(
         xlabel="multiply-accumulates of an image, M", ylabel="top-1 accuracy, %", title=rows[0].network
@@ -279,15 +274,3 @@ def plot_depths(
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     plain(axes)
     return write_figure(figure, path)
-
-
-def _name(axes: Axes, name: str, macs: int, top1: float, right: bool) -> None:
-    axes.annotate(
-        name,
-        (macs / 1e6, top1),
-        (6 if right else -6, 0),
-        textcoords="offset points",
-        ha="left" if right else "right",
-        va="center",
-        fontsize=7,
-    )

@@ -6,7 +6,6 @@ import inspect
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,16 +50,15 @@ def show(table: Table) -> None:
 
 def options_of(method: type[Method], changes: list[str]) -> dict[str, Any]:
     """``["c=16", "order=index"]`` as keyword arguments of a method."""
-    from pliant._options import literal
+    from pliant._options import literal, refuse_unknown
 
-    known = inspect.signature(method).parameters
+    known = [*inspect.signature(method).parameters]
     options = {}
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
             raise ValueError(f"{change!r} is no option of the method; write key=value, such as c=16")
-        if key not in known:
-            raise ValueError(f"{method.__name__} has no option {key!r}; it has {', '.join(sorted(known))}")
+        refuse_unknown([key], known, method.__name__)
         options[key] = literal(text)
     return options
 
@@ -68,12 +66,10 @@ def options_of(method: type[Method], changes: list[str]) -> dict[str, Any]:
 def network_of(name: str) -> Any:
     """The network in a folder that `pliant.save` or `train` wrote; any other name as it is."""
     from pliant.checkpoint import load
-    from pliant.train.run import BEST
+    from pliant.train.run import network_folder
 
     folder = Path(name)
-    if not folder.is_dir():
-        return name
-    return load(folder / BEST if (folder / BEST).is_dir() else folder)
+    return load(network_folder(folder)) if folder.is_dir() else name
 
 
 def built(name: str, device: str = "cpu") -> Any:
@@ -81,13 +77,12 @@ def built(name: str, device: str = "cpu") -> Any:
     import timm
     import torch
 
+    from pliant.models._build import check_network
+
     found = network_of(name)
     if not isinstance(found, str):
         return found
-    if not timm.is_model(found):
-        near = get_close_matches(found, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the networks"
-        raise ValueError(f"timm has no network named {found!r}, and there is no such folder; {hint}")
+    check_network(found, ", and there is no such folder")
     with torch.device(device):
         return timm.create_model(found)
 
@@ -112,20 +107,17 @@ def going_on(advice: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(console: Console, title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar for functions that report ``(done, total, what)``, as `measure` does."""
+def progress_of(title: str, console: Console | None = None) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar for functions that report ``(done, total, what)``, as `measure` does.
+
+    Args:
+        title: what stands before the bar.
+        console: where the bar is drawn; None: the error stream.
+    """
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console or Console(stderr=True)) as progress:
         task = progress.add_task("")
         yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
-
-
-@contextmanager
-def progress_of(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar for functions that report ``(done, total, what)``."""
-    from rich.console import Console
-
-    with progress_bar(Console(stderr=True), title) as step:
-        yield step

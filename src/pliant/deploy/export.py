@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +14,6 @@ import timm
 import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from pliant import anatomy
 from pliant._version import __version__
@@ -23,11 +21,10 @@ from pliant.deploy import onnx_file, onnx_native, openvino_file, placing, progra
 from pliant.deploy.extras import require
 from pliant.deploy.facts import ExportReport, Facts, digest_of, report_path
 from pliant.deploy.folding import fold_norms
-from pliant.deploy.forms import check_exportable, use_export_forms
 from pliant.deploy.inputs import Preparation, Prepared, Takes
-from pliant.deploy.parity import TOLERANCE, Parity, ParityError, check_parity
+from pliant.deploy.parity import TOLERANCE, ParityError, check_parity
 from pliant.deploy.selections import Run, rankings, run_eager
-from pliant.parts import Target
+from pliant.parts import Target, parts, replace_parts
 from pliant.surgery import conversions
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -44,23 +41,6 @@ PRECISIONS: dict[Target, tuple[Precision, ...]] = {
     "onnx": ("float32", "float16"),
     "openvino": ("float32", "float16"),
 }
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What is to be written."""
-
-    path: Path
-    target: Target
-    network: nn.Module
-    preparation: Preparation
-    example: Tensor
-    batch: int | None
-    precision: Precision
-    opset: int
-    compiled: bool
-    portable: bool
-    facts: Facts
 
 
 def export(
@@ -167,7 +147,7 @@ def export(
     names = classes if classes is not None else config.get("label_names")
     facts = Facts(
         format=path.suffix[1:] if target != "openvino" else "openvino",
-        network=str(config.get("architecture") or type(network).__name__),
+        network=anatomy.name_of(network),
         methods=tuple(repr(c.method) for c in conversions(network)),
         takes=takes,
         input_size=preparation.size,
@@ -183,24 +163,26 @@ def export(
         machine=onnx_native.machine() if compiled and target == "onnx" else "",
         versions=_versions(target),
     )
-    order = _Order(
-        path, target, network, preparation, images, batch, precision, opset, compiled, portable, facts
-    )
     sizes = sorted(set(batches)) if dynamic_batch else [count]
     generator = torch.Generator().manual_seed(seed + 1)
     folder = None if check_images is None else Path(check_images)
     checks = [
         made for n in sizes for made in (preparation.random(n, generator), preparation.real(n, folder))
     ]
-    with placing.workshop(path, _weight(order)) as place:
-        files, run = _write(order, place)
+
+    def otherwise() -> nn.Module:  # in the file's precision, or in float64 if that is the network's own
+        dtype = torch.float64 if precision == "float32" else getattr(torch, precision)
+        return Prepared(copy.deepcopy(network).to(dtype), preparation, dtype).eval()
+
+    with placing.workshop(path, _weight(network, facts)) as place:
+        files, run = _write(place / path.name, facts, network, preparation, images, portable)
         admitted = TOLERANCE[precision] if tolerance is None else tolerance
-        parity = check_parity(
-            truth, run, checks, admitted, lambda: _otherwise(network, preparation, precision)
-        )
+        parity = check_parity(truth, run, checks, admitted, otherwise)
         if not parity.holds:
             raise ParityError(f"{path} is not written: it is not the network: {parity}", parity)
-        files.append(_report(place / path.name, facts, parity, files))
+        report = ExportReport(facts, parity, {file.name: digest_of(file) for file in files})
+        files.append(report_path(place / path.name))
+        files[-1].write_text(report.to_json(), encoding="utf-8")
         placing.put_in_place(files, path.parent)
     return path
 
@@ -227,7 +209,9 @@ def _target(path: Path, precision: str, opset: int, compiled: bool) -> Target:
 def _plain_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in float32, for inference, of a network that a file can hold."""
     model = unwrap_model(model)
-    check_exportable(model)
+    for path, part in parts(model).items():
+        if reason := part.no_export():
+            raise ValueError(f"{path or type(model).__name__} {reason}")
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise ValueError(f"the {type(model).__name__} has no weights: it is on the meta device")
     network: nn.Module = copy.deepcopy(model).to("cpu", torch.float32).eval()
@@ -266,96 +250,54 @@ def _outputs(network: nn.Module, images: Tensor) -> int:
     return len(found)
 
 
-def _otherwise(network: nn.Module, preparation: Preparation, precision: Precision) -> nn.Module:
-    """A copy of the network in a file's precision, or in float64 if that is the network's own."""
-    dtype = torch.float64 if precision == "float32" else getattr(torch, precision)
-    return Prepared(copy.deepcopy(network).to(dtype), preparation, dtype).eval()
-
-
-def _weight(order: _Order) -> int:
+def _weight(network: nn.Module, facts: Facts) -> int:
     """Bytes that the weights take on the disk, at their most while the files are written."""
-    width = getattr(torch, order.precision).itemsize
-    tensors = (*order.network.parameters(), *order.network.buffers())
+    width = getattr(torch, facts.precision).itemsize
+    tensors = (*network.parameters(), *network.buffers())
     once: int = sum(t.numel() * (width if t.is_floating_point() else t.itemsize) for t in tensors)
-    through_onnx = order.target == "openvino" or (order.target == "onnx" and order.compiled)
-    return once * 2 if through_onnx else once
+    return once * 2 if facts.format == "openvino" or facts.machine else once  # by way of an ONNX file
 
 
-def _write(order: _Order, place: Path) -> tuple[list[Path], Run]:
-    """Write the files, the main one first, and say how they are run for the check."""
-    path, facts, network = place / order.path.name, order.facts, order.network
-    native: onnx_native.Native | None = None
-    if order.target == "onnx" and order.compiled:
-        network = fold_norms(network, _as_seen(order.preparation, order.example))
-        native = onnx_native.take_parts(network)
-    made = trace(network, order.preparation, order.example, order.target, order.batch, order.precision)
-    ranking = list(rankings(network))
-    if order.target == "program":
-        write = program.write_compiled if order.compiled else program.write
-        write(made, path, facts)
-        return [path], program.runner(path, ranking, order.compiled)
-    places = () if native is None else native.operators
-    graph = onnx_file.build(made, facts.outputs, order.opset, ranking, places)
-    if native is not None:
-        files = onnx_native.write(graph, native, path, facts)
-        return files, onnx_native.runner(path, native, ranking)
-    if order.target == "onnx":
-        if order.portable:
-            onnx_file.check_portable(graph)
-        files = onnx_file.write(graph, path, facts)
-        return files, onnx_file.runner(path, ranking)
-    between = path.with_suffix(".onnx")
-    onnx_file.write(graph, between, None)
-    files = openvino_file.write(between, path, facts)
-    return files, openvino_file.runner(path, ranking)
+def _write(
+    path: Path, facts: Facts, network: nn.Module, preparation: Preparation, images: Tensor, portable: bool
+) -> tuple[list[Path], Run]:
+    """Write the files, the main one first, and say how they are run for the check.
 
-
-def trace(
-    network: nn.Module,
-    preparation: Preparation,
-    example: Tensor,
-    target: Target,
-    batch: int | None,
-    precision: Precision = "float32",
-) -> ExportedProgram:
-    """The program of a network in the form that its engine likes.
-
-    Args:
-        network: in evaluation mode, on the CPU; it stays as it is.
-        preparation: of its images.
-        example: images as the file takes them; two or more for an open batch.
-        target: what will run it.
-        batch: images of each call; None: any number.
-        precision: that it computes in.
-
-    Raises:
-        ValueError: `torch.export` cannot trace the network.
+    `images` are as the file takes them, two or more for an open batch; the network stays as it is.
     """
+    target = FORMATS[path.suffix]
+    dtype: torch.dtype = getattr(torch, facts.precision)
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if facts.batch is None else None
     with torch.no_grad():
-        inner = fold_norms(network, _as_seen(preparation, example))
-        dtype: torch.dtype = getattr(torch, precision)
-        formed = use_export_forms(inner.to(dtype), target, batch)
+        network = fold_norms(network, Prepared(nn.Identity(), preparation)(images))
+        native = onnx_native.take_parts(network) if target == "onnx" and facts.compiled else None
+        ranking = list(rankings(network))
+        formed = replace_parts(network.to(dtype), lambda _, part: part.export_form(target, facts.batch))
         prepared = Prepared(formed, preparation, dtype).eval().requires_grad_(False)
-        shapes = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None
         try:
-            return torch.export.export(prepared, (example,), dynamic_shapes=shapes)
+            made = torch.export.export(prepared, (images,), dynamic_shapes=shapes)
         except Exception as error:  # torch.export raises many kinds
             raise ValueError(f"torch.export cannot trace the {type(network).__name__}: {error}") from error
-
-
-def _as_seen(preparation: Preparation, example: Tensor) -> Tensor:
-    """What reaches the network of `example`."""
-    x: Tensor = Prepared(nn.Identity(), preparation)(example)
-    return x
+    if target == "program":
+        if facts.compiled:
+            program.package(made, path, facts.to_metadata())
+        else:
+            program.write(made, path, facts)
+        return [path], program.runner(path, ranking, facts.compiled)
+    assert facts.opset is not None
+    places = () if native is None else native.operators
+    graph = onnx_file.build(made, facts.outputs, facts.opset, ranking, places)
+    if native is not None:
+        return onnx_native.write(graph, native, path, facts), onnx_native.runner(path, native, ranking)
+    if target == "onnx":
+        if portable:
+            onnx_file.check_portable(graph)
+        return onnx_file.write(graph, path, facts), onnx_file.runner(path, ranking)
+    between = path.with_suffix(".onnx")
+    onnx_file.write(graph, between, None)
+    return openvino_file.write(between, path, facts), openvino_file.runner(path, ranking)
 
 
 def _versions(target: Target) -> dict[str, str]:
     found = {"pliant": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
     return {**found, **{name: str(require(name).__version__) for name in PACKAGES[target]}}
-
-
-def _report(path: Path, facts: Facts, parity: Parity, files: list[Path]) -> Path:
-    digests = {file.name: digest_of(file) for file in files}
-    place = report_path(path)
-    place.write_text(ExportReport(facts, parity, digests).to_json(), encoding="utf-8")
-    return place

@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from pliant.deploy.parity import Parity
 
@@ -70,10 +71,10 @@ class Facts:
             ValueError: it is not there.
         """
         try:
-            values = {f.name: _tuples(json.loads(metadata[f"pliant.{f.name}"])) for f in fields(cls)}
+            values = {f.name: json.loads(metadata[f"pliant.{f.name}"]) for f in fields(cls)}
+            return TypeAdapter(cls).validate_python(values)
         except (KeyError, ValueError) as error:
             raise ValueError(f"this is no file that pliant exported: it says nothing of {error}") from error
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,8 @@ def read_report(path: str | Path) -> ExportReport:
     path = Path(path)
     place = report_path(path)
     try:
-        content: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-        facts = Facts(**{k: _tuples(v) for k, v in content["facts"].items()})
-        parity = Parity(**{k: _tuples(v) for k, v in content["parity"].items()})
-        report = ExportReport(facts, parity, content["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        report = TypeAdapter(ExportReport).validate_python(json.loads(place.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{place} is no report of an exported file: {error}") from error
     for name, digest in report.sha256.items():
         file = path.with_name(name)
@@ -137,7 +135,3 @@ def digest_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

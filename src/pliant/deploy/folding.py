@@ -15,8 +15,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.hooks import RemovableHandle
 
 from pliant.parts import Network, Part, parts
 from pliant.threaded import passes_along, take_over
@@ -65,18 +64,52 @@ def fold_norms(model: Network, example: Tensor) -> Network:
         True
     """
     folded = copy.deepcopy(model).eval()
-    seen = _watch(folded, example)
+    seen = _Seen()
+    seen.watch(folded, example)
+    paths = {module: path for path, module in folded.named_modules()}
     for norm, layer in _pairs(folded, seen):
         _fold(layer, norm)
         left = _what_is_left(norm)
         take_over(left, norm)
-        folded.set_submodule(_path_of(norm, folded), left.eval())
+        folded.set_submodule(paths[norm], left.eval())
     return folded
 
 
-@dataclass
-class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What happened in one forward.
+class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches one forward: a subclass notes what is read, and by hooks what modules get and give."""
+
+    def read(self, tensor: Tensor) -> None:
+        """Note that an operation, or the caller, reads `tensor`."""
+        raise NotImplementedError
+
+    def hooks(self, network: nn.Module) -> Iterator[RemovableHandle]:
+        """Set hooks, which are there for the time of the forward."""
+        raise NotImplementedError
+
+    def watch(self, network: nn.Module, example: Tensor) -> None:
+        """Run `example` through; the caller's generators are left alone."""
+        gpus = [example.device] if example.device.type == "cuda" else []
+        handles = list(self.hooks(network))
+        try:
+            with torch.random.fork_rng(gpus), torch.no_grad(), self:
+                output = network(example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._read(output)
+
+    def _read(self, values: Any) -> None:
+        for tensor in {id(t): t for t in tree_iter(values) if isinstance(t, Tensor)}.values():
+            self.read(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note which tensors an operation reads, and let it run."""
+        self._read((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+class _Seen(Watching):
+    """What layers and norms got and gave.
 
     Attributes:
         layers: each call of a layer that could take a norm up: it, what it wrote, and the
@@ -85,63 +118,39 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         readers: operations that read a tensor, by its id.
     """
 
-    layers: list[tuple[nn.Module, Tensor, int]] = field(default_factory=list)
-    norms: list[tuple[nn.Module, Tensor, int]] = field(default_factory=list)
-    readers: Counter[int] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.layers: list[tuple[nn.Module, Tensor, int]] = []
+        self.norms: list[tuple[nn.Module, Tensor, int]] = []
+        self.readers: Counter[int] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note which tensors an operation reads, and let it run."""
-        for tensor in {id(t): t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}.values():
-            self.readers[id(tensor)] += 1
-        return func(*args, **(kwargs or {}))
+    def read(self, tensor: Tensor) -> None:
+        self.readers[id(tensor)] += 1
 
-    def after_layer(self, module: nn.Module, _args: Any, output: Any) -> None:
-        """A hook behind a layer. It keeps the output, so that no other tensor gets its id."""
+    def hooks(self, network: nn.Module) -> Iterator[RemovableHandle]:
+        for module in network.modules():
+            if hooked(module):
+                continue  # what its hooks do to inputs and outputs is not known
+            if type(module) in _PLAIN or (isinstance(module, Part) and not is_parametrized(module)):
+                yield module.register_forward_hook(self._after_layer)
+            elif type(module) in _NORMS:
+                yield module.register_forward_pre_hook(self._before_norm)
+
+    def _after_layer(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """Keeps the output, so that no other tensor gets its id."""
         if isinstance(output, Tensor) and not (isinstance(module, Part) and not module.takes_norm(output)):
             self.readers[id(output)] = 0
             self.layers.append((module, output, output._version))
 
-    def before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A hook before a norm."""
+    def _before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
             self.norms.append((module, args[0], args[0]._version))
 
 
-def _watch(model: nn.Module, example: Tensor) -> _Seen:
-    """Run `example` through and note what happens; the caller's generators are left alone."""
-    seen = _Seen()
-    gpus = [example.device] if example.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), torch.no_grad(), _hooked(model, seen), seen:
-        output = model(example)
-    for tensor in tree_iter(output):
-        if isinstance(tensor, Tensor):
-            seen.readers[id(tensor)] += 1  # the caller reads it
-    return seen
-
-
-@contextmanager
-def _hooked(model: nn.Module, seen: _Seen) -> Iterator[None]:
-    handles = []
-    for module in model.modules():
-        if _hooks(module):
-            continue  # what they do to inputs and outputs is not known
-        if type(module) in _PLAIN or (isinstance(module, Part) and not is_parametrized(module)):
-            handles.append(module.register_forward_hook(seen.after_layer))
-        elif type(module) in _NORMS:
-            handles.append(module.register_forward_pre_hook(seen.before_norm))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hooks(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of a user's, which may do anything to inputs and outputs."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return not all(passes_along(hook) for hook in hooks)
+    return not all(map(passes_along, hooks))
 
 
 def _pairs(model: nn.Module, seen: _Seen) -> list[tuple[_BatchNorm, nn.Module]]:
@@ -165,18 +174,13 @@ def _pairs(model: nn.Module, seen: _Seen) -> list[tuple[_BatchNorm, nn.Module]]:
             and places[id(layer)] == places[id(norm)] == 1
             and all(owners[id(p)] == 1 for p in layer.parameters())
             and id(norm) not in switched
-            and _fits(layer, norm, read)
+            and norm.running_mean is not None
+            and norm.running_var is not None
+            # A linear layer works on the last dimension, a norm on the second.
+            and (read.dim() == 2 or not isinstance(layer, nn.Linear))
         ):
             found.append((norm, layer))
     return found
-
-
-def _fits(layer: nn.Module, norm: _BatchNorm, read: Tensor) -> bool:
-    """Whether the norm works on the layer's output channels, by statistics that it has."""
-    if norm.running_mean is None or norm.running_var is None:
-        return False
-    # A linear layer works on the last dimension, a norm on the second.
-    return read.dim() == 2 or not isinstance(layer, nn.Linear)
 
 
 def _fold(layer: Any, norm: _BatchNorm) -> None:
@@ -203,8 +207,3 @@ def _what_is_left(norm: nn.Module) -> nn.Module:
         return nn.Identity()
     parts = [m for m in (norm.drop, norm.act) if not isinstance(m, nn.Identity)]
     return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
-
-
-def _path_of(module: nn.Module, model: nn.Module) -> str:
-    path: str = next(path for path, other in model.named_modules() if other is module)
-    return path

@@ -68,11 +68,6 @@ class Preparation:
         if self.std is not None and not all(value > 0 for value in self.std):
             raise ValueError(f"std must be above 0, not {self.std}")
 
-    @property
-    def does_nothing(self) -> bool:
-        """Whether images reach the network as they are."""
-        return self.takes == "normalised" and self.size == self.network_size
-
     def random(self, count: int, generator: torch.Generator) -> Tensor:
         """Random images [count, C, H, W], as the file takes them."""
         shape = (count, *self.size)
@@ -162,6 +157,7 @@ def _digits(count: int, size: Size) -> Tensor:
 def _read(folder: Path, count: int, size: Size) -> Tensor:
     """The first images of a folder and those below it, in [0, 1], resized: [count, C, H, W]."""
     from PIL import Image
+    from torchvision.transforms.functional import to_tensor
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of images to check with")
@@ -174,8 +170,7 @@ def _read(folder: Path, count: int, size: Size) -> Tensor:
             image = opened.convert("L" if size[0] == 1 else "RGB").resize(
                 (size[2], size[1]), Image.Resampling.BILINEAR
             )
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        image_of = pixels.reshape(size[1], size[2], -1).permute(2, 0, 1).float() / 255
+        pixels = to_tensor(image)
         # Networks of other than 1 or 3 channels get these in turn.
-        images.append(image_of[torch.arange(size[0]) % len(image_of)])
+        images.append(pixels[torch.arange(size[0]) % len(pixels)])
     return torch.stack(images)

@@ -14,7 +14,7 @@ Shapes: images [B, C, H, W].
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pliant.deploy.extras import onnx_runtime, require
-from pliant.deploy.onnx_file import quiet
+from pliant.deploy.onnx_file import INPUT, quiet
 
 CALIBRATED_ON = 4  # random images, where none are given
 
@@ -30,28 +30,21 @@ CALIBRATED_ON = 4  # random images, where none are given
 def quantise(source: Path, path: Path, images: Iterable[Tensor]) -> Path:
     """Write an ONNX file again, in 8-bit integers.
 
-    Args:
-        source: path of a file in float32, with one input.
-        path: path of the new file.
-        images: [B, C, H, W], several times; their activations set the ranges.
-
-    Returns:
-        `path`.
+    `source` is in float32 and calls its input `INPUT`. The activations of `images`, each [B, C, H, W],
+    set the ranges. Returns `path`.
 
     Raises:
         MissingExtraError: onnx or onnxruntime is not installed.
     """
     require("onnx")
-    (name,) = (i.name for i in onnx_runtime().InferenceSession(source, providers=_CPU).get_inputs())
+    onnx_runtime()
     tools: Any = importlib.import_module("onnxruntime.quantization")  # on use: it loads much
 
     class Reader(tools.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.left: Iterator[Tensor] = iter(images)
+        left = ({INPUT: x.float().contiguous().numpy()} for x in images)
 
         def get_next(self) -> dict[str, Any] | None:
-            x = next(self.left, None)
-            return None if x is None else {name: x.float().contiguous().numpy()}
+            return next(self.left, None)
 
     with quiet():  # it recommends steps that the file has behind it
         tools.quantize_static(
@@ -75,6 +68,3 @@ def random_images(example: Tensor) -> list[Tensor]:
     """
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(1, *example.shape[1:], generator=generator) for _ in range(CALIBRATED_ON)]
-
-
-_CPU = ["CPUExecutionProvider"]

@@ -14,13 +14,9 @@ from torch import Tensor
 
 from pliant.deploy import onnx_file, onnx_native, openvino_file, program
 from pliant.deploy.facts import Facts
-from pliant.deploy.selections import as_tuple
+from pliant.deploy.selections import as_tuple, one_or_several
 
-_FACTS: dict[str, Callable[[Path], Facts]] = {
-    ".pt2": program.facts_of,
-    ".onnx": onnx_file.facts_of,
-    ".xml": openvino_file.facts_of,
-}
+_FORMATS: dict[str, Any] = {".pt2": program, ".onnx": onnx_file, ".xml": openvino_file}
 
 
 class ExportedNetwork:
@@ -50,8 +46,7 @@ class ExportedNetwork:
                 f"{list(images.shape)}"
             )
         with torch.no_grad():
-            found = as_tuple(self._run(images.contiguous()))
-        return found[0] if len(found) == 1 else found
+            return one_or_several(as_tuple(self._run(images.contiguous())))
 
 
 def read_facts(path: str | Path) -> Facts:
@@ -61,11 +56,12 @@ def read_facts(path: str | Path) -> Facts:
         ValueError: another ending, or no file that `pliant.export` wrote.
     """
     path = Path(path)
-    if path.suffix not in _FACTS:
-        raise ValueError(f"{path.name}: the ending must be one of {', '.join(_FACTS)}")
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"{path.name}: the ending must be one of {', '.join(_FORMATS)}")
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    return _FACTS[path.suffix](path)
+    facts: Facts = _FORMATS[path.suffix].facts_of(path)
+    return facts
 
 
 def check_threads(threads: int | None) -> None:
@@ -101,13 +97,6 @@ def open_export(path: str | Path, *, threads: int | None = None) -> ExportedNetw
     path = Path(path)
     facts = read_facts(path)
     check_threads(threads)
-    run: Callable[[Tensor], Any]
-    if path.suffix == ".pt2":
-        run = program.load(path, threads)
-    elif path.suffix == ".onnx":
-        if facts.compiled:
-            onnx_native.check_here(path, facts)
-        run = onnx_file.load(path, threads)
-    else:
-        run = openvino_file.load(path, threads)
-    return ExportedNetwork(path, facts, run)
+    if facts.compiled and path.suffix == ".onnx":
+        onnx_native.check_here(path, facts)
+    return ExportedNetwork(path, facts, _FORMATS[path.suffix].load(path, threads))

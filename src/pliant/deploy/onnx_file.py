@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from pliant.deploy import tensorrt
 from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts
-from pliant.deploy.selections import Result, Run, Selection
+from pliant.deploy.selections import Result, Run, told_beside
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,24 +39,18 @@ INPUT = "images"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def newest_opset() -> int:
-    """The newest opset that PyTorch's exporter writes here."""
-    from torch.onnx._constants import ONNX_MAX_OPSET
-
-    return int(ONNX_MAX_OPSET)
-
-
 def check_opset(opset: int) -> None:
     """Refuse an opset that cannot be written.
 
     Raises:
         ValueError: names it, and those that can.
     """
-    newest = newest_opset()
-    if not isinstance(opset, int) or isinstance(opset, bool) or not OLDEST_OPSET <= opset <= newest:
+    from torch.onnx._constants import ONNX_MAX_OPSET
+
+    if not isinstance(opset, int) or isinstance(opset, bool) or not OLDEST_OPSET <= opset <= ONNX_MAX_OPSET:
         raise ValueError(
             f"opset {opset!r} is not supported: PyTorch {torch.__version__} writes {OLDEST_OPSET} to "
-            f"{newest}"
+            f"{ONNX_MAX_OPSET}"
         )
 
 
@@ -79,8 +73,6 @@ def build(
     Raises:
         ValueError: an operator of the program has no ONNX form, or not in this opset.
     """
-    check_opset(opset)
-    require("onnxscript")
     _drop_idle_dtypes(program)
     try:
         # The exporter prints and logs its steps.
@@ -163,14 +155,11 @@ def facts_of(path: str | Path) -> Facts:
     return Facts.from_metadata({p.key: p.value for p in model.metadata_props})
 
 
-def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """A function that runs the file by ONNX Runtime on the CPU.
-
-    Args:
-        path: path of the file.
-        threads: threads of ONNX Runtime; None: as many as it takes.
-    """
-    session = open_session(Path(path), threads)
+def load(
+    path: str | Path, threads: int | None = None, library: Path | None = None
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A function that runs the file by ONNX Runtime on the CPU; arguments as of `open_session`."""
+    session = open_session(Path(path), threads, library)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(torch.from_numpy, session.run(None, {INPUT: images.numpy()})))
@@ -193,24 +182,18 @@ def runner(path: Path, ranking: list[str], tell: Callable[[Any], None] | None = 
         tell(model)
     outputs = len(model.graph.output)
     names = [name for part in ranking for name in selection_names(part)]
-    there = {name for node in model.graph.node for name in node.output}
-    told = there.issuperset(names)
-    names = names if told else []
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    told = {name for node in model.graph.node for name in node.output}.issuperset(names)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if told)
     probe = path.with_name(f"check-{path.name}")  # beside it, where its external data is found
     probe.write_bytes(model.SerializeToString())
     try:
-        session = open_session(probe, 1, library_path(path))
+        call = load(probe, 1, library_path(path))
     finally:
         probe.unlink()
 
     def run(images: Tensor) -> Result:
-        found = tuple(map(torch.from_numpy, session.run(None, {INPUT: images.numpy()})))
-        if not told:
-            return Result(found, None)
-        pairs = zip(found[outputs::2], found[outputs + 1 :: 2], strict=True)
-        chosen = [Selection(x.flatten(1), i.flatten(1)) for x, i in pairs]
-        return Result(found[:outputs], dict(zip(ranking, chosen, strict=True)))
+        found = call(images)
+        return told_beside(found, outputs, ranking) if told else Result(found, None)
 
     return run
 
@@ -220,13 +203,16 @@ def selection_names(path: str) -> tuple[str, str]:
     return f"{path}.logits", f"{path}.index"
 
 
-def open_session(path: Path, threads: int | None, library: Path | None = None) -> Any:
+def open_session(
+    path: Path, threads: int | None, library: Path | None = None, optimised: Path | None = None
+) -> Any:
     """A session of ONNX Runtime on the CPU, with all of its graph optimisations.
 
     Args:
         path: path of the file.
         threads: for each operator; None: as many as ONNX Runtime takes.
         library: of operators that the file has; None: the one beside it (`library_path`), if any.
+        optimised: file to write the optimised graph to.
 
     Raises:
         ValueError: the library cannot be used here; says why.
@@ -238,6 +224,8 @@ def open_session(path: Path, threads: int | None, library: Path | None = None) -
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
     library = library_path(path) if library is None else library
     if library.exists():
         try:
@@ -355,7 +343,7 @@ def _as_global_pool(model: ir.Model, node: ir.Node) -> None:
     new, last = [pool], pool
     pool.outputs[0].type = y.type
     pool.outputs[0].shape = ir.Shape([x.shape[0], x.shape[1], 1, 1])
-    if not tensorrt.number(node, "keepdims", 1):
+    if not node.attributes.get_int("keepdims", 1):
         last = ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=f"{node.name}_flatten")
         last.outputs[0].type, last.outputs[0].shape = y.type, y.shape
         new.append(last)
@@ -367,7 +355,7 @@ def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
     import onnx_ir as ir
 
     y = node.outputs[0]
-    if y.shape is None or (tensorrt.number(node, "allowzero", 0) and 0 in y.shape):
+    if y.shape is None or (node.attributes.get_int("allowzero", 0) != 0 and 0 in y.shape):
         return
     sizes = [size if isinstance(size, int) else -1 for size in y.shape]
     if sizes.count(-1) > 1:
@@ -399,13 +387,9 @@ def _strip(model: ir.Model) -> None:
     """Take the exporter's notes out."""
     from onnx_ir.passes import common
 
-    common.ClearMetadataAndDocStringPass()(model)
-    graph = model.graph
+    common.ClearMetadataAndDocStringPass()(model)  # of graphs and nodes
     model.metadata_props.clear()
-    graph.metadata_props.clear()
-    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+    graph = model.graph
+    made = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values(), *made):
         value.metadata_props.clear()
-    for node in graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()

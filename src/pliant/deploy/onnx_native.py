@@ -73,15 +73,14 @@ def block_size() -> int:
     Raises:
         ValueError: it has no such layout here.
     """
-    helper, runtime = require("onnx").helper, onnx_runtime()
-    shape = [1, _PROBED, 1, 2]
-    node = helper.make_node("ReorderInput", ["x"], ["y"], domain=BLOCKED)
-    images = [helper.make_tensor_value_info(name, 1, shape) for name in ("x", "y")]
-    graph = helper.make_graph([node], "probe", images[:1], images[1:])
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(BLOCKED, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    runtime = onnx_runtime()
+    shape = f"float[1, {_PROBED}, 1, 2]"
+    model = require("onnx").parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["": 18, "{BLOCKED}": 1]>
+        probe ({shape} x) => ({shape} y) {{ y = {BLOCKED}.ReorderInput (x) }}"""
+    )
     # The second position of the first channel comes after the first of all channels of its block.
-    x = np.arange(_PROBED * 2, dtype=np.float32).reshape(shape)
+    x = np.arange(_PROBED * 2, dtype=np.float32).reshape(1, _PROBED, 1, 2)
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     try:
@@ -99,12 +98,7 @@ def block_size() -> int:
 
 @dataclass(frozen=True)
 class Native:
-    """The parts of a network that are operators.
-
-    Attributes:
-        operators: by path.
-        library: that holds them.
-    """
+    """The parts of a network that are operators, by path, and the library that holds these."""
 
     operators: Mapping[str, OnnxOperator]
     library: Path
@@ -159,16 +153,9 @@ def take_parts(network: nn.Module) -> Native:
 
 
 def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Path]:
-    """Optimise a graph for this machine, put the operators in their places, and write it.
+    """Optimise a graph for this machine, put the operators in their places, and write the two files.
 
-    Args:
-        graph: with a pool of its name for each operator.
-        native: the operators.
-        path: path of the file; their library is written beside it.
-        facts: facts of the file.
-
-    Returns:
-        The two files.
+    The graph has a pool for each operator, by its name. The operators' library is the second file.
 
     Raises:
         ValueError: ONNX Runtime cannot optimise the graph, or dropped a place.
@@ -177,7 +164,10 @@ def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Pat
 
     before, after = path.with_suffix(".before.onnx"), path.with_suffix(".after.onnx")
     onnx_file.write(graph, before, None)
-    _optimise(before, after)
+    try:
+        onnx_file.open_session(before, None, optimised=after)
+    except Exception as error:  # ONNX Runtime's own
+        raise ValueError(f"ONNX Runtime cannot optimise the graph: {error}") from error
     model = onnx.load(str(after))
     before.unlink()
     after.unlink()
@@ -209,11 +199,8 @@ def check_here(path: Path, facts: Facts) -> None:
 def runner(path: Path, native: Native, others: list[str]) -> Run:
     """Runs the file for a check, what its parts selected as further outputs.
 
-    Args:
-        path: path of the file.
-        native: the operators in it.
-        others: paths of the parts that rank in the graph; where ONNX Runtime left no tensor of
-            that name, nothing is told of any selection.
+    `others` are paths of the parts that rank in the graph; where ONNX Runtime left no tensor of that
+    name, nothing is told of any selection.
     """
 
     def tell(model: onnx.ModelProto) -> None:
@@ -222,19 +209,6 @@ def runner(path: Path, native: Native, others: list[str]) -> Run:
                 node.output.extend(onnx_file.selection_names(native.rankings[node.name]))
 
     return onnx_file.runner(path, [*native.rankings.values(), *others], tell)
-
-
-def _optimise(before: Path, after: Path) -> None:
-    """What ONNX Runtime makes of a graph on this machine."""
-    runtime: Any = onnx_runtime()
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4  # it warns that the file is for this machine
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.optimized_model_filepath = str(after)
-    try:
-        runtime.InferenceSession(str(before), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own
-        raise ValueError(f"ONNX Runtime cannot optimise the graph: {error}") from error
 
 
 def _put(model: onnx.ModelProto, operators: Mapping[str, OnnxOperator], size: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pliant.deploy.extras import require
 from pliant.deploy.facts import Facts
 from pliant.deploy.onnx_file import selection_names
-from pliant.deploy.selections import Result, Run, Selection
+from pliant.deploy.selections import Result, Run, told_beside
 
 SECTION = "pliant"  # of the file's run-time information
 
@@ -48,56 +48,49 @@ def facts_of(path: str | Path) -> Facts:
 
 
 def load(
-    path: str | Path, threads: int | None = None, precision: str = "f32"
+    path: str | Path,
+    threads: int | None = None,
+    precision: str = "f32",
+    shape: tuple[int, ...] | None = None,
 ) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """A function that runs the file by OpenVINO on the CPU.
 
     Args:
-        path: path of the ``.xml``.
-        threads: threads of OpenVINO; None: as many as it takes. A ``ValueError`` if it would take others.
+        path: path of the ``.xml``, or of an ``.onnx``.
+        threads: threads of OpenVINO; None: as many as it takes.
         precision: that it computes in, ``f32``, ``bf16`` or ``f16``. OpenVINO's own default on
             a CPU with bfloat16 is that, which changes which channels are selected.
-    """
-    compiled = compile_model(require("openvino").Core().read_model(str(path)), threads, precision)
-
-    def run(images: Tensor) -> tuple[Tensor, ...]:
-        found = compiled(images.numpy())
-        return tuple(torch.from_numpy(found[n].copy()) for n in range(len(compiled.outputs)))
-
-    return run
-
-
-def runner(path: Path, ranking: list[str]) -> Run:
-    """Runs the file, its selections as further outputs; these change nothing else in it."""
-    model = require("openvino").Core().read_model(str(path))
-    outputs = len(model.outputs)
-    for part in ranking:
-        model.add_outputs(list(selection_names(part)))
-    compiled = compile_model(model, 1, "f32")
-
-    def run(images: Tensor) -> Result:
-        found = compiled(images.numpy())
-        tensors = [torch.from_numpy(found[n].copy()) for n in range(len(compiled.outputs))]
-        chosen = {}
-        for n, part in enumerate(ranking):
-            logits, index = tensors[outputs + 2 * n : outputs + 2 * n + 2]
-            chosen[part] = Selection(logits.flatten(1), index.flatten(1).to(torch.int64))
-        return Result(tuple(tensors[:outputs]), chosen)
-
-    return run
-
-
-def compile_model(model: Any, threads: int | None, precision: str) -> Any:
-    """What OpenVINO makes of a model on the CPU, for latency.
-
-    Args:
-        model: read by OpenVINO.
-        threads: threads of OpenVINO; None: as many as it takes.
-        precision: ``f32``, ``bf16`` or ``f16``; OpenVINO's own default depends on the processor.
+        shape: the one shape [B, C, H, W] of images; None: that of the file.
 
     Raises:
         ValueError: OpenVINO would run on other threads, or has no bfloat16 on this processor.
     """
+    model = _read(path)
+    if shape is not None:
+        model.reshape(list(shape))
+    return _compiled(model, threads, precision)
+
+
+def runner(path: Path, ranking: list[str]) -> Run:
+    """Runs the file, its selections as further outputs; these change nothing else in it."""
+    model = _read(path)
+    outputs = len(model.outputs)
+    for part in ranking:
+        model.add_outputs(list(selection_names(part)))
+    call = _compiled(model, 1, "f32")
+
+    def run(images: Tensor) -> Result:
+        return told_beside(call(images), outputs, ranking)
+
+    return run
+
+
+def _read(path: str | Path) -> Any:
+    return require("openvino").Core().read_model(str(path))
+
+
+def _compiled(model: Any, threads: int | None, precision: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A function that runs what OpenVINO makes of a model on the CPU, for latency."""
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
@@ -108,4 +101,9 @@ def compile_model(model: Any, threads: int | None, precision: str) -> Any:
     given = compiled.get_property("INFERENCE_PRECISION_HINT")
     if precision == "bf16" and "bfloat16" not in str(given):
         raise ValueError(f"OpenVINO has no bfloat16 on this machine: it would compute in {given}")
-    return compiled
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        found = compiled(images.numpy())
+        return tuple(torch.from_numpy(found[port]) for port in compiled.outputs)
+
+    return run

@@ -6,17 +6,14 @@ Shapes: `example` [B, C, H, W], whatever the network takes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils.hooks import RemovableHandle
 
-from pliant.deploy.folding import fold_norms
+from pliant.deploy.folding import Watching, fold_norms, hooked
 from pliant.parts import Network, Part, named_operators, parts, replace_parts
-from pliant.threaded import passes_along
 
 
 def optimize(model: Network, example: Tensor, *, fused: bool = True, channels_last: bool = True) -> Network:
@@ -95,9 +92,7 @@ def unfused(model: nn.Module) -> dict[str, str]:
 
 def _hooked(part: Part) -> str:
     """Why hooks forbid a part's fast form; empty if they do not."""
-    inside = [*part.modules()]
-    hooks = [h for m in inside for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return "" if all(map(passes_along, hooks)) else "it has hooks, which a fused block would not run"
+    return "it has hooks, which a fused block would not run" if any(map(hooked, part.modules())) else ""
 
 
 def _change_in_place(network: nn.Module, example: Tensor) -> None:
@@ -107,17 +102,12 @@ def _change_in_place(network: nn.Module, example: Tensor) -> None:
         return  # another forward may have other readers than this one
     readers = _Readers()
     readers.later.update(_storage(t) for t in (example, *network.parameters(), *network.buffers()))
-    gpus = [example.device] if example.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), torch.no_grad(), readers.around(network), readers:
-        output = network(example)
-    for tensor in tree_iter(output):
-        if isinstance(tensor, Tensor):
-            readers.read(tensor)
+    readers.watch(network, example)
     for part, storages in readers.inputs.items():
         part.inplace = not any(storage in readers.later for storage in storages)
 
 
-class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Readers(Watching):
     """Who reads the inputs of parts that can work in place in one forward, these parts aside.
 
     Attributes:
@@ -134,31 +124,14 @@ class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._inside = False
 
     def read(self, tensor: Tensor) -> None:
-        """Note that `tensor` is read, if a part got its memory before."""
-        if (storage := _storage(tensor)) in self._got:
+        if not self._inside and (storage := _storage(tensor)) in self._got:
             self.later.add(storage)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note what an operation outside of the parts reads, and let it run."""
-        if not self._inside:
-            for tensor in tree_iter((args, kwargs)):
-                if isinstance(tensor, Tensor):
-                    self.read(tensor)
-        return func(*args, **(kwargs or {}))
-
-    @contextmanager
-    def around(self, network: nn.Module) -> Iterator[None]:
-        """Hooks before and behind the parts."""
-        handles = []
+    def hooks(self, network: nn.Module) -> Iterator[RemovableHandle]:
         for part in (p for p in parts(network).values() if p.inplace is not None):
             self.inputs[part] = []
-            handles.append(part.register_forward_pre_hook(self._before))
-            handles.append(part.register_forward_hook(self._behind))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            yield part.register_forward_pre_hook(self._before)
+            yield part.register_forward_hook(self._behind)
 
     def _before(self, part: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(part, Part)

@@ -11,11 +11,7 @@ A file of machine code does not tell what it selected. Its outputs alone are com
 whose outputs differ must be a *tie*: two channels whose ranks matter have scores that are no
 further apart than scores are off. Ties are counted, and most images must be none.
 
-Shapes in this file::
-
-    B  batch             logits    [B, C]  relevance of the channels
-    C  channels          channels  [B, k]  those that were selected, best first
-    k  processed         outputs   [B, ...], classes [B, N]
+Shapes: as in `pliant.deploy.selections`; outputs [B, ...], of classes [B, N].
 """
 
 from __future__ import annotations
@@ -36,7 +32,6 @@ from pliant.deploy.selections import (
     rankings,
     relative_error,
     run_eager,
-    worst,
 )
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -126,15 +121,17 @@ class ParityError(ValueError):
 
 @dataclass
 class _Tally:
+    """The fields of `Parity` that are counted batch by batch."""
+
     images: int = 0
-    max_abs: float = 0.0
-    max_rel: float = 0.0
+    max_abs_error: float = 0.0
+    max_rel_error: float = 0.0
     top1_differs: int = 0
     top1_ties: int = 0
     selections: int = 0
     score_error: float = 0.0
     flips: int = 0
-    wrong: int = 0
+    wrong_selections: int = 0
     told: bool = True
     unexplained: int = 0
     ties: int = 0
@@ -177,22 +174,7 @@ def check_parity(
             wanted, seen = tuple(y[keep] for y in wanted), tuple(y[keep] for y in seen)
         tally.images += len(images)
         _compare_outputs(wanted, seen, tally)
-    return Parity(
-        batches=tuple(sorted({len(images) for images in batches})),
-        images=tally.images,
-        tolerance=tolerance,
-        max_abs_error=tally.max_abs,
-        max_rel_error=tally.max_rel,
-        top1_differs=tally.top1_differs,
-        top1_ties=tally.top1_ties,
-        selections=tally.selections,
-        score_error=tally.score_error,
-        flips=tally.flips,
-        wrong_selections=tally.wrong,
-        told=tally.told,
-        unexplained=tally.unexplained,
-        ties=tally.ties,
-    )
+    return Parity(tuple(sorted({len(images) for images in batches})), tolerance=tolerance, **vars(tally))
 
 
 def _as_told(found: Result) -> Callable[[str, Tensor], Tensor] | None:
@@ -217,7 +199,7 @@ def _compare_selections(
         differs = (_in_order(seen, by_index) != _in_order(wanted, by_index)).any(1)
         excused = admissible(wanted.logits, seen, by_index) & (relative <= tolerance)
         tally.flips += int((differs & excused).sum())
-        tally.wrong += int((differs & ~excused).sum())
+        tally.wrong_selections += int((differs & ~excused).sum())
 
 
 def _in_order(selection: Selection, by_index: bool) -> Tensor:
@@ -234,7 +216,8 @@ def _no_ties(
     noise: Callable[[], Mapping[str, float]],
 ) -> Tensor:
     """Images [B] to compare: all but those with other outputs whose scores tie, which are counted."""
-    off = ~(worst(expected.outputs, found.outputs) <= tolerance)
+    relative = torch.stack([relative for _, relative in errors(expected.outputs, found.outputs)])
+    off = ~(relative.amax(0) <= tolerance)
     if not off.any():
         return ~off
     tally.score_error = max(noise().values())
@@ -288,8 +271,8 @@ def _compare_outputs(wanted: tuple[Tensor, ...], found: tuple[Tensor, ...], tall
     if not len(wanted[0]):
         return
     for (absolute, relative), true, seen in zip(errors(wanted, found), wanted, found, strict=True):
-        tally.max_abs = max([tally.max_abs, *_numbers(absolute)])
-        tally.max_rel = max([tally.max_rel, *_numbers(relative)])
+        tally.max_abs_error = max([tally.max_abs_error, *_numbers(absolute)])
+        tally.max_rel_error = max([tally.max_rel_error, *_numbers(relative)])
         if true.dim() == 2 and true.shape[1] > 1:
             differs = true.argmax(1) != seen.argmax(1)
             best = true.topk(2, dim=1).values

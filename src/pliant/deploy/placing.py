@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pliant._files import NotWrittenError
+from pliant._files import NotWrittenError, sync
 
 # What a system says where there is no room for a file; not every system knows a quota.
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -45,15 +45,12 @@ def workshop(path: Path, need: int = 0) -> Iterator[Path]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it")
     folder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    sizes: list[int] = []
     try:
-        try:
-            folder.mkdir(parents=True)
-            yield folder
-        finally:
-            sizes = [f.stat().st_size for f in folder.glob("*") if f.is_file()]
-            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
     except Exception as error:
+        sizes = [f.stat().st_size for f in folder.glob("*") if f.is_file()]
+        shutil.rmtree(folder, ignore_errors=True)  # before the disk is asked
         text = f"{path} could not be written, and nothing is left of it"
         full: OSError | None = None
         if isinstance(error, OSError) and (error.errno in NO_ROOM or isinstance(error, NotWrittenError)):
@@ -61,17 +58,18 @@ def workshop(path: Path, need: int = 0) -> Iterator[Path]:
         elif sizes:  # something was begun; there was no room for a byte more, or is none for the whole
             full = lack_of_room(path.parent, max(need, sum(sizes) + 1))
         if full is not None:
-            takes = _megabytes(max(need, sum(sizes)))
-            free = _megabytes(shutil.disk_usage(path.parent).free)
+            takes, free = max(need, sum(sizes)) / 1e6, shutil.disk_usage(path.parent).free / 1e6
             clear = NotWrittenError(
-                f"{text}: {full.strerror or full}; free some space: it takes about {takes}, and {free} "
-                f"are free"
+                f"{text}: {full.strerror or full}; free some space: it takes about {takes:.1f} MB, and "
+                f"{free:.1f} MB are free"
             )
             clear.errno = full.errno
             raise clear from error
         if isinstance(error, OSError):
             raise type(error)(error.errno, f"{text}: {error.strerror or error}") from error
         raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def lack_of_room(folder: Path, need: int) -> OSError | None:
@@ -100,10 +98,6 @@ def lack_of_room(folder: Path, need: int) -> OSError | None:
     return None
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
-
-
 def put_in_place(files: list[Path], folder: Path) -> None:
     """Move files to `folder`, the first one last: where it stands, all it refers to stand.
 
@@ -114,8 +108,7 @@ def put_in_place(files: list[Path], folder: Path) -> None:
         folder: on the same file system.
     """
     for file in files:
-        with file.open("rb+") as opened:
-            os.fsync(opened.fileno())
+        sync(file)
     aside: list[tuple[Path, Path]] = []
     placed: list[Path] = []
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,21 +36,12 @@ def write(program: ExportedProgram, path: Path, facts: Facts) -> None:
     path.write_bytes(packed.getbuffer())
 
 
-def write_compiled(program: ExportedProgram, path: Path, facts: Facts) -> None:
-    """Compile a program ahead of time, and write it with its facts; raises as `package`."""
-    package(program, path, facts.to_metadata())
-
-
 def package(
     program: ExportedProgram, path: Path, metadata: Mapping[str, str], freezing: bool = True
 ) -> None:
     """Compile a program ahead of time by AOTInductor, and write the package of machine code.
 
-    Args:
-        program: what `torch.export` made.
-        path: path of the package.
-        metadata: kept in it.
-        freezing: let weights be constants of the code; for CPUs.
+    The package keeps `metadata`. `freezing` lets weights be constants of the code; for CPUs.
 
     Raises:
         ValueError: this machine cannot compile it; says what the compiler says.
@@ -89,9 +81,7 @@ def _blame_a_full_disk(error: Exception) -> None:
 def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], Any]:
     """A function that runs the program in `path`, compiled or not.
 
-    Args:
-        path: path of the program.
-        threads: of PyTorch's pool during a call; None: as many as it has.
+    PyTorch's pool has so many threads during a call; None: as many as it has.
 
     Raises:
         ValueError: it is no program.
@@ -119,8 +109,6 @@ def facts_of(path: str | Path) -> Facts:
     Raises:
         ValueError: it is no program of pliant's.
     """
-    import zipfile
-
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -134,23 +122,14 @@ def facts_of(path: str | Path) -> Facts:
 
 def runner(path: Path, ranking: list[str], compiled: bool) -> Run:
     """Runs the program in `path`; tells what the parts `ranking` selected, unless it is compiled."""
-    if compiled:
-        from torch._inductor import aoti_load_package
-
-        package = aoti_load_package(str(path))
-
-        def run_package(images: Tensor) -> Result:
-            with torch.no_grad():
-                return Result(as_tuple(package(images)), None)
-
-        return run_package
-    program = torch.export.load(str(path))
+    network: Any = load(path) if compiled else torch.export.load(str(path))
 
     def run(images: Tensor) -> Result:
-        watching = _Watching(program, ranking)
         with torch.no_grad():
-            outputs = watching.run(images)
-        return Result(as_tuple(outputs), watching.selections)
+            if compiled:
+                return Result(as_tuple(network(images)), None)
+            watching = _Watching(network, ranking)
+            return Result(as_tuple(watching.run(images)), watching.selections)
 
     return run
 

@@ -93,6 +93,18 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
+def one_or_several(outputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """What a network returns: its one output, or a tuple of several."""
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def told_beside(found: tuple[Tensor, ...], outputs: int, ranking: list[str]) -> Result:
+    """The result of a file that gives the logits and channels of the parts `ranking` after its outputs."""
+    pairs = zip(found[outputs::2], found[outputs + 1 :: 2], strict=True)
+    chosen = [Selection(x.flatten(1), i.flatten(1).to(torch.int64)) for x, i in pairs]
+    return Result(found[:outputs], dict(zip(ranking, chosen, strict=True)))
+
+
 def errors(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
     """Absolute and relative error of each output, by image [B].
 
@@ -111,11 +123,6 @@ def errors(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> list[tupl
         off = (seen - wanted).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).flatten(1).amax(1)
         both.append((off, off / wanted.abs().flatten(1).amax(1).clamp(min=1e-30)))
     return both
-
-
-def worst(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> Tensor:
-    """The largest relative error of an image's outputs, [B]; see `errors`."""
-    return torch.stack([relative for _, relative in errors(expected, found)]).amax(0)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:

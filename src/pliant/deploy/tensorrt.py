@@ -72,16 +72,18 @@ def _restrictions(node: ir.Node) -> list[str]:
         if k is None:
             return ["K is no constant"]
         too_large = [f"K = {k.item()} is not less than {LARGEST_K}"] if k.item() >= LARGEST_K else []
-        return too_large + ([] if number(node, "sorted", 1) == 1 else ["sorted must be 1"])
-    if node.op_type in _AXES_FIXED and len(node.inputs) > 1 and _constant(node, 1) is None:
-        return ["axes are no constant"]
-    if node.op_type in ("Squeeze", "Unsqueeze") and len(node.inputs) > 1 and _constant(node, 1) is None:
+        return too_large + ([] if node.attributes.get_int("sorted", 1) == 1 else ["sorted must be 1"])
+    if (
+        node.op_type in (*_AXES_FIXED, "Squeeze", "Unsqueeze")
+        and len(node.inputs) > 1
+        and _constant(node, 1) is None
+    ):
         return ["axes are no constant"]
     if node.op_type in ("CumSum", "OneHot") and _constant(node, 1) is None:
         return ["its second input is no constant"]
     if node.op_type == "ScatterND" and node.attributes.get_string("reduction", "none") != "none":
         return ["reduction must be none"]
-    if node.op_type == "Resize" and number(node, "antialias", 0):
+    if node.op_type == "Resize" and node.attributes.get_int("antialias", 0) != 0:
         return ["antialias is not supported"]
     if node.op_type in ("MaxPool", "AveragePool"):
         dilations = node.attributes.get_ints("dilations", [1])
@@ -92,12 +94,6 @@ def _restrictions(node: ir.Node) -> list[str]:
     if node.op_type == "LayerNormalization" and any(o.uses() for o in node.outputs[1:]):
         return ["only its first output is supported"]
     return []
-
-
-def number(node: ir.Node, name: str, otherwise: int) -> int:
-    """A whole number among a node's attributes."""
-    attribute = node.attributes.get(name)
-    return otherwise if attribute is None else int(attribute.as_int())
 
 
 def _constant(node: ir.Node, position: int) -> Any:

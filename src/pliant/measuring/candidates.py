@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,16 +13,8 @@ from torch import nn
 
 from pliant import anatomy
 from pliant.measuring.clock import Clock
-from pliant.measuring.rows import (
-    AS_BUILT,
-    AS_IS,
-    LOWER_RESOLUTION,
-    NATIVE,
-    OF_PARTS,
-    OPTIMIZED,
-    PLAIN,
-    is_control,
-)
+from pliant.measuring.rows import AS_BUILT, AS_IS, LOWER_RESOLUTION, NATIVE, OF_PARTS, OPTIMIZED, PLAIN
+from pliant.models._build import check_network
 from pliant.parts import parts
 from pliant.surgery import conversions
 
@@ -37,20 +28,14 @@ class EngineError(RuntimeError):
 
 @dataclass
 class Candidate:
-    """One variant of one network, on its way through a run.
+    """One variant of one network, on its way through a run; what a row has too is as in `Measurement`.
 
     Attributes:
-        model: the network's name.
-        variant: variant of the network, as in `Measurement`.
-        form: form of the network, as in `Measurement`.
         network: the network, until it is prepared.
         size: channels, height, width of its images.
-        parameters: counted before all runs, as `macs`.
-        macs: multiply-accumulates of one image.
         clock: times the network, once it is prepared.
         calls: forwards in each round.
         seconds: time of one forward, a value for each round.
-        note: what a reader of the times must know.
         error: why the candidate is out of the run; empty while it is in.
     """
 
@@ -77,11 +62,6 @@ class Candidate:
     def reference_form(self) -> str:
         """Form of the baseline and the control that this one is compared with."""
         return PLAIN if self.form in OF_PARTS else self.form
-
-    @property
-    def is_control(self) -> bool:
-        """Whether it is a network without the parts of its method."""
-        return is_control(self.variant)
 
 
 def by_name(models: Model | Iterable[Model] | Mapping[str, Model]) -> dict[str, Model]:
@@ -116,17 +96,12 @@ def add_baseline(named: dict[str, Model], against: Model) -> str:
 
 
 def _name(model: Model) -> str:
-    if isinstance(model, str):
-        return model
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(model).__name__)
+    return model if isinstance(model, str) else anatomy.name_of(model)
 
 
 def _check_known(model: Model) -> None:
-    if isinstance(model, str) and not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models(), n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ValueError(f"timm knows no model {model!r}{hint}")
+    if isinstance(model, str):
+        check_network(model)
 
 
 def variants(

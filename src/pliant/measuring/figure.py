@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pliant.figures import check_suffix, write_figure
+from pliant.figures import check_suffix, plain, write_figure
 from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION, OF_PARTS, Measurement, controls, is_control
 
 if TYPE_CHECKING:
@@ -123,16 +123,15 @@ def _machine(rows: Sequence[Measurement]) -> str:
     return " · ".join([*sorted(told), *sorted(versions)])
 
 
-def _height(row: Measurement, y: str) -> float:
-    return float(getattr(row, y)) / QUANTITIES[y][1]
+def _point(row: Measurement, y: str) -> tuple[float, float]:
+    return row.median_ms or 0.0, float(getattr(row, y)) / QUANTITIES[y][1]
 
 
 def _draw(axes: Axes, rows: Sequence[Measurement], y: str) -> None:
     for row in rows:
         marker, colour = KINDS[_kind(row)]
         axes.errorbar(
-            row.median_ms or 0.0,
-            _height(row, y),
+            *_point(row, y),
             xerr=(row.iqr_ms or 0.0) / 2,
             fmt=marker,
             color=colour,
@@ -144,17 +143,13 @@ def _draw(axes: Axes, rows: Sequence[Measurement], y: str) -> None:
         )
     for row in rows:
         if bare := _bare(row, rows):
-            times = (row.median_ms or 0.0, bare.median_ms or 0.0)
-            heights = (_height(row, y), _height(bare, y))
-            axes.plot(times, heights, linestyle=":", linewidth=1.2, color=KINDS[_kind(bare)][1], zorder=2)
+            line = zip(_point(row, y), _point(bare, y), strict=True)
+            axes.plot(*line, linestyle=":", linewidth=1.2, color=KINDS[_kind(bare)][1], zorder=2)
         if _kind(row) == "baseline":
-            axes.axvline(row.median_ms or 0.0, color="#BBBBBB", linewidth=0.8, linestyle="--", zorder=1)
+            axes.axvline(_point(row, y)[0], color="#BBBBBB", linewidth=0.8, linestyle="--", zorder=1)
     axes.margins(x=0.18, y=0.16)
-    axes.set_xlabel("latency, ms a batch")
-    axes.set_ylabel(QUANTITIES[y][0])
-    axes.set_axisbelow(True)
-    axes.grid(color="#EEEEEE")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="latency, ms a batch", ylabel=QUANTITIES[y][0])
+    plain(axes)
 
 
 def _legend(figure: Figure, rows: Sequence[Measurement]) -> None:
@@ -187,8 +182,8 @@ def _label(axes: Axes, rows: Sequence[Measurement], y: str) -> None:
     """
 
     def on_page(row: Measurement, to: Measurement, t: float = 0.0) -> tuple[float, float]:
-        time = (1 - t) * (row.median_ms or 0.0) + t * (to.median_ms or 0.0)
-        px, py = axes.transData.transform((time, (1 - t) * _height(row, y) + t * _height(to, y)))
+        between = [(1 - t) * a + t * b for a, b in zip(_point(row, y), _point(to, y), strict=True)]
+        px, py = axes.transData.transform(between)
         return float(px), float(py)
 
     marks = [on_page(r, r) for r in rows]
@@ -203,7 +198,7 @@ def _label(axes: Axes, rows: Sequence[Measurement], y: str) -> None:
         for dx, dy, across, up in _PLACES:
             text = axes.annotate(
                 row.label,
-                (row.median_ms or 0.0, _height(row, y)),
+                _point(row, y),
                 (dx, dy),
                 textcoords="offset points",
                 ha=across,

@@ -36,12 +36,10 @@ class Isolated(AbstractContextManager["Isolated"]):
     Args:
         engine: whose class can be imported, and made without arguments.
         timeout: seconds that loading a network, or one round, may take.
-        command: that starts a child, for a test; by default `COMMAND`.
     """
 
-    def __init__(self, engine: FileEngine, timeout: float, command: list[str] | None = None) -> None:
+    def __init__(self, engine: FileEngine, timeout: float) -> None:
         self.engine, self.timeout = engine, timeout
-        self._command = command or COMMAND
         self._requests: list[dict[str, Any]] = []
         self._loaded: set[int] = set()
         self._child: subprocess.Popen[str] | None = None
@@ -51,17 +49,11 @@ class Isolated(AbstractContextManager["Isolated"]):
         self._stopped = False
 
     def write(self, given: Path, folder: Path, how: dict[str, Any], limit: float) -> Path | None:
-        """Let the engine write a file; its path.
+        """Let the engine write a file into `folder`, within so many seconds; its path.
 
-        Args:
-            given: file with the pair of network and images, by `torch.save`.
-            folder: as for the engine's `write`.
-            how: its keywords, ``threads`` among them.
-            limit: seconds that it may take.
-
-        Returns:
-            None if the child could not read the network: its class is, for example, in the
-            caller's ``__main__``.
+        `given` is a file with the pair of network and images, by `torch.save`; `how` are keywords
+        of the engine's `write`, ``threads`` among them. None if the child could not read the
+        network: its class is, for example, in the caller's ``__main__``.
 
         Raises:
             EngineError: as `load`.
@@ -78,14 +70,9 @@ class Isolated(AbstractContextManager["Isolated"]):
         return None if path is None else Path(path)
 
     def load(self, path: Path, example: Tensor, precision: str, threads: int) -> tuple[int, float]:
-        """Load a file and run it; a number for `time`, and the seconds of one call.
+        """Let the engine load a file and run it; a number for `time`, and the seconds of one call.
 
-        Args:
-            path: that the engine's `write` made.
-            example: images of the shape, dtype and memory format that are run; the child
-                draws its own.
-            precision: precision of the engine.
-            threads: threads of the engine.
+        Arguments as of the engine's `load`. The child draws images of its own, like `example`.
 
         Raises:
             EngineError: the child crashed or hung, or something went wrong in it.
@@ -138,7 +125,7 @@ class Isolated(AbstractContextManager["Isolated"]):
         self._answers = queue.Queue()
         with self._said.open("wb") as said:
             self._child = subprocess.Popen(
-                list(self._command),
+                COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,

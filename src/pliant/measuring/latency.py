@@ -6,9 +6,6 @@ round, and the median over rounds is reported with its spread. A network is comp
 with the same network at a lower resolution, and a converted network with its control,
 itself without the parts of its method: no part can be cheaper than none.
 
-`clock` times, by `torch.utils.benchmark` (which waits for a GPU, and sets the threads). Engines
-that may crash or hang write their files (`writing`) and run them in processes of their own
-(`isolation`).
 Latency does not depend on the values of weights and images, as long as these are
 ordinary numbers: neither denormal (slow on a CPU) nor zero (a GPU then draws less
 power and clocks higher). Networks made here by name have random weights like that.
@@ -20,7 +17,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,18 +25,10 @@ import torch
 
 from pliant.deploy.engines import named
 from pliant.measuring.candidates import Candidate, Model, Size, add_baseline, attempt, by_name, variants
-from pliant.measuring.rows import (
-    AS_BUILT,
-    AS_IS,
-    FORMS,
-    NATIVE,
-    OPTIMIZED,
-    PLAIN,
-    Measurement,
-)
+from pliant.measuring.rows import AS_BUILT, AS_IS, FORMS, NATIVE, OPTIMIZED, PLAIN, Measurement, is_control
 from pliant.measuring.running import Limits, Setting, count, run, setting_of
 from pliant.measuring.writing import Files
-from pliant.provenance import Provenance, provenance
+from pliant.provenance import provenance
 
 Progress = Callable[[int, int, str], None]
 
@@ -170,29 +158,27 @@ def measure(
         for candidate in lineup:
             attempt(candidate, count)
         steps = len(lineup) * (1 + rounds)
+        total = len(settings) * steps
         report = progress or (lambda _done, _total, _what: None)
         # What an engine has mapped cannot be removed everywhere.
         with tempfile.TemporaryDirectory(prefix="pliant-", ignore_cleanup_errors=True) as folder:
             files = Files(Path(folder))
             for n, setting in enumerate(settings):
-                told = partial(_told, report, len(settings) * steps, n * steps)
                 candidates = [
-                    replace(candidate, seconds=[])
-                    for candidate in lineup
-                    if candidate.form != NATIVE or setting.has_native
+                    replace(c, seconds=[]) for c in lineup if c.form != NATIVE or setting.has_native
                 ]
+
+                def told(step: int, what: str, before: int = n * steps) -> None:
+                    report(before + step, total, what)
+
                 run(candidates, setting, limits, files, told)
                 origin = provenance(setting.device)
-                rows = [_row(e, candidates, base, setting, origin) for e in candidates]
+                rows = [_row(c, candidates, base, setting, origin) for c in candidates]
                 found += rows
                 if done is not None:
                     done(rows)
-        report(len(settings) * steps, len(settings) * steps, "done")
+        report(total, total, "done")
     return found
-
-
-def _told(report: Progress, total: int, before: int, done: int, what: str) -> None:
-    report(before + done, total, what)
 
 
 def _several(value: Any) -> list[Any]:
@@ -221,14 +207,12 @@ def _row(
     candidates: list[Candidate],
     base: str | None,
     setting: Setting,
-    origin: Provenance,
+    origin: Mapping[str, Any],
 ) -> Measurement:
     """All that is known of one candidate beside the others."""
-    form = candidate.reference_form
-    baseline = _find(candidates, base, AS_IS, form)
-    control = next(
-        (c for c in candidates if c.is_control and (c.model, c.form) == (candidate.model, form)), None
-    )
+    beside = [c for c in candidates if c.form == candidate.reference_form]
+    baseline = next((c for c in beside if (c.model, c.variant) == (base, AS_IS)), None)
+    control = next((c for c in beside if is_control(c.variant) and c.model == candidate.model), None)
     ms = [1000 * s for s in candidate.seconds]
     ratios = _paired(candidate, baseline)
     taxes = [r - 1 for r in _paired(candidate, control)] if candidate.variant == AS_IS else []
@@ -268,10 +252,6 @@ def _row(
         runtime=setting.engine.version,
         **origin,
     )
-
-
-def _find(candidates: Sequence[Candidate], model: str | None, variant: str, form: str) -> Candidate | None:
-    return next((e for e in candidates if (e.model, e.variant, e.form) == (model, variant, form)), None)
 
 
 def _paired(candidate: Candidate, other: Candidate | None) -> list[float]:

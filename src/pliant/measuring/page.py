@@ -10,13 +10,12 @@ from pliant.measuring.rows import COLUMNS, Measurement, grouped, layout
 from pliant.report import FigureBlock, TableBlock, write_report
 
 
-def write_page(path: str | Path, rows: Sequence[Measurement], command: str = "pliant measure") -> Path:
+def write_page(path: str | Path, rows: Sequence[Measurement]) -> Path:
     """Write rows as a page that needs nothing beside itself.
 
     Args:
         path: path of the page.
         rows: rows of one machine.
-        command: that made them.
 
     Returns:
         `path`.
@@ -55,7 +54,7 @@ def write_page(path: str | Path, rows: Sequence[Measurement], command: str = "pl
             tables=tables,
             figures=figures,
             provenance={
-                "command": command,
+                "command": "pliant measure",
                 "machine": f"{first.gpu or first.cpu}, {first.cores} cores, {first.os}",
                 "versions": ", ".join(
                     f"{name} {getattr(first, name)}" for name in ("pliant", "torch", "timm", "python")

@@ -181,8 +181,8 @@ COLUMNS: dict[str, tuple[str, Text]] = {
     "parameters": ("params, M", lambda r: _scaled(r.parameters, 1e6)),
     "macs": ("MACs, G", lambda r: _scaled(r.macs, 1e9)),
     "time": ("time, ms", lambda r: _with_spread(r.median_ms, r.iqr_ms)),
-    "time_ratio": ("time ratio", lambda r: _ratio(r.time_ratio, r.time_ratio_iqr)),
-    "mac_ratio": ("MAC ratio", lambda r: _ratio(r.mac_ratio, None)),
+    "time_ratio": ("time ratio", lambda r: tables.with_spread(r.time_ratio, r.time_ratio_iqr, 2)),
+    "mac_ratio": ("MAC ratio", lambda r: tables.with_spread(r.mac_ratio, None, 2)),
     "speedup": ("speed-up", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
     "tax": ("tax", lambda r: _percent(r.tax, r.tax_iqr)),
     "accuracy": ("top-1, %", lambda r: "" if r.accuracy is None else f"{r.accuracy:.2f}"),
@@ -360,12 +360,6 @@ def _with_spread(value: float | None, spread: float | None) -> str:
         return f"{value:.{max(0, 2 - whole)}f}"
     decimals = max(0, min(-math.floor(math.log10(spread)), 3 - whole))
     return f"{value:.{decimals}f} ({spread:.{decimals}f})"
-
-
-def _ratio(value: float | None, spread: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" + ("" if spread is None else f" ({spread:.2f})")
 
 
 def _percent(value: float | None, spread: float | None) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,16 +32,7 @@ CROWDED = 4  # times as long as alone, at most, a warm-up takes beside files bei
 
 @dataclass(frozen=True)
 class Setting:
-    """What holds for all networks of a run.
-
-    Attributes:
-        batch: images a forward.
-        device: where they are.
-        precision: name of a dtype.
-        channels_last: memory format of networks and images.
-        engine: what runs them.
-        threads: on which.
-    """
+    """What holds for all networks of a run; each as the argument of `pliant.measure`."""
 
     batch: int
     device: torch.device
@@ -228,35 +218,32 @@ def _begin(
     original, candidate.network = candidate.network, None
     engine = setting.engine
     images = engine.images(setting.place(torch.randn(setting.batch, *candidate.size)), setting.precision)
-
-    def formed() -> nn.Module:
-        # Its own copy: the caller's network stays as it is, where it is.
-        return _formed(copy.deepcopy(original).eval(), candidate, setting, images)
-
+    formed = partial(_formed, original, candidate, setting, images)
     if child is None or writing is None:
-        return partial(_prepare_here, candidate, setting, formed(), images)
-    return partial(_load, candidate, setting, child, writing.begin(candidate, formed, images), images)
+        network = formed()
 
+        def prepare() -> float:
+            run = engine.prepare(network, images, **setting.how)
+            candidate.clock = clock(run, images, setting.threads)
+            return warm(candidate.clock)
 
-def _prepare_here(candidate: Candidate, setting: Setting, network: nn.Module, images: Tensor) -> float:
-    run = setting.engine.prepare(network, images, **setting.how)
-    candidate.clock = clock(run, images, setting.threads)
-    return warm(candidate.clock)
+        return prepare
+    written = writing.begin(candidate, formed, images)
 
+    def load() -> float:
+        number, seconds = child.load(written(), images, **setting.how)
+        candidate.clock = partial(child.time, number)
+        return seconds
 
-def _load(
-    candidate: Candidate, setting: Setting, child: Isolated, written: Callable[[], Path], images: Tensor
-) -> float:
-    number, seconds = child.load(written(), images, **setting.how)
-    candidate.clock = partial(child.time, number)
-    return seconds
+    return load
 
 
 def _formed(network: nn.Module, candidate: Candidate, setting: Setting, images: Tensor) -> nn.Module:
-    """The network as the engine gets it: in its form, and in place.
+    """A copy of the network as the engine gets it: in its form, and in place.
 
     An engine that is not PyTorch's is told of the best blocks when it writes its file.
     """
+    network = copy.deepcopy(network).eval()
     if candidate.form != AS_BUILT:
         like = next(network.parameters(), images)
         network = fold_norms(network, images[:1].to(like.device, like.dtype))

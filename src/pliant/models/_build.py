@@ -19,6 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureDictNet, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from pliant._options import suggestion
 from pliant.method import Method
 from pliant.surgery import convert, inherit_conversions, mark_named
 
@@ -214,3 +215,14 @@ def base_of(name: str) -> str:
         ['mobilenetv1_w025', 'resnet50', 'regnetx_002']
     """
     return _NETWORKS[name].base if name in _NETWORKS else name
+
+
+def check_network(name: str, also: str = "") -> None:
+    """Refuse a name that timm does not know; `also` says what else it is not.
+
+    Raises:
+        ValueError: the close names are listed.
+    """
+    if not timm.is_model(name):
+        hint = suggestion(name, timm.list_models(), "timm.list_models() lists the networks")
+        raise ValueError(f"timm has no network {name!r}{also}; {hint}")

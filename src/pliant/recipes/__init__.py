@@ -1,7 +1,8 @@
 """Recipes by name: ``<data>.<network>`` or ``<data>.<network>.<form>``.
 
-A recipe is a function of a network that returns a `Recipe`; each module here has some of ours, its
-*forms*. ``short`` is the form that a name without one means: ``cifar10.resnet50_mod`` is
+A recipe is a function of a network's name that returns a `Recipe`; each module here has some of ours,
+its *forms*. The name is short (``resnet18_mod`` for ``resnet18_cifar_mod``), for ImageNet any of timm's.
+``short`` is the form that a name without one means: ``cifar10.resnet50_mod`` is
 ``cifar10.short("resnet50_mod")``.
 
 Methods add forms: the recipes of their papers, for every network (`Method.recipes`), ``paper`` among
@@ -14,10 +15,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from pliant._options import suggestion
 from pliant.methods import METHODS
 from pliant.models._build import methods_of
 from pliant.recipes import cifar10, cifar100, digits, imagenet
-from pliant.recipes._networks import cifar_networks, close, imagenet_networks, objective_of
+from pliant.recipes._networks import cifar_networks, imagenet_networks, objective_of
 from pliant.train.recipe import Recipe
 
 __all__ = ["get_recipe", "list_recipes"]
@@ -64,9 +66,8 @@ def get_recipe(name: str) -> Recipe:
     """
     data, dot, rest = name.partition(".")
     if data not in _DATA or not dot or not rest:
-        raise ValueError(
-            f"no recipe {name!r}; {close(name, list_recipes() if data in _DATA else _starts())}"
-        )
+        known = list_recipes() if data in _DATA else [f"{d}.{n}" for d in _DATA for n in _networks(d)]
+        raise ValueError(f"no recipe {name!r}; {suggestion(name, known)}")
     network, _, form = rest.rpartition(".")
     if not network or form not in _forms(data):  # timm's names may have dots: resnet50.a1_in1k
         network, form = rest, "short"
@@ -134,7 +135,3 @@ def _is_of(data: str, network: str, form: str) -> bool:
 
 def _networks(data: str) -> Iterable[str]:
     return imagenet_networks() if data == "imagenet" else cifar_networks()
-
-
-def _starts() -> list[str]:
-    return [f"{data}.{network}" for data in _DATA for network in _networks(data)]

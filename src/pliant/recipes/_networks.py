@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
+from pliant._options import suggestion
 from pliant.models import list_networks
 from pliant.models._build import methods_of
 
@@ -36,7 +35,7 @@ def cifar_network(short: str) -> str:
     """
     known = cifar_networks()
     if short not in known:
-        raise ValueError(f"no network {short!r} for small images; {close(short, known)}")
+        raise ValueError(f"no network {short!r} for small images; {suggestion(short, known)}")
     return known[short]
 
 
@@ -59,10 +58,3 @@ def start_arguments(model: str) -> dict[str, Any]:
         ({'zero_init_last': True, 'upcycle': True}, {})
     """
     return {k: v for method in methods_of(model) for k, v in method.start.items()}
-
-
-def close(name: str, known: Iterable[str]) -> str:
-    """What to say of a name that is not known."""
-    known = sorted(known)
-    found = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {', '.join(found)}?" if found else f"known: {', '.join(known)}"

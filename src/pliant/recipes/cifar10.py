@@ -15,11 +15,7 @@ network_of = cifar_network
 
 
 def short(network: str = "resnet18_mod") -> Recipe:
-    """30 epochs: bf16, cosine after a warm-up, Nesterov, smoothed labels, EMA. Ours.
-
-    Args:
-        network: a short name, such as ``"resnet18_mod"`` or ``"resnet20"``.
-    """
+    """30 epochs: bf16, cosine after a warm-up, Nesterov, smoothed labels, EMA. Ours."""
     return Recipe(
         name=f"cifar10.{network}",
         note="ours; short and modern",
@@ -50,9 +46,6 @@ def controls(network: str = "resnet20_mod") -> Recipe:
     `python -m research experiment cifar10-controls` are of this form; `Score.recipe` names it, so that
     the rows say how they were trained.
 
-    Args:
-        network: a short name, such as ``"resnet20_mod"``.
-
     Example:
         >>> recipe = controls("resnet20")
         >>> recipe.name, recipe.epochs, recipe.warmup
@@ -77,9 +70,6 @@ def recover(network: str = "resnet20_mod") -> Recipe:
     (`pliant.train.weights.load_weights`), and the teacher is the network before the conversion. A
     plain network's form, trained on alike, is the control. `research.recovery.recover` (``pliant
     recover``) reports the accuracy of each epoch, with and without the teacher.
-
-    Args:
-        network: a short name, such as ``"resnet20_mod"``, ``"cc_resnet20"``, ``"resnet20_adn"``.
 
     Example:
         >>> recipe = recover("resnet20_mod")

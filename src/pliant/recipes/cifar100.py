@@ -16,9 +16,6 @@ network_of = cifar10.network_of
 def short(network: str = "resnet18_mod") -> Recipe:
     """As `cifar10.short`.
 
-    Args:
-        network: a short name, such as ``"resnet18_mod"`` or ``"resnet20"``.
-
     Example:
         >>> short("resnet34").name, short("resnet34").data
         ('cifar100.resnet34', 'cifar100')

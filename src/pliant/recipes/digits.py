@@ -27,9 +27,6 @@ network_of = cifar_network
 def short(network: str = "resnet18_mod") -> Recipe:
     """10 epochs of SGD with momentum, one cosine cycle; 95 % of test images and more.
 
-    Args:
-        network: of `pliant.recipes.list_recipes`, such as ``"resnet18_mod"``.
-
     Example:
         >>> short("resnet18").model
         'resnet18_cifar'

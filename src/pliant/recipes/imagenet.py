@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import timm
-
-from pliant.recipes._networks import close, imagenet_networks, objective_of
+from pliant.models._build import check_network
+from pliant.recipes._networks import objective_of
 from pliant.train.recipe import Recipe
 
 DATA: dict[str, Any] = {"data": "imagenet", "path": "data/imagenet", "val_fraction": None}
@@ -26,19 +25,14 @@ def network_of(name: str) -> str:
     """The network of a recipe: any of timm's.
 
     Raises:
-        ValueError: there is none of this name; close ones are listed.
+        ValueError: timm has none of this name; close ones are listed.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"no network {name!r}; {close(name, imagenet_networks())}")
+    check_network(name)
     return name
 
 
 def short(network: str = "resnet50_mod") -> Recipe:
-    """18 epochs of 176 px: bf16, cosine after a warm-up, smoothed labels. Ours.
-
-    Args:
-        network: a network of pliant or of timm.
-    """
+    """18 epochs of 176 px: bf16, cosine after a warm-up, smoothed labels. Ours."""
     return Recipe(
         name=f"imagenet.{network}",
         note="ours; short and modern",

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pliant.train.recipe import Recipe, override
+from pliant.train.run import Run, read_run
+from pliant.train.saved import SavedState, read_state
 
 if TYPE_CHECKING:
     from pliant.train.evaluation import Evaluation, evaluate
     from pliant.train.fitting import fit
-    from pliant.train.run import Run, read_run
-    from pliant.train.saved import SavedState, read_state
 
 __all__ = [
     "Evaluation",
@@ -27,15 +27,7 @@ __all__ = [
     "read_state",
 ]
 
-_HOME = {
-    "Evaluation": "evaluation",
-    "evaluate": "evaluation",
-    "fit": "fitting",
-    "Run": "run",
-    "read_run": "run",
-    "SavedState": "saved",
-    "read_state": "saved",
-}
+_HOME = {"Evaluation": "evaluation", "evaluate": "evaluation", "fit": "fitting"}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Batches(ABC):
         mean: mean of each channel, for the normalisation.
         std: standard deviation of each channel.
         train: for training rather than evaluation.
+        device: where images in memory are held, and their batches made.
 
     Attributes:
         epoch: epoch that order and augmentation belong to; set by `set_epoch`.
@@ -49,9 +51,16 @@ class Batches(ABC):
     """
 
     def __init__(
-        self, images: ImageSet, recipe: Recipe, mean: Sequence[float], std: Sequence[float], *, train: bool
+        self,
+        images: ImageSet,
+        recipe: Recipe,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        train: bool,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.images, self.recipe, self.train = images, recipe, train
+        self.images, self.recipe, self.train, self.device = images, recipe, train, torch.device(device)
         self.mean, self.std = tuple(mean), tuple(std)
         self.epoch = 0
         self.taken = self._first = 0
@@ -104,47 +113,31 @@ class Batches(ABC):
 
 
 class TensorBatches(Batches):
-    """Batches of images in memory, augmented all at once; see `Batches`.
+    """Batches of images in memory, augmented all at once; see `Batches`."""
 
-    Args:
-        images: the set.
-        recipe: as `Batches`.
-        mean: as `Batches`.
-        std: as `Batches`.
-        train: as `Batches`.
-        device: where the images are held and the batches are made.
-    """
+    images: TensorImages
 
-    def __init__(
-        self,
-        images: TensorImages,
-        recipe: Recipe,
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        train: bool,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(images, recipe, mean, std, train=train)
-        self.pixels, self.labels = images.images.to(device), images.labels.to(device)
-        self.scale = 1 / (255 * torch.tensor(std, device=device).view(-1, 1, 1))
-        self.shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(-1, 1, 1)
+    @cached_property
+    def _held(self) -> tuple[Tensor, Tensor]:
+        """All images and labels, on the device."""
+        return self.images.images.to(self.device), self.images.labels.to(self.device)
 
     def _batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.pixels.device
-        batches = self.order()[first:]
+        device, (pixels, labels) = self.device, self._held
+        mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (self.mean, self.std))
+        scale, shift = 1 / (255 * std), mean / std
         moves = self._moves() if self.train else None
-        erase = self._eraser() if self.train and self.recipe.erasing else None
-        for number, index in enumerate(batches, first):
+        erase = _eraser(self.recipe, device) if self.train else None
+        for number, index in enumerate(self.order()[first:], first):
             there = index.to(device)
-            x = self.pixels[there]
+            x = pixels[there]
             if moves is not None:
                 x = shifted(x, *(m[index].to(device) for m in moves))
-            x = x * self.scale - self.shift
+            x = x * scale - shift
             if erase is not None:
                 with seeded(self.recipe.seed, self.epoch, "erase", number):
                     x = erase(x)
-            yield x, self.labels[there]
+            yield x, labels[there]
 
     def _moves(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Rows and columns to shift each image of the set by, and whether to flip it."""
@@ -156,10 +149,12 @@ class TensorBatches(Batches):
         flip = torch.rand(n, generator=generator) < 0.5
         return rows, columns, flip & (self.recipe.augmentation == "flip_crop")
 
-    def _eraser(self) -> Any:
-        from timm.data.random_erasing import RandomErasing
 
-        return RandomErasing(self.recipe.erasing, mode="pixel", device=str(self.pixels.device))
+def _eraser(recipe: Recipe, device: torch.device | str = "cpu") -> Any:
+    """Random erasing by timm, of images on `device`; None where the recipe has none."""
+    from timm.data.random_erasing import RandomErasing
+
+    return RandomErasing(recipe.erasing, mode="pixel", device=str(device)) if recipe.erasing else None
 
 
 def shifted(x: Tensor, rows: Tensor, columns: Tensor, flip: Tensor) -> Tensor:
@@ -273,12 +268,12 @@ def transform(
         auto_augment_transform,
         rand_augment_transform,
     )
-    from timm.data.random_erasing import RandomErasing
     from torchvision import transforms as T
 
     name, side = recipe.augmentation, recipe.pixels
     auto = None if name in AUGMENTATIONS else name
     whole = isinstance(images, TensorImages)  # such images fit already
+    erase = [_eraser(recipe)] if train and recipe.erasing else []
     if train and whole:
         parts: list[Any] = [T.RandomCrop(side, padding=max(1, side // 8)), T.RandomHorizontalFlip()]
         if auto is not None:
@@ -286,9 +281,7 @@ def transform(
             hparams = {"img_mean": tuple(round(255 * m) for m in mean)}
             parts.append(make.get(auto.split("-")[0], auto_augment_transform)(auto, hparams))
         parts += [T.ToTensor(), T.Normalize(list(mean), list(std))]
-        if recipe.erasing:
-            parts.append(RandomErasing(recipe.erasing, mode="pixel", device="cpu"))
-        return T.Compose(parts)
+        return T.Compose([*parts, *erase])
     options: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std), "interpolation": "bilinear"}
     if train and name != "none":
         return create_transform(
@@ -302,10 +295,8 @@ def transform(
             **options,
         )
     resize = eval_size(images, recipe)
-    parts = list(create_transform((len(mean), side, side), crop_pct=side / resize, **options).transforms)
-    if train and recipe.erasing:
-        parts.append(RandomErasing(recipe.erasing, mode="pixel", device="cpu"))
-    return T.Compose(parts)
+    parts = create_transform((len(mean), side, side), crop_pct=side / resize, **options).transforms
+    return T.Compose([*parts, *erase])
 
 
 def eval_size(images: ImageSet, recipe: Recipe) -> int:

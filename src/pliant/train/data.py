@@ -8,7 +8,7 @@ Shapes in this file::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,7 +26,7 @@ from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
 from pliant.train.batches import Batches, make_batches
-from pliant.train.images import FileImages, ImageSet, TensorImages
+from pliant.train.images import FileImages, ImageSet, TensorImages, class_folders
 from pliant.train.recipe import Recipe
 from pliant.train.shards import ShardImages, class_names, find_shards, index_shards
 
@@ -43,6 +43,7 @@ MEAN_STD = {
 }
 Part = Literal["test", "val"]
 PARTS = ("train", "val", "test")
+_PLACED = ("folder", "imagenet", "shards")  # data in parts, each with a place of its own
 DIGITS_TEST = 0.3  # share of the 1797 digits
 
 
@@ -62,7 +63,7 @@ class Data:
 
     Example:
         >>> data = load_data(Recipe(name="example", model="resnet20_cifar", batch=32))
-        >>> x, y = next(iter(data.val_batches()))
+        >>> x, y = next(iter(data.batches("val")))
         >>> x.shape, y.shape
         (torch.Size([32, 1, 32, 32]), torch.Size([32]))
     """
@@ -76,29 +77,20 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def train_batches(self, device: torch.device | str = "cpu") -> Batches:
-        """Shuffled, augmented batches of `train`."""
-        return make_batches(self.train, self.recipe, self.mean, self.std, train=True, device=device)
-
-    def check_batches(self, device: torch.device | str = "cpu") -> Batches:
-        """Batches of `check`, in order and not augmented."""
-        return make_batches(self.check, self.recipe, self.mean, self.std, device=device)
-
-    def val_batches(self, device: torch.device | str = "cpu") -> Batches:
-        """Batches of `val`, in order and not augmented."""
-        return make_batches(self.val, self.recipe, self.mean, self.std, device=device)
-
-    def test_batches(self, device: torch.device | str = "cpu") -> Batches:
-        """Batches of `test`, in order and not augmented.
+    def batches(
+        self, part: Literal["train", "check", "val", "test"], device: torch.device | str = "cpu"
+    ) -> Batches:
+        """Batches of one set: those of `train` shuffled and augmented, the others in order.
 
         Raises:
             ValueError: there is no test set.
         """
-        if self.test is None:
+        images: ImageSet | None = getattr(self, part)
+        if images is None:
             raise ValueError(
                 f"data={self.recipe.data} at path={self.recipe.path} has no test set; score another part"
             )
-        return make_batches(self.test, self.recipe, self.mean, self.std, device=device)
+        return make_batches(images, self.recipe, self.mean, self.std, train=part == "train", device=device)
 
 
 def load_data(recipe: Recipe) -> Data:
@@ -113,17 +105,12 @@ def load_data(recipe: Recipe) -> Data:
         >>> len(data.train), len(data.val), len(data.test), data.train.images.shape[1:]
         (1131, 126, 540, torch.Size([1, 32, 32]))
     """
-    if recipe.data == "digits":
-        whole, rest, classes = _digits(recipe)
-    elif recipe.data in CIFAR:
-        whole, rest, classes = _cifar(recipe)
-    elif recipe.data == "shards":
-        return _shards(recipe)
-    else:
-        return _folders(recipe)
+    if recipe.data in _PLACED:
+        return _placed(recipe)
+    whole, test, classes = _digits(recipe) if recipe.data == "digits" else _cifar(recipe)
     assert recipe.val_fraction is not None  # checked by `Recipe`
     train, val = divide(whole, recipe.val_fraction, recipe.split_seed)
-    return _data(recipe, train, val, rest, classes, normalisation(recipe))
+    return _data(recipe, train, val, test, classes)
 
 
 def load_part(
@@ -143,16 +130,15 @@ def load_part(
     """
     if part not in get_args(Part):
         raise ValueError(f"part must be one of {', '.join(get_args(Part))}, not {part!r}")
-    if recipe.data in ("folder", "imagenet") and not divided:
-        root = _root(recipe)
-        names = ("test", "val") if part == "test" else ("val",)
-        found = next((root / name for name in names if (root / name).is_dir()), root)
-        if part == "val" and found == root:
-            raise ValueError(f"{root} has no val/; score part=test")
-        images, classes = _files(found, recipe)
+    if recipe.data in _PLACED and not divided:
+        parts = _parts(recipe)
+        wanted = ("test", "val", "") if part == "test" else ("val",)
+        found = next((name for name in wanted if name in parts), None)
+        if found is None:
+            has = ", ".join(name or "images that are not divided" for name in parts)
+            raise ValueError(f"path={recipe.path} has no images for {part}, only {has}; score another part")
+        images, classes = _read(parts[found], recipe)
         return images, tuple(classes)
-    if recipe.data == "shards" and not divided:
-        return _shard_part(recipe, part)
     data = load_data(recipe)
     chosen = data.val if part == "val" or data.test is None else data.test
     return chosen, data.classes
@@ -206,11 +192,10 @@ def _data(
     val: ImageSet,
     test: ImageSet | None,
     classes: Sequence[str],
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> Data:
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.split_seed))
     check = train.subset(order[: len(val)].sort().values)
-    return Data(recipe, train, check, val, test, tuple(classes), *normalisation)
+    return Data(recipe, train, check, val, test, tuple(classes), *normalisation(recipe))
 
 
 def _digits(recipe: Recipe) -> tuple[TensorImages, TensorImages, list[str]]:
@@ -256,116 +241,70 @@ def _fitted(images: Tensor, recipe: Recipe) -> Tensor:
     return images if images.dtype == torch.uint8 else images.round().clamp(0, 255).byte()
 
 
-def _folders(recipe: Recipe) -> Data:
-    root = _root(recipe)
-    parts = {name: root / name for name in PARTS if (root / name).is_dir()}
+def _placed(recipe: Recipe) -> Data:
+    """The sets of folders or shards; images that are not divided into parts are divided here."""
+    parts = _parts(recipe)
     if recipe.data == "imagenet" and not {"train", "val"} <= parts.keys():
         raise FileNotFoundError(
-            f"{root} must hold train/ and val/ with one folder a class, as ImageNet is laid out; for other "
-            f"layouts set data=folder, for tar files data=shards"
+            f"{recipe.path} must hold train/ and val/ with one folder a class, as ImageNet is laid out; "
+            f"for other layouts set data=folder, for tar files data=shards"
         )
-    train, classes = _files(parts.get("train", root), recipe)
-    read = {name: _files(folder, recipe, classes)[0] for name, folder in parts.items() if name != "train"}
-    return _parted(recipe, train, read, classes, divided="train" in parts)
-
-
-def _shards(recipe: Recipe) -> Data:
-    parts = find_shards(recipe.path or "")
-    read = {name: _packed(shards, recipe) for name, shards in parts.items()}
-    train = read.pop("train", None) or read.pop("", None)
-    if train is None:
-        raise ValueError(
-            f"path={recipe.path} has shards for {', '.join(read)} and none to train on; add shards of train"
-        )
-    classes = _named([*parts.get("train", []), *parts.get("", [])], train)
-    for name, images in read.items():
-        if len(images) and int(images.labels.max()) >= len(classes):
-            raise ValueError(
-                f"the {name} shards of {recipe.path} have class {int(images.labels.max())}, but the "
-                f"shards to train on have {len(classes)} classes; write both from one list of classes"
-            )
-    return _parted(recipe, train, read, classes, divided="train" in parts)
-
-
-def _shard_part(recipe: Recipe, part: Part) -> tuple[ShardImages, tuple[str, ...]]:
-    """One set of shards; ``"test"`` is the part test, else val, else all shards."""
-    parts = find_shards(recipe.path or "")
-    wanted = ("test", "val", "") if part == "test" else ("val",)
-    found = next((name for name in wanted if name in parts), None)
-    if found is None:
-        has = ", ".join(sorted(parts)) or "no part"
-        raise ValueError(f"path={recipe.path} has no shards for {part}, only for {has}")
-    images = _packed(parts[found], recipe)
-    return images, tuple(_named(parts[found], images))
-
-
-def _parted(
-    recipe: Recipe, train: ImageSet, read: Mapping[str, ImageSet], classes: Sequence[str], *, divided: bool
-) -> Data:
-    """The sets from given parts; without `divided`, `train` is all there is and is divided here."""
-    test: ImageSet | None
+    divided = "train" in parts
+    place = parts.pop("train", None) or parts.pop("", None)
+    if place is None:
+        raise ValueError(f"path={recipe.path} has {', '.join(parts)} and no train; add train")
+    train, classes = _read(place, recipe)
+    read = {name: _read(place, recipe, classes)[0] for name, place in parts.items()}
+    test: ImageSet | None = None
     if not divided:
-        if read:
-            raise ValueError(f"path={recipe.path} has {', '.join(read)} and no train; add train")
         if recipe.val_fraction is None:
             raise ValueError(f"path={recipe.path} is not divided into train and val; set val_fraction")
-        whole, test = train, None
         if recipe.test_fraction:
-            whole, test = divide(train, recipe.test_fraction, recipe.split_seed)
-        rest, val = divide(whole, recipe.val_fraction, recipe.split_seed)
+            train, test = divide(train, recipe.test_fraction, recipe.split_seed)
+        train, val = divide(train, recipe.val_fraction, recipe.split_seed)
     elif recipe.val_fraction is None:
         if "val" not in read:
             raise ValueError(
                 f"path={recipe.path} has no val/; set val_fraction to hold out images of train/"
             )
-        rest, val, test = train, read["val"], read.get("test")
+        val, test = read["val"], read.get("test")
     else:
-        rest, val = divide(train, recipe.val_fraction, recipe.split_seed)
+        train, val = divide(train, recipe.val_fraction, recipe.split_seed)
         test = read.get("test", read.get("val"))
-    return _data(recipe, rest, val, test, classes, normalisation(recipe))
+    return _data(recipe, train, val, test, classes)
 
 
-def _root(recipe: Recipe) -> Path:
+def _parts(recipe: Recipe) -> dict[str, Path | list[Path]]:
+    """The folder, or the shards, of each part; the part ``""`` is all images, not divided."""
+    if recipe.data == "shards":
+        return {**find_shards(recipe.path or "")}
     root = Path(recipe.path or "")
     if not root.is_dir():
         raise FileNotFoundError(
             f"path={recipe.path} is no folder; give one that holds train/ and val/, or one folder a class"
         )
-    return root
+    return {name: root / name for name in PARTS if (root / name).is_dir()} or {"": root}
 
 
-def _files(
-    folder: Path, recipe: Recipe, wanted: Sequence[str] | None = None
-) -> tuple[FileImages, list[str]]:
-    """The images of a folder that holds one folder a class, and the classes."""
-    from torchvision.datasets import ImageFolder
-
+def _read(
+    place: Path | list[Path], recipe: Recipe, wanted: Sequence[str] | None = None
+) -> tuple[ImageSet, Sequence[str]]:
+    """The images of a folder or of shards, and their classes, which must be those `wanted`."""
     _check_channels(recipe)
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} must hold one folder of images for each class ({error}); see data= and path="
-        ) from error
-    if wanted is not None and found.classes != list(wanted):
-        odd = sorted(set(found.classes) ^ set(wanted))
+    if isinstance(place, Path):
+        found = class_folders(place, wanted)
+        paths, labels = zip(*found.samples, strict=True)
+        return FileImages(paths, torch.tensor(labels), recipe.in_chans), found.classes
+    images = ShardImages(place, *index_shards(place), recipe.in_chans)
+    count = int(images.labels.max()) + 1 if len(images) else 0
+    if wanted is None:
+        return images, class_names(place, count)
+    if count > len(wanted):
         raise ValueError(
-            f"{folder} must have the classes of train/; they differ in {', '.join(odd[:5])}"
-            f"{' ...' * (len(odd) > 5)}"
+            f"shards such as {place[0]} have class {count - 1}, but the shards to train on have "
+            f"{len(wanted)} classes; write both from one list of classes"
         )
-    paths, labels = zip(*found.samples, strict=True)
-    return FileImages(paths, torch.tensor(labels), recipe.in_chans), list(found.classes)
-
-
-def _packed(shards: Sequence[Path], recipe: Recipe) -> ShardImages:
-    """The images of some shards."""
-    _check_channels(recipe)
-    return ShardImages(shards, *index_shards(shards), recipe.in_chans)
-
-
-def _named(shards: Sequence[Path], images: ShardImages) -> list[str]:
-    """The classes of shards that `images` come from."""
-    return class_names(shards, int(images.labels.max()) + 1 if len(images) else 0)
+    return images, wanted
 
 
 def _check_channels(recipe: Recipe) -> None:

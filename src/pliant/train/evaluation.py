@@ -5,7 +5,6 @@ Shapes: x float32 [B, C, S, S], images; y int64 [B], classes; logits [B, classes
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
+from pliant._config import some
+from pliant.anatomy import input_size
+from pliant.checkpoint import load
 from pliant.train.batches import Batches, make_batches
 from pliant.train.data import Part, load_part, normalisation
 from pliant.train.images import ImageSet
 from pliant.train.recipe import Recipe
-from pliant.train.run import BEST, RECIPE
-
-# Options of a recipe that decide which images are held out.
-DIVISION = ("val_fraction", "test_fraction", "split_seed")
+from pliant.train.run import network_folder, read_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,33 +136,44 @@ def prepare(
 
     Arguments and errors are those of `evaluate`.
     """
-    network, settings = (model, _settings(model)) if isinstance(model, nn.Module) else _saved(Path(model))
-    channels, side = settings.size[0], pixels or settings.size[-1]
+    folder = None if isinstance(model, nn.Module) else Path(model)
+    network = model if isinstance(model, nn.Module) else load(network_folder(Path(model)))
+    config = getattr(network, "pretrained_cfg", None) or {}
+    # Of a saved network this is what its checkpoint says; timm's own knows nothing of in_chans.
+    size = config.get("input_size") if folder else input_size(network) or (3, 224, 224)
+    if size is None:
+        raise ValueError(f"{folder} does not say its input size; save it again with input_size=")
+    channels, side, crop = size[0], pixels or size[-1], config.get("crop_pct")
     place = None if path is None else os.fspath(path)
-    own = None if isinstance(model, nn.Module) else _recipe(Path(model))
+    own = read_recipe(folder) if folder else None
     if own is not None and (data not in (None, own.data) or place not in (None, own.path)):
         own = None  # other data than the run's
-    division = {} if own is None else {name: getattr(own, name) for name in DIVISION}
+    held_out = () if own is None else ("val_fraction", "test_fraction", "split_seed")
     recipe = Recipe.from_dict(
         {
-            **division,
+            **{name: getattr(own, name) for name in held_out},
             "name": "evaluate",
             "model": type(network).__name__,
             "model_args": {"in_chans": channels},
             "data": (data or "digits") if own is None else own.data,
             "path": place if own is None else own.path,
             "pixels": side,
-            "resize": round(side / settings.crop_pct) if settings.crop_pct else None,
+            "resize": round(side / crop) if crop else None,
             "batch": batch,
             "workers": workers,
         }
     )
     images, classes = load_part(recipe, part, divided=own is not None)
-    if settings.classes is not None:
-        images.labels, classes = _renumbered(images.labels, classes, settings.classes), settings.classes
-    mean, std = normalisation(recipe)
+    named = config.get("label_names") if folder else None
+    if named is not None:
+        images.labels, classes = _renumbered(images.labels, classes, named), named
+    told = (config.get("mean") or (), config.get("std") or ())
+    mean, std = (
+        tuple(one) if len(one) in (1, channels) else data
+        for one, data in zip(told, normalisation(recipe), strict=True)
+    )
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    loader = make_batches(images, recipe, settings.mean or mean, settings.std or std, device=where)
+    loader = make_batches(images, recipe, mean, std, device=where)
     return NetworkOnData(network, images, loader, classes, where, recipe)
 
 
@@ -243,59 +253,11 @@ class Scores:
         )
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """The images that a network expects."""
-
-    size: tuple[int, int, int]
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    crop_pct: float | None = None
-    classes: tuple[str, ...] | None = None
-
-
-def _saved(folder: Path) -> tuple[nn.Module, _Settings]:
-    """A network and its settings, from the folder of a checkpoint or of a run."""
-    from pliant.checkpoint import load, read_config
-
-    if (folder / BEST).is_dir():
-        folder = folder / BEST
-    config = read_config(folder)
-    if config.input_size is None:
-        raise ValueError(f"{folder} does not say its input size; save it again with input_size=")
-    return load(folder), _Settings(
-        config.input_size, config.mean, config.std, config.crop_pct, config.classes
-    )
-
-
-def _recipe(folder: Path) -> Recipe | None:
-    """The recipe of the run in a folder, or None if there is no run."""
-    written = folder / RECIPE
-    return Recipe.from_dict(json.loads(written.read_text(encoding="utf-8"))) if written.is_file() else None
-
-
-def _settings(model: nn.Module) -> _Settings:
-    from pliant.anatomy import input_size
-
-    config = getattr(model, "pretrained_cfg", None) or {}
-    size = input_size(model) or (3, 224, 224)
-    mean, std = config.get("mean"), config.get("std")
-    if mean is None or std is None or not len(mean) == len(std) == size[0]:
-        return _Settings(size, crop_pct=config.get("crop_pct"))
-    return _Settings(size, tuple(mean), tuple(std), config.get("crop_pct"))
-
-
 def _renumbered(labels: Tensor, names: tuple[str, ...], known: tuple[str, ...]) -> Tensor:
     """Labels by the checkpoint's order of classes."""
-    other = [name for name in names if name not in known]
-    if other:
+    if other := [name for name in names if name not in known]:
         raise ValueError(
-            f"the data has classes that the checkpoint does not name: {_few(tuple(other))}; "
-            f"the checkpoint's are {_few(known)}"
+            f"the data has classes that the checkpoint does not name: {some(other)}; "
+            f"the checkpoint's are {some(known)}"
         )
     return torch.tensor([known.index(name) for name in names])[labels]
-
-
-def _few(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{len(names)}: {shown}{', ...' * (len(names) > 4)}"

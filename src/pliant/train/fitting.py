@@ -23,15 +23,16 @@ from torch import Tensor, nn
 
 from pliant._files import NotWrittenError, writing
 from pliant.checkpoint import save
+from pliant.compiling import torch_threads
 from pliant.objectives import ManyPasses, Objective
 from pliant.surgery import methods_in
-from pliant.train.batches import Batches, eval_size
+from pliant.train.batches import eval_size
 from pliant.train.data import Data, load_data
 from pliant.train.distillation import Teaching
 from pliant.train.evaluation import score
 from pliant.train.keeping import CheckpointFiles, Keep
 from pliant.train.launching import check_launch, environment_plugins
-from pliant.train.networks import begun, build, teaching_of
+from pliant.train.networks import begun, teaching_of
 from pliant.train.objectives import make_objective
 from pliant.train.processes import gathered, place
 from pliant.train.processors import warn_of_narrow_convolutions
@@ -45,15 +46,12 @@ from pliant.train.run import (
     check_claim,
     claimed,
     read_run,
-    write_metrics,
     write_run,
 )
 from pliant.train.saved import ADVICE, LAST, PREVIOUS, newest
 from pliant.train.seeds import mixed_seed, seeded
 from pliant.train.sharding import of_the_first, strategy_of
 from pliant.train.tasks import LOG_EVERY, Classification
-
-__all__ = ["Terminated", "build", "fit"]
 
 
 class Terminated(SystemExit):
@@ -130,7 +128,7 @@ def fit(
         )
     if _first():  # the first process claims the folder for all
         check_claim(folder, recipe, resume=resume)
-    with _quiet(), _threads(recipe.threads), seeded(recipe.seed, "weights"):
+    with _quiet(), torch_threads(recipe.threads), seeded(recipe.seed, "weights"):
         data = load_data(recipe)
         if recipe.test_each and data.test is None:
             raise ValueError(
@@ -215,15 +213,15 @@ def _train(
         network.to(memory_format=torch.channels_last)
         if device.type == "cpu":
             warn_of_narrow_convolutions(network)
-    train, val, check = data.train_batches(device), data.val_batches(device), data.check_batches(device)
+    train = data.batches("train", device)
     steps = train.steps(recipe.devices * recipe.nodes)  # further processes have not started yet
     task = Classification(
         network, recipe, classes=len(data.classes), steps=steps, objective=objective, teaching=teaching
     )
-    scored = [val, check, *([data.test_batches(device)] if recipe.test_each else [])]
+    parts: list[Any] = ["val", "check", *["test"] * recipe.test_each]  # in the order of `Classification`
+    scored = [data.batches(part, device) for part in parts]
     for loader in (train, *scored):
         loader.unreadable = task.unreadable  # one set for all, kept in checkpoints
-    trainer.callbacks.insert(0, _Epochs(train, folder / METRICS))  # type: ignore[attr-defined]
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(task, train, scored, ckpt_path=checkpoint)
@@ -257,7 +255,7 @@ def _finish(
     test_accuracy = None
     if data.test is not None:
         device = task.trainer.strategy.root_device
-        loader = data.test_batches(device)
+        loader = data.batches("test", device)
         torch.manual_seed(mixed_seed(recipe.seed, place()[0], "test"))  # a network may draw
         test_accuracy = score(network, loader, data.classes, device=device).top1
         network.cpu()
@@ -285,24 +283,6 @@ def _finish(
             len(unreadable), run.unreadable_paths[0], folder / RESULT,
         )  # fmt: skip
     return run
-
-
-class _Epochs(Callback):
-    """Tell the batches which epoch it is, and write ``metrics.csv`` after each epoch.
-
-    Lightning's CSVLogger would lose the rows of a resumed run, so the whole file is written anew.
-    """
-
-    def __init__(self, batches: Batches, path: Path) -> None:
-        self.batches, self.path = batches, path
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.batches.set_epoch(trainer.current_epoch)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            assert isinstance(pl_module, Classification)
-            write_metrics(self.path, pl_module.history)
 
 
 def _clear(error: OSError, folder: Path) -> OSError:
@@ -364,17 +344,6 @@ def _claimed(folder: Path, recipe: Recipe, resume: bool) -> AbstractContextManag
     if _first():
         return claimed(folder, recipe, resume=resume)
     return nullcontext(newest(folder, quiet=True) if resume else None)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -9,10 +9,13 @@ Shapes in this file::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO, Protocol
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 from PIL import Image
 from torch import Tensor
+
+from pliant._config import some
 
 
 class UnreadableImageError(RuntimeError):
@@ -41,6 +44,29 @@ def decoded(source: str | IO[bytes], channels: int) -> Image.Image:
     """An image from a file, decoded whole, in grey (1 channel) or colour (3)."""
     with Image.open(source) as image:
         return image.convert("L" if channels == 1 else "RGB")
+
+
+def class_folders(folder: Path, wanted: Sequence[str] | None = None) -> Any:
+    """The files of a folder that holds one folder of images for each class: torchvision's `ImageFolder`.
+
+    Raises:
+        FileNotFoundError: there are no such folders, or one has no image.
+        ValueError: the classes are not those `wanted`.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} must hold one folder of images for each class ({error})"
+        ) from error
+    if wanted is not None and found.classes != list(wanted):
+        raise ValueError(
+            f"{folder} must have the same classes as the folders beside it; they differ in "
+            f"{some(set(found.classes) ^ set(wanted))}"
+        )
+    return found
 
 
 class TensorImages:

@@ -7,29 +7,15 @@ processes that do not agree wait for one another without a word, or each train t
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 from pliant.train.recipe import Recipe
 
 
-class Launch(NamedTuple):
-    """Processes that a launcher started.
+def launched() -> tuple[str, int, int] | None:
+    """Name of the launcher that started this process, and its numbers of processes and machines.
 
-    Attributes:
-        by: name of the launcher.
-        processes: number of processes on all machines.
-        nodes: number of machines.
-    """
-
-    by: str
-    processes: int
-    nodes: int
-
-
-def launched() -> Launch | None:
-    """The launch that this process belongs to, if torchrun or srun started it.
-
-    In ``srun torchrun ...`` torchrun counts, as for Lightning.
+    None if neither torchrun nor srun did. In ``srun torchrun ...`` torchrun counts, as for Lightning.
 
     Raises:
         ValueError: srun got ``--ntasks`` without ``--ntasks-per-node``.
@@ -40,14 +26,14 @@ def launched() -> Launch | None:
     said = os.environ
     if TorchElasticEnvironment.detect():
         processes = int(said["WORLD_SIZE"])
-        return Launch("torchrun", processes, processes // int(said.get("LOCAL_WORLD_SIZE", processes)))
+        return "torchrun", processes, processes // int(said.get("LOCAL_WORLD_SIZE", processes))
     if SLURMEnvironment.detect():
         processes = int(said["SLURM_NTASKS"])
         if processes > 1 and "SLURM_NTASKS_PER_NODE" not in said:
             raise ValueError(
                 f"srun was given --ntasks={processes}; give --ntasks-per-node, the devices of a node"
             )
-        return Launch("srun", processes, int(said.get("SLURM_NNODES", 1)))
+        return "srun", processes, int(said.get("SLURM_NNODES", 1))
     return None
 
 

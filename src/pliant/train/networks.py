@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import timm
 from torch import nn
 
-from pliant.models._build import plain_form
+from pliant.models._build import check_network, plain_form
 from pliant.train.data import Data
 from pliant.train.distillation import Teaching, make_distillation
 from pliant.train.recipe import PLAIN, Recipe
 from pliant.train.weights import load_weights
 
 
-def build(recipe: Recipe, classes: int) -> nn.Module:
-    """The recipe's network for a number of classes, with fresh weights.
+def build(recipe: Recipe, classes: int, role: Literal["model", "teacher"] = "model") -> nn.Module:
+    """The recipe's network or teacher for a number of classes, with fresh weights.
 
     Raises:
         ValueError: timm has no such network, or it takes no such arguments.
     """
-    return _made("model", recipe, classes)
+    name, arguments = getattr(recipe, role), getattr(recipe, f"{role}_args")
+    check_network(name)
+    try:
+        network: nn.Module = timm.create_model(name, **_arguments(arguments, recipe, classes))
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {role}_args = {dict(arguments)}: {error}") from error
+    return network
 
 
 def begun(recipe: Recipe, data: Data, model: nn.Module | None = None, *, weights: bool = True) -> nn.Module:
@@ -105,23 +110,11 @@ def teaching_of(
         assert recipe.teacher is not None
         assert recipe.teacher_weights is not None  # `Recipe` sees to it
         name = recipe.teacher
-        chosen = _made("teacher", recipe, len(data.classes))
+        chosen = build(recipe, len(data.classes), "teacher")
         _load(chosen, recipe.teacher_weights, data, convert=False)
     teaching = Teaching(chosen, make_distillation(recipe.distill_args), name)
     teaching.check(network, (recipe.in_chans, recipe.pixels, recipe.pixels))
     return teaching
-
-
-def _made(role: Literal["model", "teacher"], recipe: Recipe, classes: int) -> nn.Module:
-    name, arguments = getattr(recipe, role), getattr(recipe, f"{role}_args")
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"there is no network {name!r}; close names: {', '.join(close) or 'none'}")
-    try:
-        network: nn.Module = timm.create_model(name, **_arguments(arguments, recipe, classes))
-    except TypeError as error:
-        raise ValueError(f"{name} does not take {role}_args = {dict(arguments)}: {error}") from error
-    return network
 
 
 def _arguments(arguments: Mapping[str, Any], recipe: Recipe, classes: int) -> dict[str, Any]:

@@ -29,27 +29,16 @@ def warn_of_narrow_convolutions(network: nn.Module) -> None:
     avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
     if not avx2 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
-    if paths := narrow_strided(network):
+    convolutions = [(path, m) for path, m in network.named_modules() if isinstance(m, nn.Conv2d)]
+    narrow = [
+        path
+        for path, m in convolutions
+        if m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < NARROWEST
+    ]
+    if narrow:
         logging.getLogger(__name__).warning(
             "%s: a strided 1x1 convolution with fewer than %d input channels may crash in training on this "
             "processor (AVX2 without AVX-512) with channels_last=True; set channels_last=False or widen it",
-            ", ".join(paths),
+            ", ".join(narrow),
             NARROWEST,
         )
-
-
-def narrow_strided(network: nn.Module) -> list[str]:
-    """Paths of the 1x1 convolutions of a network that stride and have fewer than 8 input channels.
-
-    Example:
-        >>> narrow_strided(nn.Sequential(nn.Conv2d(4, 8, 1, stride=2), nn.Conv2d(4, 8, 1)))
-        ['0']
-    """
-    return [
-        path
-        for path, m in network.named_modules()
-        if isinstance(m, nn.Conv2d)
-        and m.kernel_size == (1, 1)
-        and m.stride != (1, 1)
-        and m.in_channels < NARROWEST
-    ]

@@ -184,11 +184,8 @@ class Recipe:
     checkpoint_minutes: NotNegative | None = 5.0
 
     def __post_init__(self) -> None:
+        """Refuse options that are out of range, or contradict one another."""
         _options.check(self)
-        self._agree()
-
-    def _agree(self) -> None:
-        """Refuse options that contradict one another."""
         if self.resize is not None and self.resize < self.pixels:
             raise ValueError(f"resize must be at least pixels = {self.pixels}, not {self.resize}")
         kind = self.augmentation.split("-")[0]

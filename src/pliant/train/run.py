@@ -28,15 +28,8 @@ from pliant.train.processes import device_of
 from pliant.train.recipe import WHERE, Recipe, differences
 from pliant.train.saved import ADVICE, DAMAGED, LAST, newest
 
-RECIPE, ENVIRONMENT, METRICS, RESULT, BEST = (
-    "recipe.json",
-    "environment.json",
-    "metrics.csv",
-    "run.json",
-    "best",
-)
-TENSORBOARD = "tensorboard"
-LOCK = "run.lock"
+RECIPE, ENVIRONMENT, METRICS, RESULT = "recipe.json", "environment.json", "metrics.csv", "run.json"
+BEST, TENSORBOARD, LOCK = "best", "tensorboard", "run.lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +63,9 @@ class Run:
     unreadable_paths: tuple[str, ...] = field(default=(), repr=False)
 
 
+_KEPT = [f.name for f in fields(Run) if f.name not in ("folder", "model")]  # what ``run.json`` holds
+
+
 def read_run(folder: str | os.PathLike[str]) -> Run:
     """The run that `fit` left in a folder, with its network.
 
@@ -86,23 +82,35 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
             )
         raise FileNotFoundError(f"{folder} holds no run; give the folder that fit wrote")
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    return Run(
-        folder=folder,
-        recipe=Recipe.from_dict(result["recipe"]),
-        model=load(folder / BEST),
-        history=result["history"],
-        best_epoch=result["best_epoch"],
-        val_accuracy=result["val_accuracy"],
-        test_accuracy=result["test_accuracy"],
-        seconds=result["seconds"],
-        unreadable=result["unreadable"],
-        unreadable_paths=tuple(result["unreadable_paths"]),
-    )
+    kept = {name: result[name] for name in _KEPT}
+    kept["recipe"] = Recipe.from_dict(kept["recipe"])
+    kept["unreadable_paths"] = tuple(kept["unreadable_paths"])
+    return Run(folder=folder, model=load(folder / BEST), **kept)
+
+
+def network_folder(folder: Path) -> Path:
+    """The folder of the network in a run's folder; any other folder as it is."""
+    return folder / BEST if (folder / BEST).is_dir() else folder
+
+
+def read_recipe(folder: Path) -> Recipe | None:
+    """The recipe of the run in a folder, or None if there is no run.
+
+    Raises:
+        ValueError: the file is damaged, or of another version of pliant.
+    """
+    written = folder / RECIPE
+    if not written.is_file():
+        return None
+    try:
+        return Recipe.from_dict(json.loads(written.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{written} cannot be read: {error}") from error
 
 
 def write_run(run: Run) -> None:
     """Write ``run.json``, which says that the run has finished."""
-    result = {f.name: getattr(run, f.name) for f in fields(run) if f.name not in ("folder", "model")}
+    result = {name: getattr(run, name) for name in _KEPT}
     write_json(run.folder / RESULT, result | {"recipe": run.recipe.as_dict()})
 
 
@@ -149,20 +157,15 @@ def check_claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
         ValueError: the folder holds something else or a run of another recipe, holds this run without
             `resume`, or holds no run with it.
     """
-    written = folder / RECIPE
-    if not written.is_file():
+    before = read_recipe(folder)
+    if before is None:
         if resume:
             raise ValueError(f"{folder} holds no run to resume; start it without resume")
         ours = {folder / LOCK, *_left(folder)}  # left by a process that was killed at its very start
         if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - ours):
             raise ValueError(f"{folder} is not empty and holds no run; choose another folder")
         return
-    try:
-        before = Recipe.from_dict(json.loads(written.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{written} cannot be read: {error}") from error
-    other = differences(before, recipe, leaving_out=WHERE)
-    if other:
+    if other := differences(before, recipe, leaving_out=WHERE):
         raise ValueError(
             f"{folder} holds a run of another recipe: {', '.join(other)}; choose another folder"
         )

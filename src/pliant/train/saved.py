@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +133,7 @@ def newest(folder: Path, *, quiet: bool = False) -> Path | None:
 
 def environment(recipe: Recipe) -> dict[str, Any]:
     """Machine, versions, commit and threads of this process, for a run of `recipe`."""
-    try:
-        lightning = version("lightning")
-    except PackageNotFoundError:  # only pytorch-lightning is installed
-        lightning = ""
-    about = {**provenance(device_of(recipe)), "lightning": lightning}
+    about = {**provenance(device_of(recipe)), "lightning": version("lightning")}
     # torch's version is no plain str, which weights_only needs.
     return {k: str(v) if isinstance(v, str) else v for k, v in about.items()} | {
         "threads": torch.get_num_threads()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pliant._files import atomic_path, writing
+from pliant.train.images import class_folders
 from pliant.train.shards import CLASSES, IMAGES, LABEL
 
 Report = Callable[[int, int, str], None]
@@ -93,24 +94,11 @@ def write_shards(
 
 def _parts(folder: Path) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
     """Files and their classes, by part; names of the classes."""
-    from torchvision.datasets import ImageFolder
-
     names = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
     parts: dict[str, list[tuple[str, int]]] = {}
-    classes: list[str] = []
+    classes: list[str] | None = None
     for name in names or [""]:
-        try:
-            read = ImageFolder(str(folder / name))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{folder / name} should hold one folder of images for each class ({error})"
-            ) from error
-        if classes and read.classes != classes:
-            odd = sorted(set(read.classes) ^ set(classes))
-            raise ValueError(
-                f"{folder / name} and {folder / names[0]} must have the same classes; they differ in "
-                f"{odd[0]}"
-            )
+        read = class_folders(folder / name, classes)
         classes = read.classes
         for path, _ in read.samples:
             if Path(path).suffix[1:].lower() not in IMAGES:
@@ -118,7 +106,7 @@ def _parts(folder: Path) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
                     f"{path} must be a .{', .'.join(IMAGES)} file for readers of shards; convert it"
                 )
         parts[name or "images"] = read.samples
-    return parts, classes
+    return parts, read.classes
 
 
 def _keys(samples: Sequence[tuple[str, int]], classes: Sequence[str]) -> list[str]:

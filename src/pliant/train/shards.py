@@ -21,6 +21,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -189,23 +190,17 @@ def _part(path: Path) -> str:
 
 def _check_complete(paths: Sequence[Path]) -> None:
     """Refuse numbered sets (``-of-00128``) with missing shards."""
-    checked = set()
+    sets: dict[tuple[Path, str, str], set[str]] = {}
     for path in paths:
-        counted = re.search(r"-of-(\d+)$", path.stem)
-        if counted is None:
-            continue
-        start = re.sub(r"\d+-of-\d+$", "", path.stem)
-        group = (path.parent, start, counted.group(1))
-        if group in checked:
-            continue
-        checked.add(group)
-        there = {p.name for p in paths if p.parent == path.parent and p.stem.startswith(start)}
-        digits, total = len(counted.group(1)), int(counted.group(1))
-        for n in range(total):
-            name = f"{start}{n:0{digits}d}-of-{counted.group(1)}.tar"
+        if counted := re.fullmatch(r"(.*?)\d+-of-(\d+)", path.stem):
+            start, total = counted.groups()
+            sets.setdefault((path.parent, start, total), set()).add(path.name)
+    for (folder, start, total), there in sets.items():
+        for n in range(int(total)):
+            name = f"{start}{n:0{len(total)}d}-of-{total}.tar"
             if name not in there:
                 raise FileNotFoundError(
-                    f"{path.parent / name} is missing: only {len(there)} of {total} shards are there"
+                    f"{folder / name} is missing: only {len(there)} of {int(total)} shards are there"
                 )
 
 
@@ -232,34 +227,22 @@ def index_shards(shards: Sequence[Path]) -> tuple[np.ndarray[Any, Any], Tensor]:
 
 def _samples(shard: Path) -> Iterator[tuple[str, int, int, int]]:
     """Member, offset and size of each image, and its class."""
-    key = image = label = None
     with shard.open("rb") as file:
-        for member in _members(shard, file):
-            if not member.isreg():
-                continue
-            head, extension = _split(member.name)
-            if head != key:
-                if key is not None:
-                    yield _sample(shard, key, image, label)
-                key, image, label = head, None, None
-            if extension == LABEL:
-                file.seek(member.offset_data)
-                label = _label(f"{shard}/{member.name}", file.read(member.size))
-            elif extension in IMAGES:
-                image = member
-        if key is not None:
-            yield _sample(shard, key, image, label)
-
-
-def _sample(
-    shard: Path, key: str, image: tarfile.TarInfo | None, label: int | None
-) -> tuple[str, int, int, int]:
-    if image is None or label is None:
-        lacking = f"image (.{', .'.join(IMAGES)})" if image is None else f"class (.{LABEL})"
-        raise ValueError(
-            f"sample {key} of {shard} has no {lacking}; put all members of a sample side by side"
-        )
-    return image.name, image.offset_data, image.size, label
+        named = ((*_split(member.name), member) for member in _members(shard, file) if member.isreg())
+        for key, members in groupby(named, lambda item: item[0]):
+            image = label = None
+            for _, extension, member in members:
+                if extension == LABEL:
+                    file.seek(member.offset_data)
+                    label = _label(f"{shard}/{member.name}", file.read(member.size))
+                elif extension in IMAGES:
+                    image = member
+            if image is None or label is None:
+                lacking = f"image (.{', .'.join(IMAGES)})" if image is None else f"class (.{LABEL})"
+                raise ValueError(
+                    f"sample {key} of {shard} has no {lacking}; put all members of a sample side by side"
+                )
+            yield image.name, image.offset_data, image.size, label
 
 
 def _split(name: str) -> tuple[str, str]:

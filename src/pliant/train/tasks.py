@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,10 +23,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pliant.objectives import ManyPasses, Objective
 from pliant.train.distillation import Teaching
-from pliant.train.objectives import make_objective
 from pliant.train.optimizing import make_optimizer, rate
 from pliant.train.processes import gathered, share_buffers
 from pliant.train.recipe import Recipe
+from pliant.train.run import METRICS, write_metrics
 from pliant.train.saved import OURS, check_teacher, environment, warn_of_changes
 from pliant.train.seeds import mixed_seed, seed_torch, seeded
 from pliant.train.sharding import share_out
@@ -53,7 +54,7 @@ class Classification(pl.LightningModule):
         recipe: all other options.
         classes: number of classes.
         steps: steps in an epoch.
-        objective: what is minimised; by default the recipe's objective.
+        objective: what is minimised.
         teaching: a teacher, which adds its terms to the training loss; validation uses labels alone.
 
     Attributes:
@@ -76,31 +77,23 @@ class Classification(pl.LightningModule):
         *,
         classes: int,
         steps: int,
-        objective: Objective | None = None,
+        objective: Objective,
         teaching: Teaching | None = None,
     ) -> None:
         super().__init__()
         self.model, self.teaching = model, teaching
         self.recipe, self.classes, self.steps = recipe, classes, steps
-        self.objective: Any = objective or make_objective(
-            recipe.objective, recipe.objective_args, recipe.smoothing
-        )
+        self.objective: Any = objective
         self.mixup = _mixup(recipe, classes)
         self.history: list[dict[str, float]] = []
         self.unreadable: set[str] = set()
         self.best: dict[str, Any] = {}
         self.environment = environment(recipe)
-        self.running = _accuracy(classes)
-        # On validation images, on training images, and on test images if the recipe wants them.
-        self.accuracy = nn.ModuleList(_accuracy(classes) for _ in range(2 + recipe.test_each))
-        # Accuracies of the further passes, by the column of the history.
-        self.further = nn.ModuleDict(
-            {
-                f"{part}_accuracy{ending}": _accuracy(classes)
-                for ending in self._endings
-                for part in ("val", "test")[: 1 + recipe.test_each]
-            }
-        )
+        # By the column of the history; those of further passes come last.
+        parts = ("val", "test")[: 1 + recipe.test_each]
+        first = [f"{part}_accuracy" for part in ("train", "running", *parts)]
+        further = [f"{part}_accuracy{ending}" for ending in self._endings[1:] for part in parts]
+        self.accuracy: Any = nn.ModuleDict({name: _accuracy(classes) for name in (*first, *further)})
         self.val_loss = MeanMetric(nan_strategy="disable")
         self.train_ce = MeanMetric(nan_strategy="disable")
         self.terms: dict[str, MeanMetric] = {}
@@ -137,13 +130,15 @@ class Classification(pl.LightningModule):
         if self._resumed is None:
             return
         self._started = time.perf_counter() - self._resumed["seconds"]
-        _fill(self.running, self._resumed["running"])
+        _fill(self.accuracy["running_accuracy"], self._resumed["running"])
         for name, state in self._resumed["terms"].items():
             _fill(self._term(name), state)
         self._resumed = None
 
     def on_train_epoch_start(self) -> None:
-        """Start the clock."""
+        """Tell the batches which epoch it is, and start the clock."""
+        batches: Any = self.trainer.train_dataloader
+        batches.set_epoch(self.current_epoch)
         self._started = time.perf_counter()
 
     def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
@@ -158,7 +153,7 @@ class Classification(pl.LightningModule):
                 x, target = self.mixup(x, y)
         watch = None if self.teaching is None else self.teaching.watch(self.model)
         with watch or nullcontext({}) as seen:
-            logits, outputs = self._run(x)
+            (logits, *_), outputs = self._run(x)
         if logits.shape != (len(x), self.classes):
             raise ValueError(
                 f"the network gives outputs of shape {tuple(logits.shape)} for {len(x)} images of "
@@ -171,19 +166,16 @@ class Classification(pl.LightningModule):
         self._watch(terms)
         for name, term in terms.items():
             self._term(name).update(term.detach())
-        self.running.update(logits.detach().argmax(1), y)
+        self.accuracy["running_accuracy"].update(logits.detach().argmax(1), y)
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._tell(terms, loss)
-        return loss
-
-    def _tell(self, terms: dict[str, Tensor], loss: Tensor) -> None:
-        """Log a step only where it is written or shown, because logging costs small networks time."""
+        # Only what is written or shown is logged, because logging costs small networks time.
         if (self.global_step + 1) % LOG_EVERY == 0:
             for name, term in terms.items():
                 self.log(f"step/{name}", term.detach())
             self.log("step/lr", self._lr)
         if self.trainer.progress_bar_callback is not None:
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
 
     def on_validation_epoch_start(self) -> None:
         """Check the last step's loss before anything is kept; score the same network in all processes."""
@@ -194,48 +186,34 @@ class Classification(pl.LightningModule):
         """Score a batch of the validation images (0), of training images (1), of test images (2)."""
         self._seed(number, dataloader_idx, "validation")
         x, y = batch
-        logits, outputs = (self(x), None) if dataloader_idx == 1 else self._run(x)
-        accuracy = self.accuracy[dataloader_idx]
-        assert isinstance(accuracy, MulticlassAccuracy)
-        accuracy.update(logits.argmax(1), y)
-        if isinstance(self.objective, ManyPasses) and outputs is not None:
-            part = "test" if dataloader_idx == 2 else "val"
-            for ending, given in zip(self._endings, self.objective.pass_logits(outputs)[1:], strict=True):
-                metric: Any = self.further[f"{part}_accuracy{ending}"]
-                metric.update(given.argmax(1), y)
-        if dataloader_idx == 2:
-            return
-        if dataloader_idx == 0:
+        part = ("val", "train", "test")[dataloader_idx]
+        passes, outputs = ((self(x),), None) if part == "train" else self._run(x)
+        for ending, logits in zip(self._endings, passes, strict=False):  # of training images the first
+            self.accuracy[f"{part}_accuracy{ending}"].update(logits.argmax(1), y)
+        if part == "val":
             loss = torch.stack(list(self.objective(outputs, y).values())).sum()
             # One value an image, because torchmetrics 1.9 ignores weights if it does not look for NaN.
             self.val_loss.update(loss.expand(len(y)))
-        else:
-            self.train_ce.update(F.cross_entropy(logits.float(), y, reduction="none"))
+        elif part == "train":
+            self.train_ce.update(F.cross_entropy(passes[0].float(), y, reduction="none"))
 
     def on_validation_epoch_end(self) -> None:
-        """Close the epoch's row, and log it."""
-        val, train, *test = (float(metric.compute()) for metric in self.accuracy)  # type: ignore[operator]
+        """Close the epoch's row, write the history, and log the row."""
+        reached = {name: float(metric.compute()) for name, metric in self.accuracy.items()}
         terms = {f"train_{name}": float(metric.compute()) for name, metric in self.terms.items()}
-        more: dict[str, float] = {"test_accuracy": test[0]} if test else {}
-        for name, metric in self.further.items():
-            more[name] = float(metric.compute())  # type: ignore[operator]
         row = {
             "epoch": self.current_epoch,
             "train_loss": sum(terms.values()),
             **terms,
             "val_loss": float(self.val_loss.compute()),
             "train_ce": float(self.train_ce.compute()),
-            "train_accuracy": train,
-            "running_accuracy": float(self.running.compute()),
-            "val_accuracy": val,
-            **more,
-            "gap": train - val,
+            **reached,
+            "gap": reached["train_accuracy"] - reached["val_accuracy"],
             "lr": self._lr,
             "unreadable": len(set().union(*gathered(self.unreadable))),
             "seconds": time.perf_counter() - self._started,
         }
-        scores = (*self.accuracy, *self.further.values())
-        for metric in (*scores, *self.terms.values(), self.val_loss, self.train_ce, self.running):
+        for metric in (*self.accuracy.values(), *self.terms.values(), self.val_loss, self.train_ce):
             metric.reset()
         if not math.isfinite(row["val_loss"]):
             raise NonFiniteLossError(
@@ -243,10 +221,14 @@ class Classification(pl.LightningModule):
                 f"step {self.global_step}{_REMEDY}"
             )
         self.history.append(row)
+        if self.global_rank == 0:
+            # Lightning's CSVLogger would lose the rows of a resumed run, so the whole file is written anew.
+            write_metrics(Path(self.trainer.default_root_dir, METRICS), self.history)
         for name, value in row.items():
             if name not in ("epoch", "seconds"):
                 self.log(name, value, rank_zero_only=True)
-        self.log("val", val, prog_bar=True, logger=False, rank_zero_only=True)  # a bar is short
+        # A bar is short.
+        self.log("val", row["val_accuracy"], prog_bar=True, logger=False, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add pliant's part; called in every process, after callbacks have averaged the weights."""
@@ -265,7 +247,7 @@ class Classification(pl.LightningModule):
                 self.best = {"epoch": epoch, "weights": weights}
         progress = {
             "seconds": time.perf_counter() - self._started,
-            "running": _state(self.running),
+            "running": _state(self.accuracy["running_accuracy"]),
             "terms": {name: _state(metric) for name, metric in self.terms.items()},
         }
         checkpoint[OURS] = {
@@ -306,16 +288,16 @@ class Classification(pl.LightningModule):
 
     @property
     def _endings(self) -> tuple[str, ...]:
-        """Endings of the objective's passes behind the first."""
-        return self.objective.endings[1:] if isinstance(self.objective, ManyPasses) else ()
+        """Endings of the objective's passes; the first is empty."""
+        return self.objective.endings if isinstance(self.objective, ManyPasses) else ("",)
 
-    def _run(self, x: Tensor) -> tuple[Tensor, Any]:
-        """The network's logits and the objective's input, both from one forward of DDP."""
+    def _run(self, x: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        """The logits of each pass, and the objective's input, both from one forward of DDP."""
         if isinstance(self.objective, ManyPasses):
             outputs = self.objective.run(self, x)
-            return self.objective.pass_logits(outputs)[0], outputs
+            return self.objective.pass_logits(outputs), outputs
         logits = self(x)
-        return logits, logits
+        return (logits,), logits
 
     def _watch(self, terms: dict[str, Tensor]) -> None:
         """Refuse a loss that is no number: at once on a CPU, one step later on other devices.

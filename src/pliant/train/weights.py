@@ -14,13 +14,14 @@ from typing import Any, cast
 
 from torch import nn
 
+from pliant._config import some
 from pliant._state import difference, shapes
 from pliant.anatomy import classifier
 from pliant.checkpoint import arguments_of, load, read_config
 from pliant.models._build import plain_form
 from pliant.surgery import conversions, methods_in
 from pliant.surgery import convert as converted
-from pliant.train.run import BEST
+from pliant.train.run import network_folder
 
 
 def load_weights(
@@ -119,12 +120,12 @@ def _of_folder(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
 ) -> Mapping[str, Any]:
-    folder = folder / BEST if (folder / BEST).is_dir() else folder
+    folder = network_folder(folder)
     config = read_config(folder)
     if classes and config.classes and config.classes != classes:
         raise ValueError(
-            f"the weights in {folder} are for the classes {_few(config.classes)}; the data's are "
-            f"{_few(classes)}"
+            f"the weights in {folder} are for the classes {some(config.classes)}; the data's are "
+            f"{some(classes)}"
         )
     for name, ours, theirs in (("mean", mean, config.mean), ("std", std, config.std)):
         if ours and theirs and any(abs(a - b) > 1e-4 for a, b in zip(ours, theirs, strict=False)):
@@ -145,7 +146,3 @@ def _of_file(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         raise ValueError(f"{path} is no file of weights: {error}") from error
     return state
-
-
-def _few(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:4])}{', ...' * (len(names) > 4)} ({len(names)})"

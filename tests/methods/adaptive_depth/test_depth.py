@@ -27,7 +27,7 @@ from pliant import (
 from pliant.anatomy import RemovedBlock
 from pliant.counting import count_macs, count_parameters
 from pliant.methods.adaptive_depth import AdaptiveBlock, SwitchableNorm
-from pliant.methods.adaptive_depth.switch import Depth
+from pliant.methods.adaptive_depth.switch import Depth, find_depth
 from pliant.surgery import conversions
 
 # --- every depth ----------------------------------------------------------------------------------
@@ -367,3 +367,36 @@ def test_networks_without_depth_or_with_two():
     one = nn.Sequential(nn.Identity(), model)
     with at_depth(one, MIXED):
         assert get_depth(model) == MIXED
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_depth_is_found_without_entering_the_blocks(family):
+    """It is the one that a search through all modules finds, in a wrapper and in a copy too."""
+    model = adaptive(family)
+    for network in (model, nn.Sequential(nn.Identity(), model), copy.deepcopy(model)):
+        (known,) = [m for m in network.modules() if isinstance(m, Depth)]
+        assert find_depth(network) is known
+    entered = []
+    for block in (m for m in model.modules() if isinstance(m, AdaptiveBlock)):
+        block.block._modules = Watched(block.block._modules, entered)
+    set_depth(model, "T" * len(find_depth(model).skip))
+    assert entered == []
+
+
+class Watched(dict):
+    """The children of a module, which note that somebody went through them."""
+
+    def __init__(self, children, entered):
+        super().__init__(children)
+        self.entered = entered
+
+    def values(self):
+        self.entered.append(self)
+        return super().values()
+
+
+def test_two_adaptive_networks_in_one_are_refused():
+    both = nn.ModuleList([adaptive(), adaptive()])
+    with pytest.raises(ValueError, match="holds 2 networks of adaptive depth; give one of them"):
+        set_depth(both, FULL)
+    assert set_depth(nn.ModuleList([both[0], both[0]]), FULL) == FULL

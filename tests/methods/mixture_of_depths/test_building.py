@@ -45,7 +45,7 @@ def test_the_cache_needs_no_compiler(cache, tmp_path, monkeypatch, caplog):
         rf"pliant builds mod_block\.cpp for this machine with .*, once; .* goes to {cache}", said.message
     )
     assert path.parent == cache
-    assert path.read_text() == "built\n"
+    assert path.read_bytes().startswith(b"built\n")
     assert "-march=native" in log.read_text() or os.uname().machine not in ("x86_64", "aarch64")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert building.library() == path
@@ -104,6 +104,70 @@ def test_a_broken_compiler(body, reason, cache, tmp_path, monkeypatch):
     assert not list(cache.glob("*"))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b"",
+        lambda b: b"x" + b[1:],
+        lambda b: b + b"\0",
+        lambda b: b[:-32],
+    ],
+    ids=["half", "empty", "changed", "longer", "of an earlier version"],
+)
+def test_a_library_that_is_not_whole_is_built_again(damage, cache, tmp_path, monkeypatch):
+    """Loaded, half a library ends the process: SIGBUS."""
+    log = stand_in(tmp_path, monkeypatch, "echo built > $out")
+    path = building.library()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert building.library().read_bytes() == whole
+    assert len(log.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_the_cache_is_its_owners_alone(umask, cache, tmp_path, monkeypatch):
+    stand_in(tmp_path, monkeypatch, "echo built > $out")
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)  # as an earlier version left it, under such a umask
+    before = os.umask(umask)
+    try:
+        path = building.library()
+    finally:
+        os.umask(before)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("planted", ["writable", "another user's", "link"])
+def test_a_library_that_others_may_have_put_there_is_not_loaded(planted, cache, tmp_path, monkeypatch):
+    log = stand_in(tmp_path, monkeypatch, "echo built > $out")
+    path = building.library()
+    if planted == "writable":
+        path.chmod(0o766)
+    elif planted == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        lstat = Path.lstat
+        monkeypatch.setattr(Path, "lstat", lambda p: _of_another(lstat(p)))
+    again = building.library()
+    assert len(log.read_text().splitlines()) == 2
+    assert not again.is_symlink()
+    assert again.stat().st_mode & 0o777 == 0o700
+
+
+def _of_another(found):
+    return os.stat_result((*found[:4], found.st_uid + 1, *found[5:10]))
+
+
+def test_a_cache_of_another_user_is_refused(cache, tmp_path, monkeypatch):
+    stand_in(tmp_path, monkeypatch, "echo built > $out")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(building.BuildError, match=r"belongs to another user .*; set XDG_CACHE_HOME to a"):
+        building.library()
+
+
 def test_a_library_that_cannot_be_loaded(cache, tmp_path, monkeypatch):
     stand_in(tmp_path, monkeypatch, "echo no library > $out")
     with pytest.warns(RuntimeWarning, match="cannot be loaded"):
@@ -135,7 +199,7 @@ def test_two_processes_build_at_once(cache, tmp_path, monkeypatch):
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert len(log.read_text().splitlines()) == 2
     (path,) = cache.iterdir()
-    assert path.stat().st_size == 1000
+    assert path.stat().st_size == 1000 + 32  # and what tells that it is whole
 
 
 WITHOUT = """

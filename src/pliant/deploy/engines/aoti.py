@@ -43,6 +43,7 @@ class AOTInductor(FileEngine):
         precision: str = "float32",
         threads: int | None = None,
         optimized: bool = False,
+        native: bool = False,
     ) -> Path:
         """A ``.pt2`` package; see `FileEngine.write`."""
         threads = self._check(example, precision, threads)

@@ -55,7 +55,7 @@ class Engine(ABC):
     @property
     def missing(self) -> str:
         """What is not installed, and the line that installs it; empty if nothing is."""
-        absent = [name for name in self.packages if not _installed(name)]
+        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if not absent:
             return ""
         return f'{" and ".join(absent)} not installed: pip install "pliant[{EXTRA_OF[self.packages[-1]]}]"'
@@ -84,7 +84,6 @@ class Engine(ABC):
         """`images` [B, C, H, W] as a runner takes them without converting them first."""
         return images.to(PRECISIONS[precision]) if self.by_pytorch else images.float().contiguous()
 
-    @abstractmethod
     def prepare(
         self,
         model: nn.Module,
@@ -111,6 +110,11 @@ class Engine(ABC):
         Raises:
             ValueError: the engine is missing, or cannot run on that device or so precisely.
         """
+        return self._prepare(model, example, precision, self._check(example, precision, threads))
+
+    @abstractmethod
+    def _prepare(self, model: nn.Module, example: Tensor, precision: str, threads: int) -> Runner:
+        """As `prepare`, of what was checked."""
 
     def _check(self, example: Tensor, precision: str, threads: int | None) -> int:
         """The number of threads, if all else is well too."""
@@ -149,6 +153,7 @@ class FileEngine(Engine):
         precision: str = "float32",
         threads: int | None = None,
         optimized: bool = False,
+        native: bool = False,
     ) -> Path:
         """Write what the engine runs into an empty folder.
 
@@ -160,6 +165,8 @@ class FileEngine(Engine):
             threads: threads of the engine.
             optimized: put parts into the form that suits the engine. What PyTorch makes has
                 the parts that `model` has.
+            native: compile the file for this machine, parts as operators in the engine's own
+                layout (`Engine.native_precisions`).
 
         Returns:
             The path of the file.
@@ -171,22 +178,12 @@ class FileEngine(Engine):
     ) -> Runner:
         """A runner of a file that `write` made; `example` and the rest as for `prepare`."""
 
-    def prepare(
-        self,
-        model: nn.Module,
-        example: Tensor,
-        *,
-        precision: str = "float32",
-        threads: int | None = None,
-        optimized: bool = False,
-    ) -> Runner:
-        """Write a file, load it and drop it; see `Engine.prepare` and, for `optimized`, `write`."""
-        threads = self._check(example, precision, threads)
+    def _prepare(self, model: nn.Module, example: Tensor, precision: str, threads: int) -> Runner:
+        """Write a file, load it and drop it."""
+        how: dict[str, Any] = {"precision": precision, "threads": threads}
         # What is loaded stays mapped on some systems, which then refuse to remove the file.
         with tempfile.TemporaryDirectory(prefix="pliant-", ignore_cleanup_errors=True) as folder:
-            how: dict[str, Any] = {"precision": precision, "threads": threads}
-            path = self.write(model, example, Path(folder), optimized=optimized, **how)
-            return self.load(path, example, **how)
+            return self.load(self.write(model, example, Path(folder), **how), example, **how)
 
 
 def evaluated(model: nn.Module, precision: str) -> nn.Module:
@@ -245,15 +242,3 @@ def torch_runner(
             return network(images.to(dtype))
 
     return run
-
-
-def outputs(found: list[Tensor]) -> Any:
-    """What a network returns: its one output, or a tuple of several."""
-    return found[0] if len(found) == 1 else tuple(found)
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False

@@ -14,7 +14,8 @@ from pliant.deploy.engines.base import Engine, Expected, Runner, evaluated, torc
 class Compile(Engine):
     """Code that `torch.compile` makes for one shape of input; on a GPU with CUDA graphs.
 
-    Precision as for `Eager`: that of weights and images.
+    `prepare` compiles by running its example twice. Precision as for `Eager`: that of weights and
+    images.
 
     Args:
         name: name of the engine.
@@ -29,18 +30,9 @@ class Compile(Engine):
     def __init__(self, name: str = "compile", freeze: bool = True) -> None:
         self.name, self.freeze = name, freeze
 
-    def prepare(
-        self,
-        model: nn.Module,
-        example: Tensor,
-        *,
-        precision: str = "float32",
-        threads: int | None = None,
-    ) -> Runner:
-        """Compile, by running `example` twice; see `Engine.prepare`."""
+    def _prepare(self, model: nn.Module, example: Tensor, precision: str, threads: int) -> Runner:
         import torch._inductor.config
 
-        threads = self._check(example, precision, threads)
         on_gpu = example.device.type == "cuda"
         options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {}
         # Networks that share a forward share its cache of compiled code as well, which is

@@ -22,15 +22,6 @@ class Eager(Engine):
 
     name = "eager"
 
-    def prepare(
-        self,
-        model: nn.Module,
-        example: Tensor,
-        *,
-        precision: str = "float32",
-        threads: int | None = None,
-    ) -> Runner:
-        """The network itself; see `Engine.prepare`."""
-        threads = self._check(example, precision, threads)
+    def _prepare(self, model: nn.Module, example: Tensor, precision: str, threads: int) -> Runner:
         expected = Expected(example, precision, any_batch=True)
         return torch_runner(evaluated(model, precision), expected, precision, threads)

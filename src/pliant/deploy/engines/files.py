@@ -5,20 +5,32 @@ Shapes: images [B, C, H, W].
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pliant.deploy.engines.base import FileEngine, evaluated
+from pliant.deploy.engines.base import Expected, FileEngine, Runner, evaluated
+from pliant.deploy.export import export
+from pliant.deploy.int8 import quantise, random_images
+from pliant.deploy.onnx_file import INPUT
+from pliant.deploy.selections import one_or_several
 from pliant.parts import parts
 
 
 class ONNXEngine(FileEngine):
-    """An engine that runs an ONNX file, in float32 or in int8, of any number of images."""
+    """An engine that runs an ONNX file, in float32 or in int8, on the CPU.
 
+    Attributes:
+        any_batch: whether it runs any number of images; otherwise those of its example.
+    """
+
+    devices = ("cpu",)
     by_pytorch = False
+    any_batch: ClassVar[bool] = False
 
     def shared(self, precision: str = "float32", optimized: bool = False, native: bool = False) -> str:
         """By numbers and form; see `FileEngine.shared`. A bfloat16 of the engine's own is float32 here."""
@@ -34,53 +46,58 @@ class ONNXEngine(FileEngine):
         precision: str = "float32",
         threads: int | None = None,
         optimized: bool = False,
+        native: bool = False,
     ) -> Path:
         """An ``.onnx`` file for any batch; see `FileEngine.write`."""
         self._check(example, precision, threads)
-        network, images = evaluated(model, "float32"), example.float()
+        if native and precision not in self.native_precisions:
+            raise ValueError(f"{self.name} has no native form in {precision}")
+        network, images = evaluated(model, "float32"), example.float().contiguous()
         path = folder / "network.onnx"
-        if precision == "int8":
-            return _write_int8(network, images, path, optimized)
-        return write_onnx(network, images, path, optimized)
+        if precision != "int8":
+            return _write(network, images, path, optimized, native)
+        source = _write(network, images, folder / "float32.onnx", optimized)
+        return quantise(source, path, random_images(images))
+
+    def load(
+        self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
+    ) -> Runner:
+        """A session or compiled model; see `FileEngine.load`."""
+        network = self._open(path, example, precision, self._check(example, precision, threads))
+        expected = Expected(example, precision, self.any_batch)
+
+        def run(images: Tensor) -> Any:
+            expected.check(images)
+            return one_or_several(network(self.images(images, precision)))
+
+        return run
+
+    @abstractmethod
+    def _open(
+        self, path: Path, example: Tensor, precision: str, threads: int
+    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """A function that runs the file on images such as `example`."""
 
 
-def write_onnx(
-    model: nn.Module, example: Tensor, path: Path, optimized: bool, compiled: bool = False
-) -> Path:
+def _write(model: nn.Module, example: Tensor, path: Path, optimized: bool, compiled: bool = False) -> Path:
     """Write a network as ONNX file for any batch.
 
     A network with parts that have an export form goes as it is through PyTorch's exporter, unless
     that form is asked for; that, and every other network, is what `export` writes.
-
-    Args:
-        model: in evaluation mode.
-        example: images [B, C, H, W], float32.
-        path: path of the file.
-        optimized: bring parts into the form that suits the engine.
-        compiled: as `export` takes it; that is then the best form.
     """
-    from pliant.deploy.export import export  # on use: it is not needed to import pliant
-
-    example = example.contiguous()
     formed = any(part.export_form("onnx", None) is not part for part in parts(model).values())
     if optimized or compiled or not formed:
         return export(model, path, example, batches=(1,), compiled=compiled)
-    # What PyTorch makes of it, for any batch.
     images = example[:1].repeat(2, 1, 1, 1)  # of one image it would make a file for one image
     batch: Any = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         torch.onnx.export(
-            model, (images,), str(path), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+            model,
+            (images,),
+            str(path),
+            dynamo=True,
+            dynamic_shapes=({0: batch},),
+            input_names=[INPUT],
+            verbose=False,
         )
     return path
-
-
-def _write_int8(model: nn.Module, example: Tensor, path: Path, optimized: bool) -> Path:
-    """Write a network as ONNX file in 8-bit integers (`pliant.deploy.int8`).
-
-    Its ranges are those of random images: it is for timing.
-    """
-    from pliant.deploy.int8 import quantise, random_images
-
-    source = write_onnx(model, example, path.with_name("float32.onnx"), optimized)
-    return quantise(source, path, random_images(example))

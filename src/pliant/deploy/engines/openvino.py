@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from pliant.deploy.engines.base import Expected, Runner, outputs
+from pliant.deploy import openvino_file
 from pliant.deploy.engines.files import ONNXEngine
-from pliant.deploy.extras import require
-from pliant.deploy.openvino_file import compile_model
 
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
@@ -24,7 +21,9 @@ class OpenVINO(ONNXEngine):
     bfloat16, whatever the file holds.
 
     It runs the files that ONNX Runtime does, which that has to be installed for. In int8
-    (`pliant.deploy.int8`) what is not quantised there is float32.
+    (`pliant.deploy.int8`) what is not quantised there is float32. It refuses (``ValueError``) to
+    run on other threads, or in another precision, than it is told to: this CPU has not so many,
+    or no bfloat16.
 
     Example:
         >>> OpenVINO().unfit("cuda", "float32")
@@ -32,29 +31,10 @@ class OpenVINO(ONNXEngine):
     """
 
     name = "openvino"
-    devices = ("cpu",)
     precisions = tuple(HINTS)
     packages = ("onnx", "onnxscript", "onnxruntime", "openvino")
 
-    def load(
-        self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
-    ) -> Runner:
-        """A compiled model; see `FileEngine.load`.
-
-        Raises:
-            ValueError: OpenVINO would run on other threads, or in another precision, than
-                it is told to: this CPU has not so many, or no bfloat16.
-        """
-        threads = self._check(example, precision, threads)
-        model = require("openvino").Core().read_model(str(path))
-        model.reshape(list(example.shape))
-        compiled = compile_model(model, threads, HINTS[precision])
-        request = compiled.create_infer_request()
-        expected = Expected(example, precision)
-
-        def run(images: Tensor) -> Any:
-            expected.check(images)
-            found = request.infer([self.images(images, precision).numpy()], share_inputs=True)
-            return outputs([torch.from_numpy(found[port]) for port in compiled.outputs])
-
-        return run
+    def _open(
+        self, path: Path, example: Tensor, precision: str, threads: int
+    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        return openvino_file.load(path, threads, HINTS[precision], tuple(example.shape))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.anatomy import Block, learnable_norm
-from pliant.methods.adaptive_depth.switch import Depth
+from pliant.methods.adaptive_depth.switch import Depth, Switched
 from pliant.parts import Part
 from pliant.threaded import Bound, between, thread, threaded
 
@@ -44,7 +44,7 @@ class SwitchableNorm(Part):
         return y
 
 
-class AdaptiveBlock(Block):
+class AdaptiveBlock(Block, Switched):
     """A block of a stage that can skip its last blocks.
 
     The stage's first block reads the flag; the others get it along the feature map, so that

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from pliant import anatomy
+from pliant._options import Count, Numbers, check
 from pliant.anatomy import BlockInfo, RemovedBlock, stages
 from pliant.counting import count_parameters
 from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
@@ -33,7 +34,6 @@ from pliant.methods.adaptive_depth.switch import (
     Skip,
     SkipLike,
     check_skip,
-    depth_name,
     depth_role,
     find_depth,
 )
@@ -80,26 +80,14 @@ class AdaptiveDepth(Method):
     paper: ClassVar[Mapping[str, str]] = {"imagenet": "adn"}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = ABLATIONS
 
-    skippable: tuple[int, ...] | None = None
-    groups: int | None = None
+    skippable: Numbers | None = None
+    groups: Count | None = None
     switchable_norms: bool = True
 
     def __post_init__(self) -> None:
-        if self.skippable is not None:
-            if not isinstance(self.skippable, (tuple, list)) or not all(
-                _whole(n, 0) for n in self.skippable
-            ):
-                raise ValueError(
-                    f"skippable must hold a number of blocks for each stage, or be None; not "
-                    f"{self.skippable!r}"
-                )
-            object.__setattr__(self, "skippable", tuple(self.skippable))  # JSON knows lists only
-            if not any(self.skippable):
-                raise ValueError(f"skippable={self.skippable} lets no stage skip a block")
-        if self.groups is not None and not _whole(self.groups, 1):
-            raise ValueError(f"groups must be a whole number of at least 1, or None; not {self.groups!r}")
-        if not isinstance(self.switchable_norms, bool):
-            raise ValueError(f"switchable_norms must be True or False, not {self.switchable_norms!r}")
+        check(self)
+        if self.skippable is not None and not any(self.skippable):
+            raise ValueError(f"skippable={self.skippable} lets no stage skip a block")
 
     @classmethod
     def comparisons(cls) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
@@ -226,7 +214,8 @@ class AdaptiveDepth(Method):
     def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """The two depths that are trained: the super-net and the base-net; see `Method.networks`."""
         flags = len(find_depth(model).skip)
-        return _cut(model, [(False,) * flags, (True,) * flags])
+        skips = ((False,) * flags, (True,) * flags)
+        return {f"{depth_role(skip)}-net": subnet(model, skip) for skip in skips}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,26 +310,6 @@ def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
     return cut
 
 
-def last_stages_first(model: nn.Module) -> dict[str, nn.Module]:
-    """Sub-networks by name, from the whole network to the base network: each skips one stage more.
-
-    Empty for a network without adaptive depth.
-
-    Example:
-        >>> import timm
-        >>> list(last_stages_first(timm.create_model("resnet20_cifar_adn")))
-        ['super-net', 'FFT', 'FTT', 'base-net']
-    """
-    flags = next((len(m.skip) for m in model.modules() if isinstance(m, Depth)), -1)
-    return _cut(model, [tuple(n >= flags - skipped for n in range(flags)) for skipped in range(flags + 1)])
-
-
-def _cut(model: nn.Module, skips: Sequence[Skip]) -> dict[str, nn.Module]:
-    """Sub-networks by role, or by depth where they have none."""
-    names = [f"{role}-net" if (role := depth_role(skip)) else depth_name(skip) for skip in skips]
-    return {name: subnet(model, skip) for name, skip in zip(names, skips, strict=True)}
-
-
 def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that give a plain network the depth of its adaptive form's base network.
 
@@ -410,10 +379,6 @@ def _check_tied(model: nn.Module, sites: Sequence[Site]) -> None:
 
 def _sizes(stages: Sequence[Sequence[object]]) -> str:
     return " ".join(str(len(stage)) for stage in stages) + " blocks"
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _most_groups(blocks: int) -> int:

@@ -104,13 +104,29 @@ class Default(tuple[bool, ...]):
         """Not reached: Python looks for it before it calls ``__enter__``."""
 
 
+class Switched(nn.Module):
+    """A module in which nothing but a child ``depth`` of its own can be a `Depth`.
+
+    A search need not look further into it, so that switching a network costs microseconds.
+    """
+
+
 def find_depth(model: nn.Module) -> Depth:
     """The one depth of a network.
 
     Raises:
         ValueError: it has none, or several.
     """
-    found = [m for m in model.modules() if isinstance(m, Depth)]
+    found: dict[int, Depth] = {}
+    left: list[nn.Module | None] = [model]
+    while left:  # not by `modules`: it enters every layer of every block
+        module = left.pop()
+        if isinstance(module, Depth):
+            found[id(module)] = module
+        elif isinstance(module, Switched):
+            left.append(module._modules.get("depth"))
+        elif module is not None:
+            left.extend(module._modules.values())
     if not found:
         raise ValueError(
             f"this {type(model).__name__} has no adaptive depth: convert it by AdaptiveDepth() first; "
@@ -121,7 +137,8 @@ def find_depth(model: nn.Module) -> Depth:
         raise ValueError(
             f"this {type(model).__name__} holds {len(found)} networks of adaptive depth; give one of them"
         )
-    return found[0]
+    (depth,) = found.values()
+    return depth
 
 
 def check_skip(skip: object, flags: int | None = None) -> Skip:
@@ -139,17 +156,21 @@ def check_skip(skip: object, flags: int | None = None) -> Skip:
         ((True, False), (True, False))
     """
     found = [_LETTERS.get(letter) for letter in skip] if isinstance(skip, str) else skip
-    example = "TTFF" if flags is None else "T" * ((flags + 1) // 2) + "F" * (flags // 2)
-    such = f"such as {example!r} or {tuple(letter == 'T' for letter in example)}"
     if not isinstance(found, Sequence) or not found or not all(isinstance(flag, bool) for flag in found):
         raise ValueError(
-            f"skip is {skip!r}; give one flag for each stage that can skip, {such} (True skips)"
+            f"skip is {skip!r}; give one flag for each stage that can skip, {_such(flags)} (True skips)"
         )
-    if flags is not None and len(found) != flags:
+    if flags not in (None, len(found)):
         raise ValueError(
-            f"skip has {len(found)} flags, {skip!r}; this network has {flags}: give {flags}, {such}"
+            f"skip has {len(found)} flags, {skip!r}; this network has {flags}: give {flags}, {_such(flags)}"
         )
     return tuple(found)
+
+
+def _such(flags: int | None) -> str:
+    """Flags as an example, in both forms."""
+    example = "TTFF" if flags is None else "T" * ((flags + 1) // 2) + "F" * (flags // 2)
+    return f"such as {example!r} or {tuple(letter == 'T' for letter in example)}"
 
 
 def check_skips(skips: Iterable[SkipLike] | None, flags: int) -> list[Skip]:

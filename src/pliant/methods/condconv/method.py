@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import timm.layers
 import torch
@@ -26,6 +26,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from pliant import anatomy
+from pliant._options import Count, NotNegative, Positive, check
 from pliant.anatomy import Block, BlockInfo, Convolution, UnknownBlock, convolutions
 from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
 from pliant.methods.condconv.layers import (
@@ -35,16 +36,9 @@ from pliant.methods.condconv.layers import (
     Router,
     SharedRouting,
     check_experts,
-    check_form,
 )
 from pliant.methods.condconv.mixing import ROUTING, Form
-from pliant.methods.condconv.recipes import (
-    ABLATIONS,
-    CONTROLS,
-    check_ablation,
-    condconv,
-    regularized,
-)
+from pliant.methods.condconv.recipes import ABLATIONS, CONTROLS, condconv, regularized
 from pliant.parts import substitute
 from pliant.threaded import Bound, between, pass_along, passes_along, thread
 
@@ -117,41 +111,22 @@ class CondConv(Method):
     }
 
     experts: int = 8
-    begin: int | None = None
+    begin: Count | None = None
     features: bool = True
     classifier: bool = True
     layers: Layers = "all"
     routing: Routing = "block"
     activation: Activation = "sigmoid"
-    hidden: float | None = None
+    hidden: Positive | None = None
     per_channel: bool = False
     active: int | None = None
     form: Form = "auto"
     upcycle: bool = True
-    noise: float = 0.1
+    noise: NotNegative = 0.1
 
     def __post_init__(self) -> None:
         check_experts(self.experts, self.active)
-        check_form(self.form)
-        for name, kind in (("layers", Layers), ("routing", Routing), ("activation", Activation)):
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
-        for name in ("features", "classifier", "per_channel", "upcycle"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        begin = 1 if self.begin is None else self.begin
-        if not isinstance(begin, int) or isinstance(begin, bool) or begin < 1:
-            raise ValueError(f"begin must be a whole number of at least 1, not {self.begin!r}")
-        for name, value in (("hidden", 1.0 if self.hidden is None else self.hidden), ("noise", self.noise)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value < float("inf") or (name == "hidden" and value == 0):
-                right = "a positive number" if name == "hidden" else "a number of at least 0"
-                raise ValueError(f"{name} must be {right}, not {value!r}")
-        self._agree()
-
-    def _agree(self) -> None:
-        """Refuse options that contradict one another."""
+        check(self)
         if not (self.features or self.classifier):
             raise ValueError("features=False with classifier=False leaves nothing to replace")
         if self.per_channel and self.routing in THREADED:
@@ -181,8 +156,13 @@ class CondConv(Method):
 
     @classmethod
     def check_ablation(cls, data: str, network: str) -> Mapping[str, Any]:
-        """32 experts, as in the tables, on ImageNet; see `Method.check_ablation`."""
-        return check_ablation(data, network)
+        """32 experts on ImageNet, as in the tables; else the network's; see `Method.check_ablation`."""
+        if data == "digits" or not network.startswith("cc_mobilenetv1_"):
+            raise ValueError(
+                f"the ablations are of cc_mobilenetv1_* networks, not of {network!r}, and of larger images "
+                f"than digits"
+            )
+        return {"experts": 32} if data == "imagenet" else {}
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the units to replace; see `Method.survey`."""
@@ -202,21 +182,28 @@ class CondConv(Method):
         seen: set[int] = set()
 
         def unit(number: int, path: str, kind: str, layers: list[Convolution], odd: str = "") -> None:
-            why = self._why_not(number, begin, layers, odd)
-            if why:
-                passed_over.append(PassedOver(path, why))
+            if not self.features:
+                odd = "features=False"
+            elif number < begin:
+                odd = f"unit {number}; begin={begin}"
+            wanted, unwanted = self._divided(layers)
+            if not (odd or wanted):
+                none = "no convolution" if self.layers == "all" else f"no {self.layers} convolution"
+                odd = next((f"{c.path} {reason}" for c, reason in unwanted), none)
+            if odd:
+                passed_over.append(PassedOver(path, odd))
                 return
+            detail = {"unit": number, "kind": kind, "experts": self.experts}
             if kind == "block":
-                left = [PassedOver(f"{path}.{c.path}", reason) for c, reason in self._unwanted(layers)]
-                passed_over.extend(left)
-            if kind == "block" and self.routing == "layer":
-                for layer in self._wanted(layers):
-                    if id(layer.module) not in seen:  # of two blocks that share it
-                        seen.add(id(layer.module))
-                        sites.append(Site(f"{path}.{layer.path}", self._detail(number, "convolution")))
-            else:
-                detail = self._detail(number, kind) | _count(kind, self._wanted(layers))
-                sites.append(Site(path, detail))
+                passed_over.extend(PassedOver(f"{path}.{c.path}", reason) for c, reason in unwanted)
+                if self.routing == "layer":
+                    detail["kind"] = "convolution"
+                    new = [c for c in wanted if id(c.module) not in seen]  # two blocks may share one
+                    seen.update(id(c.module) for c in new)
+                    sites.extend(Site(f"{path}.{c.path}", detail) for c in new)
+                    return
+                detail["convolutions"] = len(wanted)
+            sites.append(Site(path, detail))
 
         for conv in stem:
             odd = "" if len(stem) == 1 else f"one of {len(stem)} convolutions of the stem"
@@ -236,23 +223,22 @@ class CondConv(Method):
         behind = self.begin is not None and self.begin >= of_blocks.stop
         if self.features and not behind and not any(s.detail["unit"] in of_blocks for s in sites):
             if self.classifier and path is not None:
-                alone = (
-                    f"no block is converted; for the classifier alone, set features=False or begin={last}"
-                )
-                passed_over.append(PassedOver(path, alone))
+                ask = f"for the classifier alone, set features=False or begin={last}"
+                passed_over.append(PassedOver(path, f"no block is converted; {ask}"))
             return Survey((), tuple(passed_over))
-        odd = "" if path is None else _unmixable(model.get_submodule(path))
-        if self.classifier and path is not None and odd:
+        if path is None:
+            if self.classifier and (known or not self.features):
+                passed_over.append(PassedOver("(classifier)", "no linear classifier found"))
+        elif odd := _unmixable(model.get_submodule(path)) if self.classifier else "classifier=False":
             passed_over.append(PassedOver(path, odd))
-        elif self.classifier and path is not None:
-            sites.append(Site(path, self._detail(last, "classifier")))
-        elif path is not None:
-            passed_over.append(PassedOver(path, "classifier=False"))
-        elif self.classifier and (known or not self.features):
-            passed_over.append(PassedOver("(classifier)", "no linear classifier found"))
+        else:
+            sites.append(Site(path, {"unit": last, "kind": "classifier", "experts": self.experts}))
         if self.routing in THREADED:
             self._check_places(model, sites)
-        return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (self._note(),))
+        note = "experts and routers start at random; biases and norms are the network's"
+        if self.upcycle:
+            note = "starts as the given network: experts are copies of its layers (upcycle=False: afresh)"
+        return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (note,))
 
     def _check_places(self, model: nn.Module, sites: list[Site]) -> None:
         """Refuse units that run at several places: each has one source of its routing."""
@@ -265,37 +251,16 @@ class CondConv(Method):
                     f"unit one source of its routing; take routing='block' or 'layer', or begin later"
                 )
 
-    def _why_not(self, number: int, begin: int, layers: list[Convolution], odd: str) -> str:
-        """Why a unit stays as it is; empty if it does not."""
-        if not self.features:
-            return "features=False"
-        if number < begin:
-            return f"unit {number}; begin={begin}"
-        if odd:
-            return odd
-        if not self._wanted(layers):
-            for layer, reason in self._unwanted(layers):
-                return f"{layer.path} {reason}"
-            return "no convolution" if self.layers == "all" else f"no {self.layers} convolution"
-        return ""
-
-    def _kind(self, layer: Convolution) -> bool:
-        return self.layers in ("all", layer.kind)
-
-    def _wanted(self, layers: list[Convolution]) -> list[Convolution]:
-        return [c for c in layers if self._kind(c) and not (c.inside or _unmixable(c.module))]
-
-    def _unwanted(self, layers: list[Convolution]) -> list[tuple[Convolution, str]]:
-        """Layers of the kind asked for that cannot be mixed, with the reason."""
+    def _divided(
+        self, layers: list[Convolution]
+    ) -> tuple[list[Convolution], list[tuple[Convolution, str]]]:
+        """Layers of the kind asked for: those that can be mixed, and the others, with the reason."""
         reasons = [
             (c, f"lies in a {c.inside}" if c.inside else _unmixable(c.module))
             for c in layers
-            if self._kind(c)
+            if self.layers in ("all", c.kind)
         ]
-        return [(c, reason) for c, reason in reasons if reason]
-
-    def _detail(self, number: int, kind: str) -> dict[str, Any]:
-        return {"unit": number, "kind": kind, "experts": self.experts}
+        return [c for c, why in reasons if not why], [(c, why) for c, why in reasons if why]
 
     def _with_sources(self, sites: list[Site]) -> list[Site]:
         """Say of each site where its routing comes from, and whether the next one gets it."""
@@ -310,11 +275,6 @@ class CondConv(Method):
             passes_on = {} if sources[n + 1 : n + 2] in ([], ["own"]) else {"passes_on": True}
             result.append(Site(site.path, {**site.detail, "routing": sources[n], **passes_on}))
         return result
-
-    def _note(self) -> str:
-        if self.upcycle:
-            return "starts as the given network: experts are copies of its layers (upcycle=False: afresh)"
-        return "experts and routers start at random; biases and norms are the network's"
 
     def replace(self, module: nn.Module, site: Site) -> nn.Module:
         """Build what stands at one site; see `Method.replace`."""
@@ -349,7 +309,7 @@ class CondConv(Method):
         return "this one's experts start at random; let them start as its copies: model_args.upcycle=true"
 
     def _block(self, block: nn.Module, site: Site) -> CondConvBlock:
-        layers = self._wanted(convolutions(block))
+        layers, _ = self._divided(convolutions(block))
         channels, out_channels, stride = anatomy.shape_of(block)
         widths = [_channels(layer.module)[1] for layer in layers]
         router = self._router(channels, sum(widths), site).to(layers[0].module.weight.dtype)
@@ -513,10 +473,6 @@ def _channels(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels
-
-
-def _count(kind: str, layers: list[Convolution]) -> dict[str, int]:
-    return {"convolutions": len(layers)} if kind == "block" else {}
 
 
 def _outside(model: nn.Module, sites: list[str]) -> list[nn.Module]:

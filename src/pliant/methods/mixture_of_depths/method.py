@@ -17,24 +17,44 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import PlainValidator
 from torch import nn
 
+from pliant._options import Count, Numbers, check
 from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
 from pliant.method import Gone, Method, PassedOver, RecipeForms, Site, Survey
 from pliant.methods.mixture_of_depths.block import MoDBlock, without_mod_blocks
 from pliant.methods.mixture_of_depths.cores import core_width, last_activation, narrow_core, unfit
-from pliant.methods.mixture_of_depths.layers import Fusion
 from pliant.methods.mixture_of_depths.recipes import CONTROLS, cifar, imagenet
-from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Order, RandomSelector
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Fusion, Order, RandomSelector
 
 Selection = Literal["learned", "random", "fixed", "first", "none"]
 
 NO_BLOCKS = "without MoD blocks"  # the control, in rows
 
 _TAG = "before-house"  # the last commit that has the variants below; see docs/variants.md
+
+
+def _one_or_each(c: Any) -> Any:
+    """Check `c`; the JSON of a checkpoint knows lists only."""
+    if isinstance(c, (tuple, list)):
+        if c and all(type(n) is int and n >= 0 for n in c):
+            return tuple(c)
+    elif c is None or (type(c) is int and c > 0):
+        return c
+    raise ValueError(f"give a whole number from 1, or one from 0 for each stage, not {c!r}")
+
+
+def _rule_or_paths(blocks: Any) -> Any:
+    """Check `blocks`."""
+    if blocks in ("odd", "all"):
+        return blocks
+    if isinstance(blocks, (tuple, list)) and all(isinstance(path, str) for path in blocks):
+        return tuple(blocks)
+    raise ValueError(f"give 'odd', 'all' or a tuple of paths, not {blocks!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,48 +127,24 @@ class MixtureOfDepths(Method):
         Gone("selection", "learned", _TAG, values=("static",)),
     )
 
-    c: int | tuple[int, ...] | None = None
-    reduction: int = 16
+    c: Annotated[int | tuple[int, ...] | None, PlainValidator(_one_or_each)] = None
+    reduction: Count = 16
     selection: Selection = "learned"
     order: Order = "score"
     fusion: Fusion = "first"
-    blocks: Literal["odd", "all"] | tuple[str, ...] = "odd"
-    stages: tuple[int, ...] | None = None
+    blocks: Annotated[Literal["odd", "all"] | tuple[str, ...], PlainValidator(_rule_or_paths)] = "odd"
+    stages: Numbers | None = None
     inner_shortcut: bool = False
     last_act: bool = False
     zero_init_last: bool = False
 
     def __post_init__(self) -> None:
-        # A checkpoint's JSON knows lists only.
-        if isinstance(self.c, (tuple, list)):
-            if not _all_of(int, self.c) or min(self.c, default=-1) < 0:
-                raise ValueError(f"several c must be whole numbers of at least 0, not {self.c!r}")
-            object.__setattr__(self, "c", tuple(self.c))
-        one = 1 if self.c is None or isinstance(self.c, tuple) else self.c
-        for name, value in (("c", one), ("reduction", self.reduction)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        kinds = {"selection": Selection, "order": Order, "fusion": Fusion}
-        for name, kind in kinds.items():
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
-        for name in ("inner_shortcut", "last_act", "zero_init_last"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.blocks not in ("odd", "all"):
-            if not _all_of(str, self.blocks):
-                raise ValueError(f"blocks must be 'odd', 'all' or a tuple of paths, not {self.blocks!r}")
-            object.__setattr__(self, "blocks", tuple(self.blocks))
-            if self.stages is not None:
-                raise ValueError(
-                    f"blocks={self.blocks!r} says which already; stages={self.stages!r} goes with "
-                    f"blocks='odd' or 'all' only"
-                )
-        if self.stages is not None:
-            if not _all_of(int, self.stages):
-                raise ValueError(f"stages must be a tuple of whole numbers or None, not {self.stages!r}")
-            object.__setattr__(self, "stages", tuple(self.stages))
+        check(self)
+        if self.stages is not None and not isinstance(self.blocks, str):
+            raise ValueError(
+                f"blocks={self.blocks!r} says which already; stages={self.stages!r} goes with "
+                f"blocks='odd' or 'all' only"
+            )
         if self.last_act and self.zero_init_last and not self.inner_shortcut:
             raise ValueError(
                 "last_act with zero_init_last and without inner_shortcut gives the core and the "
@@ -164,7 +160,7 @@ class MixtureOfDepths(Method):
         """Find the blocks to replace; see `Method.survey`."""
         found = stages(model)
         for n in self.stages or ():
-            if not 0 <= n < len(found):
+            if n >= len(found):
                 raise ValueError(f"stages holds {n}, but {type(model).__name__} has {len(found)} stages")
         if not isinstance(self.blocks, str):
             _check_named(self.blocks, {block.path: block for stage in found for block in stage.blocks})
@@ -217,9 +213,8 @@ class MixtureOfDepths(Method):
 
     def without(self, model: nn.Module) -> nn.Module | None:
         """The network without its blocks, the base line of the MoD tax; see `Method.without`."""
-        if not any(isinstance(m, MoDBlock) for m in model.modules()):
-            return None
-        return without_mod_blocks(model)
+        found = any(isinstance(m, MoDBlock) for m in model.modules())
+        return without_mod_blocks(model) if found else None
 
     @property
     def without_label(self) -> str:
@@ -296,10 +291,3 @@ def _check_named(paths: Sequence[str], every: Mapping[str, BlockInfo]) -> None:
             )
         if why := unfit(block):
             raise ValueError(f"blocks names {path}, which cannot be replaced: {why}")
-
-
-def _all_of(kind: type, values: object) -> bool:
-    """Whether `values` is a tuple or list of `kind`; True and False are no numbers."""
-    return isinstance(values, (tuple, list)) and all(
-        isinstance(v, kind) and not isinstance(v, bool) for v in values
-    )

@@ -19,6 +19,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ from pliant.methods.mixture_of_depths.ops.mod_block import mod_block_ as mod_blo
 SOURCE = Path(__file__).with_name("mod_block.cpp")  # for PyTorch
 ORT_SOURCE = Path(__file__).with_name("mod_block_ort.cpp")  # for any ONNX Runtime from 1.18 on
 LIMIT = 600  # seconds; on a busy machine compiling takes one or two minutes
+_DIGEST = hashlib.sha256().digest_size  # bytes, at the end of a library
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -92,28 +94,60 @@ def onnx_library() -> Path:
 def library(source: Path | None = None) -> Path:
     """Return the path of the built library in the user's cache; build it if it is not there.
 
-    Several processes may build at once: each writes under a name of its own, and only a complete
-    file takes the final name.
+    A library runs as code of this process. So the cache is its owner's alone, what another user may
+    have put or changed there is not loaded, and what is not whole (the library ends with its own
+    SHA-256) is built again. Several processes may build at once: each writes under a name of its own,
+    and only a complete file takes the final name.
 
     Args:
         source: C++ file that it is built from; by default `SOURCE`.
 
     Raises:
         BuildError: no compiler, one that fails (with the end of what it said), or a cache
-            that cannot be written.
+            that cannot be written or is another user's.
     """
     if sys.platform != "linux":
         raise BuildError(f"it is built on Linux only, and this is {sys.platform}")
     source = source or SOURCE
     path = cache() / f"{source.stem}-{_key(source)}.so"
     try:
-        if not path.exists():
+        _own(path.parent)
+        if not _whole(path):
             with atomic_path(path) as temporary:
                 _compile(temporary, source)
-                temporary.chmod(0o700)
+                with temporary.open("ab") as file:
+                    file.write(_digest(temporary.read_bytes()))
+            path.chmod(0o700)
     except OSError as error:
         raise BuildError(f"{path.parent} cannot be written ({error})") from error
     return path
+
+
+def _own(folder: Path) -> None:
+    """Make the cache, and see to it that only this user can change what is in it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.geteuid():
+        raise BuildError(
+            f"{folder} belongs to another user (number {folder.stat().st_uid}), who could run code as you; "
+            f"set XDG_CACHE_HOME to a folder of your own"
+        )
+    if stat.S_IMODE(folder.stat().st_mode) & 0o077:
+        folder.chmod(0o700)
+
+
+def _whole(path: Path) -> bool:
+    """Whether a library is there that this user built, to its end."""
+    try:
+        found = path.lstat()
+        mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+        content = path.read_bytes() if mine else b""
+    except FileNotFoundError:
+        return False
+    return content[-_DIGEST:] == _digest(content[:-_DIGEST])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def cache() -> Path:
