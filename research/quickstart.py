@@ -263,9 +263,9 @@ def _findings(scores: Sequence[Score], large: Sequence[Measurement]) -> list[str
     best = max(scores, key=lambda s: s.test_accuracy or 0)
     worst = min(scores, key=lambda s: s.test_accuracy or 0)
     said = [
-        f"On digits every network scores between {worst.test_accuracy:.1f} % ({worst.label}) and "
-        f"{best.test_accuracy:.1f} % ({best.label}), one seed each: digits show that a network "
-        f"learns, not which is better."
+        f"On digits every network scores between {100 * (worst.test_accuracy or 0):.1f} % ({worst.label}) "
+        f"and {100 * (best.test_accuracy or 0):.1f} % ({best.label}), one seed each: digits show that a "
+        f"network learns, not which is better."
     ]
     mod = next((r for r in large if r.tax is not None and r.variant == AS_IS), None)
     smaller = next((r for r in large if r.variant == LOWER_RESOLUTION and r.time_ratio), None)

@@ -634,8 +634,13 @@ def input_size(model: nn.Module) -> tuple[int, int, int] | None:
 
 def is_channels_last(model: nn.Module) -> bool:
     """Whether weights of `model` lie in memory with their channels last."""
-    # A 1x1 kernel, or one channel, lies in both ways at once and says nothing.
-    return any(
-        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
-        for p in model.parameters()
-    )
+    maps = [p for p in model.parameters() if p.dim() == 4]
+    # A 1x1 kernel, or one channel, lies in both ways at once. Its strides count where nothing else tells
+    # (a MobileNet for grey images), because the last bits of what a kernel computes depend on them.
+    certain = [p for p in maps if p.is_contiguous() != p.is_contiguous(memory_format=torch.channels_last)]
+    return any(p.stride() == _strides(p, torch.channels_last) != _strides(p) for p in certain or maps)
+
+
+def _strides(like: Tensor, form: torch.memory_format = torch.contiguous_format) -> tuple[int, ...]:
+    """The strides that PyTorch gives a tensor of a shape in a memory format."""
+    return torch.empty_like(like, device="meta", memory_format=form).stride()

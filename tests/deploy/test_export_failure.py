@@ -280,12 +280,13 @@ def test_an_input_of_the_wrong_shape(tmp_path):
 # --- the command ---------------------------------------------------------------------------------
 
 
-def test_the_command_writes_a_file(tmp_path):
+def test_the_command_writes_a_file(tmp_path, caplog):
     pliant.save(timm.create_model("resnet20_cifar_mod"), tmp_path / "m")
     printed = run(
         "export", tmp_path / "m", tmp_path / "net.pt2", "--takes", "uint8", "--resize-from", "40x48"
     )
     assert "largest error" in printed
+    assert "random weights" not in caplog.text
     facts = read_report(tmp_path / "net.pt2").facts
     assert (facts.takes, facts.input_size, facts.network) == ("uint8", (3, 40, 48), "resnet20_cifar_mod")
 
@@ -301,7 +302,7 @@ def test_the_command_writes_depths(tmp_path):
     assert read_facts(tmp_path / "one.pt2").batch == 1
 
 
-def test_the_command_fails_in_one_sentence(monkeypatch, capsys, tmp_path):
+def test_the_command_fails_in_one_sentence(monkeypatch, capsys, caplog, tmp_path):
     path = tmp_path / "n.pt2"
     for arguments, message in [
         (("resnet_none", path), "no network 'resnet_none'"),
@@ -314,3 +315,7 @@ def test_the_command_fails_in_one_sentence(monkeypatch, capsys, tmp_path):
     ]:
         assert message in fails(monkeypatch, capsys, "export", *arguments)
     assert list(tmp_path.iterdir()) == []
+    told = (
+        "resnet20_cifar is the name of a network, so the file will hold random weights; to export trained"
+    )
+    assert told in caplog.text

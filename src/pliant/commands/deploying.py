@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,6 +60,12 @@ def export(
     from pliant.methods.adaptive_depth.depth import subnet
 
     network = built(model)
+    if not Path(model).is_dir():
+        logging.getLogger(__name__).warning(
+            "%s is the name of a network, so the file will hold random weights; to export trained weights, "
+            "give the folder that pliant train or pliant.save wrote",
+            model,
+        )  # fmt: skip
     options: dict[str, Any] = {
         "dynamic_batch": batch is None,
         "precision": precision,

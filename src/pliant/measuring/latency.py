@@ -25,7 +25,16 @@ import torch
 
 from pliant.deploy.engines import named
 from pliant.measuring.candidates import Candidate, Model, Size, add_baseline, attempt, by_name, variants
-from pliant.measuring.rows import AS_BUILT, AS_IS, FORMS, NATIVE, OPTIMIZED, PLAIN, Measurement, is_control
+from pliant.measuring.rows import (
+    AS_BUILT,
+    AS_IS,
+    FORMS,
+    NATIVE,
+    OPTIMIZED,
+    PLAIN_FORM,
+    Measurement,
+    is_control,
+)
 from pliant.measuring.running import Limits, Setting, count, run, setting_of
 from pliant.measuring.writing import Files
 from pliant.provenance import provenance
@@ -107,7 +116,8 @@ def measure(
             a network, or for one round of one.
         write_timeout: seconds that it may take there to write the file of a network: to export
             or compile it. AOTInductor takes some 10 s for a ResNet-50, and minutes for large networks.
-        tax: time the control of each converted network too (`Method.without`), for its tax.
+        tax: time the controls of each converted network too (`Method.without`), one for each method that
+            has one. The tax is over the first.
         lower_resolution: pixels at which the baseline is timed too, for comparison.
         seed: seed of random weights and images; the caller's generators are left alone.
         progress: called with steps done, steps in all, and what comes next.
@@ -132,7 +142,8 @@ def measure(
     """
     deployed = engines is not None
     last = deployed if channels_last is None else channels_last
-    wanted = tuple(forms) if forms is not None else (PLAIN, OPTIMIZED, NATIVE) if deployed else (AS_BUILT,)
+    usual = (PLAIN_FORM, OPTIMIZED, NATIVE) if deployed else (AS_BUILT,)
+    wanted = usual if forms is None else tuple(forms)
     limits = Limits(rounds, min_run_time, max_run_time, max_prepare_time, timeout, write_timeout)
     # An engine's batches stand together: what it compiled for one is at hand for the next.
     settings = [

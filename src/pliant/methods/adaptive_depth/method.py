@@ -226,7 +226,7 @@ class Subnet(Method):
     individual base network is ``AdaptiveDepth(), Subnet(skip=...)``) and for checkpoints.
 
     Args:
-        skip: the depth, a flag for each stage that can skip.
+        skip: the depth, as of `pliant.set_depth`: ``"TTFF"``, or booleans; kept as booleans.
 
     Raises:
         ValueError: no flags. When applied: the network has no adaptive depth, or another
@@ -235,7 +235,7 @@ class Subnet(Method):
     Example:
         >>> import timm
         >>> from pliant import convert
-        >>> base = Subnet(skip=(True,) * 4)
+        >>> base = Subnet(skip="TTTT")
         >>> model = convert(timm.create_model("resnet50"), AdaptiveDepth(), base)
         >>> sum(p.numel() for p in model.parameters())
         17112360
@@ -246,8 +246,8 @@ class Subnet(Method):
 
     skip: Skip
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "skip", check_skip(self.skip))
+    def __init__(self, *, skip: SkipLike) -> None:
+        object.__setattr__(self, "skip", check_skip(skip))
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the blocks; see `Method.survey`."""
