@@ -112,7 +112,7 @@ class Stage:
 Shape = tuple[int, int, int]  # in channels, out channels, stride
 
 
-def _strides(*layers: nn.Module | None) -> int:
+def _total_stride(*layers: nn.Module | None) -> int:
     """The product of the strides of those layers that have one."""
     product = 1
     for layer in layers:
@@ -127,7 +127,7 @@ def _mobile_shape(block: Any, first: Any, strided: Any, last: Any) -> Shape:
     EfficientNet-X folds pixels into channels before them; a blur pool strides in their stead.
     """
     folding = getattr(block, "conv_s2d", None)  # older timms have none
-    stride = strided.stride[0] * _strides(getattr(block, "aa", None), folding)
+    stride = strided.stride[0] * _total_stride(getattr(block, "aa", None), folding)
     return (first if folding is None else folding).in_channels, last.out_channels, stride
 
 
@@ -135,7 +135,7 @@ def _universal_shape(block: Any) -> Shape:
     """The shape of a block of MobileNetV4's, any of whose three depthwise layers may stride."""
     depthwise = (block.dw_start, block.dw_mid, block.dw_end)
     strided = (getattr(layer, name, None) for layer in depthwise for name in ("conv", "aa"))
-    return block.pw_exp.conv.in_channels, block.pw_proj.conv.out_channels, _strides(*strided)
+    return block.pw_exp.conv.in_channels, block.pw_proj.conv.out_channels, _total_stride(*strided)
 
 
 _READERS: dict[type[nn.Module], Callable[..., Shape]] = {
