@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
-from pliant.threaded import take_over
+from pliant.threaded import passes_along, take_over
 
 Network = TypeVar("Network", bound=nn.Module)
 Target = Literal["program", "onnx", "openvino"]
@@ -244,6 +244,34 @@ def _stands(network: nn.Module, path: str, part: Part) -> bool:
         return network.get_submodule(path) is part
     except AttributeError:  # a form that took the place of a module around it has no such child
         return False
+
+
+def as_defined(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a layer is exactly of one of these classes, and a call of it does nothing more.
+
+    Only then its weights may be read in place of the call. An adapter (LoRA), a parametrization, a hook
+    and a quantised weight would be left out otherwise.
+
+    Example:
+        >>> plain, watched = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> handle = watched.register_forward_hook(print)
+        >>> as_defined(plain, nn.Linear), as_defined(watched, nn.Linear), as_defined(plain, nn.Conv2d)
+        (True, False, False)
+    """
+    kept = (Tensor, nn.Parameter)
+    return (
+        type(layer) in kinds
+        and "forward" not in vars(layer)
+        and not hooked(layer)
+        and all(value is None or type(value) in kept for value in layer._parameters.values())
+    )
+
+
+def hooked(module: nn.Module) -> str:
+    """Why forward hooks forbid to put another form in the place of a module; empty if there are none."""
+    inside = [*module.modules()]
+    hooks = [h for m in inside for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return "" if all(map(passes_along, hooks)) else "it has hooks, which another form would not run"
 
 
 def operators_of(network: nn.Module) -> list[Operators]:
