@@ -112,8 +112,8 @@ class EachImageBlock(nn.Module):
         super().__init__()
         self.made = made
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the block gives for `x` [B, C, H, W]."""
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """What the block gives for `x` [B, C, H, W]; what else it takes goes through."""
         made = self.made
         routing = made.router(x)
         needs = {path: _needs(layer, made.share(path, routing)) for path, layer in made.layers().items()}
@@ -125,7 +125,7 @@ class EachImageBlock(nn.Module):
             def call(path: str, layer: Any, given: Tensor) -> Tensor:
                 return _of_one(layer, given, *own[path])
 
-            y: Tensor = made.bound(call)(image[None])
+            y: Tensor = made.bound(call)(image[None], *args, **options)
             return y.squeeze(0)  # indexing would copy
 
         y = each_image(run, x, *(tensor for some in needs.values() for tensor in some))
