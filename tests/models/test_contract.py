@@ -442,8 +442,9 @@ def test_compiles_without_a_break(name):
     torch._dynamo.reset()
     model, x = real(name, OPTIONS[name])
     model.eval()
-    whole = "_adn" not in name or dynamo_reads_contexts()
-    compiled = torch.compile(model, backend="eager", fullgraph=whole)
+    if "_adn" in name and not dynamo_reads_contexts():
+        pytest.skip("this torch cannot compile the reading of a ContextVar")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
         with torch.compiler.set_stance("fail_on_recompile"):
