@@ -73,18 +73,18 @@ def network_of(name: str) -> Any:
 
 
 def built(name: str, device: str = "cpu") -> Any:
-    """The network in a folder, or a network of timm with random weights on `device`."""
-    import timm
+    """The network in a folder, or a network of timm with random weights, always the same, on `device`."""
     import torch
 
-    from pliant.models._build import check_network
+    from pliant.models._build import check_network, create
 
     found = network_of(name)
     if not isinstance(found, str):
         return found
     check_network(found, ", and there is no such folder")
-    with torch.device(device):
-        return timm.create_model(found)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return create(found, device)
 
 
 @contextmanager
