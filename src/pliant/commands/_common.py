@@ -83,7 +83,7 @@ def built(name: str, device: str = "cpu") -> Any:
     if not isinstance(found, str):
         return found
     check_network(found, ", and there is no such folder")
-    with torch.device(device), torch.random.fork_rng():
+    with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return timm.create_model(found)
 
