@@ -205,7 +205,7 @@ def test_the_plan_says_what_is_passed_over_and_how_many_depths():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"skippable": 2}, "skippable must be a valid tuple, or none, not 2"),
+        ({"skippable": 2}, "skippable must be a list, or none, not 2"),
         ({"skippable": (1, -1)}, "skippable.1 must be greater than or equal to 0, not -1"),
         ({"skippable": (1, True)}, "skippable.1 must be a valid integer, not True"),
         ({"skippable": (1.0,)}, "skippable.0 must be a valid integer, not 1.0"),

@@ -176,7 +176,7 @@ def test_padding_mode_and_process_group_are_kept():
         ({"blocks": "layer1.1"}, "blocks: give 'odd', 'all' or a tuple of paths, not 'layer1.1'"),
         ({"blocks": (1,)}, r"blocks: give 'odd', 'all' or a tuple of paths, not \(1,\)"),
         ({"blocks": None}, "blocks: give 'odd', 'all' or a tuple of paths, not None"),
-        ({"stages": 1}, "stages must be a valid tuple, or none, not 1"),
+        ({"stages": 1}, "stages must be a list, or none, not 1"),
         ({"stages": ("0",)}, "stages.0 must be a valid integer, not '0'"),
         ({"stages": (True,)}, "stages.0 must be a valid integer, not True"),
         ({"stages": (-1,)}, "stages.0 must be greater than or equal to 0, not -1"),
