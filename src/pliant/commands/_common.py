@@ -82,7 +82,7 @@ def built(name: str, device: str = "cpu") -> Any:
     if not isinstance(found, str):
         return found
     check_network(found, ", and there is no such folder")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return create(found, device)
 
