@@ -25,8 +25,8 @@ from pliant.parts import Target
 from pliant.threaded import thread
 
 if TYPE_CHECKING:  # these ask for their own forms
+    from pliant.methods.condconv.block import CondConvBlock
     from pliant.methods.condconv.layers import CondConv2d, CondLinear
-    from pliant.methods.condconv.method import CondConvBlock
 
 
 def each_image(run: Callable[..., Tensor], *given: Tensor) -> Tensor:
