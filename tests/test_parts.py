@@ -163,7 +163,7 @@ def test_why_a_part_has_no_fast_form_is_told():
     assert unfused(optimize(model, x)) == {"0.1": "it is closed"}
     model[0][1].scale.data.fill_(1)
     model[0][1].register_forward_hook(lambda *_: None)
-    assert unfused(optimize(model, x)) == {"0.1": "it has hooks, which a fused block would not run"}
+    assert unfused(optimize(model, x)) == {"0.1": "it has hooks, which another form would not run"}
 
 
 @pytest.mark.parametrize("kind", ["Gate", "Plain"])

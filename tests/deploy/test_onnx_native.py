@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import timm
 import torch
@@ -11,9 +13,9 @@ import _export
 import pliant
 from pliant.deploy import onnx_native
 from pliant.deploy.engines import ENGINES
-from pliant.deploy.facts import read_report
+from pliant.deploy.facts import digest_of, read_report, report_path
 from pliant.deploy.loading import open_export, read_facts
-from pliant.deploy.onnx_file import library_path
+from pliant.deploy.onnx_file import library_path, open_session
 from pliant.measuring.latency import measure
 from pliant.measuring.rows import NATIVE, PLAIN_FORM
 from pliant.methods.mixture_of_depths.method import NO_BLOCKS
@@ -118,16 +120,25 @@ def test_two_lines_run_it_without_pliant(file):
     torch.testing.assert_close(torch.from_numpy(found), open_export(file)(x))
 
 
-def test_a_library_that_is_missing_damaged_or_of_another_runtime(file, tmp_path, monkeypatch):
+def test_a_library_that_is_missing_changed_or_of_another_runtime(file, tmp_path, monkeypatch):
+    """A library that somebody put there is not loaded, even with a report that names it."""
     path = tmp_path / file.name
     path.write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match=r"its library net.onnx.so is not beside it"):
+    with pytest.raises(ValueError, match=r"its report net\.onnx\.json is not beside it"):
+        open_export(path)
+    report_path(path).write_bytes(report_path(file).read_bytes())
+    with pytest.raises(ValueError, match=r"net\.onnx\.so is not the file that was checked"):
         open_export(path)
     library_path(path).write_bytes(b"no library")
-    with pytest.raises(ValueError, match=r"net.onnx.so cannot be used here: .*"):
+    said = json.loads(report_path(path).read_text())
+    said["sha256"]["net.onnx.so"] = digest_of(library_path(path))
+    report_path(path).write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"net\.onnx\.so is not the library that net\.onnx was compiled"):
         open_export(path)
+    with pytest.raises(ValueError, match=r"net\.onnx\.so cannot be used here: .*"):
+        open_session(path, 1, library_path(path))
     monkeypatch.setattr(ort, "__version__", "9.9.9")
-    with pytest.raises(ValueError, match=r"compiled by and for onnxruntime .*, and this is 9.9.9"):
+    with pytest.raises(ValueError, match=r"compiled by and for onnxruntime .*, and this is 9\.9\.9"):
         open_export(file)
 
 

@@ -166,10 +166,15 @@ def _read(folder: Path, count: int, size: Size) -> Tensor:
         raise ValueError(f"{folder} holds no image to check with ({', '.join(IMAGE_FILES)})")
     images = []
     for file in files[:count]:
-        with Image.open(file) as opened:
-            image = opened.convert("L" if size[0] == 1 else "RGB").resize(
-                (size[2], size[1]), Image.Resampling.BILINEAR
-            )
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("L" if size[0] == 1 else "RGB").resize(
+                    (size[2], size[1]), Image.Resampling.BILINEAR
+                )
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{file}, an image to check with, cannot be read: {error}; remove it"
+            ) from error
         pixels = to_tensor(image)
         # Networks of other than 1 or 3 channels get these in turn.
         images.append(pixels[torch.arange(size[0]) % len(pixels)])

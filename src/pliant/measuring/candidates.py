@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from pliant import anatomy
+from pliant.deploy.loading import engine_of, is_export, read_facts
 from pliant.measuring.clock import Clock
 from pliant.measuring.rows import AS_BUILT, AS_IS, LOWER_RESOLUTION, NATIVE, OF_PARTS, OPTIMIZED, PLAIN_FORM
 from pliant.models._build import check_network
@@ -19,7 +21,7 @@ from pliant.parts import parts
 from pliant.surgery import conversions
 
 Size = tuple[int, int, int]
-Model = str | nn.Module  # a name that timm knows, or a network
+Model = str | nn.Module  # a name that timm knows, the path of an exported file, or a network
 
 
 class EngineError(RuntimeError):
@@ -33,6 +35,9 @@ class Candidate:
     Attributes:
         network: the network, until it is prepared.
         size: channels, height, width of its images.
+        file: exported file in the place of a network.
+        engine: engine of that file; empty for a network, which the run's engine gets.
+        precision: precision of that file.
         clock: times the network, once it is prepared.
         calls: forwards in each round.
         seconds: time of one forward, a value for each round.
@@ -51,6 +56,9 @@ class Candidate:
     seconds: list[float] = field(default_factory=list)
     note: str = ""
     error: str = ""
+    file: Path | None = None
+    engine: str = ""
+    precision: str = ""
 
     @property
     def label(self) -> str:
@@ -100,7 +108,7 @@ def _name(model: Model) -> str:
 
 
 def _check_known(model: Model) -> None:
-    if isinstance(model, str):
+    if isinstance(model, str) and not is_export(model):
         check_network(model)
 
 
@@ -116,6 +124,8 @@ def variants(
 
     A network whose parts have no optimized or native form is plain where that is asked for.
     """
+    if isinstance(model, str) and is_export(model):
+        return [_of_file(name, Path(model))]
     plain = list(dict.fromkeys(PLAIN_FORM if form in OF_PARTS else form for form in forms))
     first = Candidate(name, AS_IS, plain[0])
     attempt(first, lambda e: setattr(e, "network", fresh(model) if isinstance(model, str) else model))
@@ -144,6 +154,13 @@ def variants(
         Candidate(name, label, form, bare, size) for label, bare in controls.items() for form in plain
     ]
     return candidates
+
+
+def _of_file(name: str, path: Path) -> Candidate:
+    facts = read_facts(path)
+    return Candidate(
+        name, AS_IS, file=path, engine=engine_of(facts), precision=facts.precision, size=facts.input_size
+    )
 
 
 def _has_form(network: nn.Module, form: str) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from pliant.deploy.engines import named
+from pliant.deploy.engines import ENGINES, named
 from pliant.measuring.candidates import Candidate, Model, Size, add_baseline, attempt, by_name, variants
 from pliant.measuring.rows import (
     AS_BUILT,
@@ -86,7 +86,8 @@ def measure(
     (``native``).
 
     Args:
-        models: names that ``timm.create_model`` knows (random weights), or networks,
+        models: names that ``timm.create_model`` knows (random weights), paths of files that
+            `pliant.export` wrote (each runs in its own engine), or networks,
             or a mapping of names to either.
         against: the baseline, in the same form, or the name of one of `models`; it is
             timed too. None: no ratios.
@@ -166,7 +167,11 @@ def measure(
         for name, model in models_by_name.items():
             low = lower_resolution if name == base else None
             lineup += variants(name, model, input_size, low, tax, wanted)
-        for candidate in lineup:
+        if deployed and (opened := [c.model for c in lineup if c.file is not None]):
+            raise ValueError(
+                f"{opened[0]} is an exported file, which has its own engine; leave out engines="
+            )
+        for candidate in (c for c in lineup if c.file is None):
             attempt(candidate, count)
         steps = len(lineup) * (1 + rounds)
         total = len(settings) * steps
@@ -221,6 +226,7 @@ def _row(
     origin: Mapping[str, Any],
 ) -> Measurement:
     """All that is known of one candidate beside the others."""
+    engine = ENGINES[candidate.engine] if candidate.engine else setting.engine
     beside = [c for c in candidates if c.form == candidate.reference_form]
     baseline = next((c for c in beside if (c.model, c.variant) == (base, AS_IS)), None)
     control = next((c for c in beside if is_control(c.variant) and c.model == candidate.model), None)
@@ -242,9 +248,9 @@ def _row(
         input_size=candidate.size,
         batch=setting.batch,
         device=setting.device.type,
-        engine=setting.engine.name,
-        dtype=setting.precision,
-        channels_last=setting.channels_last,
+        engine=engine.name,
+        dtype=candidate.precision or setting.precision,
+        channels_last=setting.channels_last and candidate.file is None,
         threads=setting.threads,
         rounds=len(ms),
         median_ms=median(ms),
@@ -260,7 +266,7 @@ def _row(
         note="; ".join(notes),
         error=candidate.error,
         form=candidate.form,
-        runtime=setting.engine.version,
+        runtime=engine.version,
         **origin,
     )
 

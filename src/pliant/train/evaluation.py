@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 from pliant._config import some
 from pliant.anatomy import input_size
 from pliant.checkpoint import load
+from pliant.deploy.loading import FileNetwork, is_export, open_export
 from pliant.train.batches import Batches, make_batches
 from pliant.train.data import Part, load_part, normalisation
 from pliant.train.images import ImageSet
@@ -76,7 +77,8 @@ def evaluate(
     in memory gets those in its ``pretrained_cfg``, as far as it names them.
 
     Args:
-        model: a network, or the folder of a saved one or of a run.
+        model: a network, the folder of a saved one or of a run, or a file that `pliant.export` wrote, which
+            runs in its own engine on the CPU.
         data: as `Recipe.data`. None: the data of the run in the folder `model`, divided in the same way,
             so that no training image is scored; else digits.
         path: as `Recipe.path`.
@@ -137,7 +139,7 @@ def prepare(
     Arguments and errors are those of `evaluate`.
     """
     folder = None if isinstance(model, nn.Module) else Path(model)
-    network = model if isinstance(model, nn.Module) else load(network_folder(Path(model)))
+    network = model if isinstance(model, nn.Module) else _read(Path(model))
     config = getattr(network, "pretrained_cfg", None) or {}
     # Of a saved network this is what its checkpoint says; timm's own knows nothing of in_chans.
     size = config.get("input_size") if folder else input_size(network) or (3, 224, 224)
@@ -251,6 +253,11 @@ class Scores:
             per_class=dict(zip(self.classes, (right / counts).tolist(), strict=True)),  # 0 / 0 is NaN
             images=int(counts.sum()),
         )
+
+
+def _read(path: Path) -> nn.Module:
+    """The network in the folder of a run or of a saved network, or an exported file in its place."""
+    return FileNetwork(open_export(path)) if is_export(path) else load(network_folder(path))
 
 
 def _renumbered(labels: Tensor, names: tuple[str, ...], known: tuple[str, ...]) -> Tensor:

@@ -22,13 +22,17 @@ from torch import Tensor, nn
 
 from pliant.anatomy import Block
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector, RandomSelector, best
+from pliant.parts import as_defined
+from pliant.precision import linear
 
 if TYPE_CHECKING:  # the block itself asks for this form
     from pliant.methods.mixture_of_depths.block import MoDBlock
 
 
 class ConvSelector(nn.Module):
-    """A `ChannelSelector` in 1x1 convolutions, which keep the layout of a feature map.
+    """A `ChannelSelector` in 1x1 convolutions, which keep the layout of a feature map, where it can be.
+
+    A layer that is more than its weights (an adapter, say) is called as it is.
 
     Args:
         selector: the selector whose weights are copied.
@@ -36,7 +40,7 @@ class ConvSelector(nn.Module):
 
     def __init__(self, selector: ChannelSelector) -> None:
         super().__init__()
-        self.fc1, self.fc2 = _pointwise(selector.fc1.weight), _pointwise(selector.fc2.weight)
+        self.fc1, self.fc2 = _pointwise(selector.fc1), _pointwise(selector.fc2)
         self.k, self.order = selector.k, selector.order
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,12 +137,27 @@ class GraphMoD(Block):
         return source
 
 
-def _pointwise(weight: Tensor) -> nn.Conv2d:
-    """A linear layer without bias as a 1x1 convolution, at least float32."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False)
-    conv.weight = nn.Parameter(weight.detach()[:, :, None, None].to(dtype), requires_grad=False)
-    return conv
+class _Called(nn.Module):
+    """A layer that is more than its weights, as it is, on a feature map of one position."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.flatten(1), self.layer)[:, :, None, None]
+
+
+def _pointwise(layer: nn.Module) -> nn.Module:
+    """A linear layer as a 1x1 convolution, at least float32; as it is if it is more than its weights."""
+    if not (isinstance(layer, nn.Linear) and as_defined(layer, nn.Linear)):
+        return _Called(layer)
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    conv = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=layer.bias is not None)
+    conv.weight = nn.Parameter(layer.weight.detach()[:, :, None, None].to(dtype))
+    if layer.bias is not None:
+        conv.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return conv.requires_grad_(False)
 
 
 def _sorted_by_index(top: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

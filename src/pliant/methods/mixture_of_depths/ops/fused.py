@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pliant.anatomy import Block
 from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch, mod_block_
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector
-from pliant.parts import OnnxOperator
+from pliant.parts import OnnxOperator, as_defined
 
 if TYPE_CHECKING:  # the block itself asks for this form
     from pliant.methods.mixture_of_depths.block import MoDBlock
@@ -150,6 +150,12 @@ def fusable(block: MoDBlock) -> str:
         plain = conv.groups == 1 and conv.stride == (1, 1) and conv.padding_mode == "zeros"
         if not plain or (conv.dilation, conv.padding) != (dilation, padding) or dilation[0] != dilation[1]:
             return f"its core has a convolution of another padding, dilation or stride: {conv}"
+    linear = (block.selector.fc1, block.selector.fc2)
+    if any(getattr(layer, "bias", None) is not None for layer in linear):
+        return "a layer of its selector has a bias"
+    for layer in (*linear, *convs):
+        if not as_defined(layer, nn.Linear, nn.Conv2d):
+            return f"a {type(layer).__name__} in it does more than its weights say, so it has to be called"
     return ""
 
 
