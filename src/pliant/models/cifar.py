@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -40,6 +41,20 @@ class PadShortcut(nn.Module):
         """[B, C, H, W] to [B, C + channels, ceil(H / stride), ceil(W / stride)]."""
         half = self.channels // 2
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.channels - half))
+
+
+class ThreeStages(ResNet):  # type: ignore[misc]  # timm is not typed
+    """A ResNet of timm whose fourth stage is empty: there are features of the stem and of three stages."""
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, **options: Any
+    ) -> Any:
+        """timm's, by indices of four feature maps."""
+        return super().forward_intermediates(x, feature_take_indices(4, indices)[0], **options)
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, *args: Any, **options: Any) -> Any:
+        """timm's, by indices of four feature maps."""
+        return super().prune_intermediate_layers(feature_take_indices(4, indices)[0], *args, **options)
 
 
 def cifar_resnet(
@@ -76,7 +91,8 @@ def cifar_resnet(
     kwargs.setdefault("zero_init_last", not pad_shortcut)
     # timm fixes a plain stem to 64 channels; a deep one is twice stem_width wide. The
     # convolution itself is replaced below, so only the width of the deep stem is used.
-    model = ResNet(channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
+    kind = ResNet if len(channels) == 4 else ThreeStages
+    model = kind(channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
     in_chans = kwargs.get("in_chans", 3)
     with torch.device(next(model.parameters()).device):
         model.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False)
@@ -99,8 +115,8 @@ def cifar_resnet(
 _he = partial(cifar_resnet, block=BasicBlock, channels=(16, 32, 64), pad_shortcut=True)
 
 CIFAR_SIZE = (3, 32, 32)
-_WIDE: dict[str, Any] = {"input_size": CIFAR_SIZE, "num_classes": 10}
-_NARROW: dict[str, Any] = {**_WIDE, "feature_levels": 4, "narrow": True}  # three stages
+_WIDE: dict[str, Any] = {"input_size": CIFAR_SIZE, "num_classes": 10, "reduction": 8}
+_NARROW: dict[str, Any] = {**_WIDE, "reduction": 4, "feature_levels": 4, "narrow": True}  # three stages
 
 CIFAR_RESNETS = {
     "resnet18_cifar": PlainNetwork(
