@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import resnet
 from timm.models._features import feature_take_indices
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from pliant.models._build import PlainNetwork, register
@@ -43,18 +44,20 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.channels - half))
 
 
-class ThreeStages(ResNet):  # type: ignore[misc]  # timm is not typed
-    """A ResNet of timm whose fourth stage is empty: there are features of the stem and of three stages."""
+class ResNet(resnet.ResNet):  # type: ignore[misc]  # timm is not typed
+    """timm's, of four stages or three: where the fourth is empty, it gives no features either."""
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, **options: Any
     ) -> Any:
-        """timm's, by indices of four feature maps."""
-        return super().forward_intermediates(x, feature_take_indices(4, indices)[0], **options)
+        """timm's, by indices of the feature maps that there are."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().forward_intermediates(x, taken, **options)
 
     def prune_intermediate_layers(self, indices: int | list[int] = 1, *args: Any, **options: Any) -> Any:
-        """timm's, by indices of four feature maps."""
-        return super().prune_intermediate_layers(feature_take_indices(4, indices)[0], *args, **options)
+        """timm's, by indices of the feature maps that there are."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().prune_intermediate_layers(taken, *args, **options)
 
 
 def cifar_resnet(
@@ -91,8 +94,7 @@ def cifar_resnet(
     kwargs.setdefault("zero_init_last", not pad_shortcut)
     # timm fixes a plain stem to 64 channels; a deep one is twice stem_width wide. The
     # convolution itself is replaced below, so only the width of the deep stem is used.
-    kind = ResNet if len(channels) == 4 else ThreeStages
-    model = kind(channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
+    model = ResNet(channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
     in_chans = kwargs.get("in_chans", 3)
     with torch.device(next(model.parameters()).device):
         model.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False)
