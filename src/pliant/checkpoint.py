@@ -37,6 +37,7 @@ from pliant._files import leftovers, replace_folder, scratch_folder, sync
 from pliant._state import difference, shapes, ties
 from pliant._version import __version__
 from pliant.methods import METHODS
+from pliant.models._build import create
 from pliant.surgery import conversions, convert
 
 __all__ = ["CheckpointError", "Config", "load", "read_config", "save"]
@@ -360,7 +361,7 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
 def _rebuild(config: Config, device: str) -> nn.Module:
     """The network that `config` describes, on `device`, with fresh weights."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        model: nn.Module = timm.create_model(config.network, pretrained=False, **config.arguments)
+        model = create(config.network, device, pretrained=False, **config.arguments)
         for method in config.methods:
             convert(model, method, inplace=True)
     told = {name: getattr(config, name) for name in _TOLD if getattr(config, name) is not None}

@@ -111,7 +111,7 @@ def test_the_size_before_the_crop_follows_the_images_unless_it_is_given():
         (["pixels=352"], (352, 464)),
         (["pixels=64", "resize=70"], (64, 70)),
         (["pixels=64", "resize=none"], (64, None)),
-        (["epochs=2"], (176, 232)),
+        (["batch=2"], (176, 232)),
     ):
         changed = override(recipe, changes)
         assert (changed.pixels, changed.resize) == expected

@@ -195,7 +195,7 @@ def test_the_command_names_all_suites_and_refuses_what_one_does_not_do(
         command = ["bench", "--results", str(tmp_path), *options]
         return str(CliRunner().invoke(app, command).exception)
 
-    suites = "mod, mod-bfloat16, mod-int8, condconv, forms, steps, loader, depths"
+    suites = "mod, mod-bfloat16, mod-int8, condconv, forms, steps, loader, depths, switch"
     assert said("--suite", "form") == f"no benchmark 'form'; there are {suites}"
     assert said("--suite", "steps", "--patient") == "--patient has no effect on --suite steps; remove it"
     assert said("--suite", "forms", "--resume").startswith("--resume has no effect")

@@ -80,10 +80,9 @@ def built(name: str, device: str = "cpu", num_classes: int | None = None) -> Any
         device: of a network of timm.
         num_classes: classes; of a network in a folder the classifier is made anew. None: its own.
     """
-    import timm
     import torch
 
-    from pliant.models._build import check_network
+    from pliant.models._build import check_network, create
 
     found = network_of(name)
     if not isinstance(found, str):
@@ -91,9 +90,9 @@ def built(name: str, device: str = "cpu", num_classes: int | None = None) -> Any
             found.reset_classifier(num_classes)
         return found
     check_network(found, ", and there is no such folder")
-    with torch.device(device), torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return timm.create_model(found, num_classes=num_classes)
+        return create(found, device, num_classes=num_classes)
 
 
 @contextmanager
