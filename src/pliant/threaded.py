@@ -183,6 +183,8 @@ class Bound:
         self._bound_prefix = prefix
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_bound"):
+            raise AttributeError(name)  # a compiler looks at the view before it is made
         value = getattr(self._bound, name)
         path = self._bound_prefix + name
         if path in self._bound_leaves:
@@ -196,7 +198,7 @@ class Bound:
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """That of the module: a forward of a subclass may call that of its base by `super()`."""
-        return type(self._innermost())
+        return type(self._innermost()) if "_bound" in self.__dict__ else Bound
 
     def __iter__(self) -> Iterator[Any]:
         """The children, as `nn.Sequential` runs them."""
