@@ -135,12 +135,16 @@ def export_depths(
     threads = threads or torch.get_num_threads()
     tell = progress or (lambda _done, _total, _what: None)
     steps = len(chosen) + 1
-    with _keeping(Path(folder)) as finished:
+    plain = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in sorted(options.items())}
+    ends = [digest(subnet(model, (end,) * len(chosen[0]), share=True)) for end in (False, True)]
+    with _keeping(Path(folder), f"{ends}, {threads} threads, {plain}") as finished:
         found = []
         for n, skip in enumerate(chosen):
             cut, file = subnet(model, skip), Path(folder) / f"depth-{depth_name(skip)}.{format}"
             with torch_threads(threads):  # machine code is compiled for so many
-                finished.export(cut, file, options, partial(_tell, tell, n, steps))
+                if not finished.has(file):
+                    export(cut, file, progress=partial(_tell, tell, n, steps), **options)
+                    finished.add(file)
                 opened = open_export(file, threads=threads)
             error = read_report(file).parity.max_rel_error
             size = opened.facts.network_size
@@ -168,48 +172,53 @@ def _tell(tell: Progress, done: int, total: int, _done: int, _total: int, what: 
 
 
 class _Finished:
-    """Which files of an export that is not finished are, and of what.
+    """Which files of an export that is not finished are.
 
     Args:
         folder: that holds them, and says so in a file of its own.
+        made_of: what they are of: weights and options.
+
+    Raises:
+        ValueError: the folder holds something else.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / UNFINISHED
-        self.files: dict[str, str] = {}
+    def __init__(self, folder: Path, made_of: str) -> None:
+        self.path, self.made_of = folder / UNFINISHED, made_of
+        self.files: list[str] = []
         if self.path.is_file():
-            self.files = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["made_of"] != made_of:
+                raise ValueError(
+                    f"{folder} holds an export that was interrupted, of another network or with other "
+                    f"options; name a new folder, or empty this one"
+                )
+            self.files = content["files"]
         elif folder.exists() and (not folder.is_dir() or any(f.name[0] != "." for f in folder.iterdir())):
             raise ValueError(f"{folder} is not an empty folder; name a new one, or empty it")
 
-    def export(self, cut: nn.Module, file: Path, options: dict[str, Any], progress: Progress) -> None:
-        """Export a depth, unless its file is there and whole.
+    def has(self, file: Path) -> bool:
+        """Whether a file is there, and whole."""
+        if file.name not in self.files:
+            return False
+        try:
+            read_report(file)
+        except ValueError:  # damaged meanwhile
+            return False
+        return True
 
-        Raises:
-            ValueError: the file that is there is of another network, or of other options.
-        """
-        plain = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in sorted(options.items())}
-        made_of = f"{digest(cut)}, {torch.get_num_threads()} threads, {plain}"
-        if self.files.get(file.name, made_of) != made_of:
-            raise ValueError(
-                f"{file} is of an export that was interrupted, of another network or with other options; "
-                f"name a new folder, or empty this one"
-            )
-        if file.name in self.files:
-            with suppress(ValueError):  # damaged meanwhile
-                read_report(file)
-                return
-        export(cut, file, progress=progress, **options)
-        self.files[file.name] = made_of
+    def add(self, file: Path) -> None:
+        """Note that a file is finished."""
+        self.files = list(dict.fromkeys([*self.files, file.name]))
         with atomic_path(self.path) as temporary:
-            temporary.write_text(json.dumps(self.files, indent=2) + "\n", encoding="utf-8")
+            content = {"made_of": self.made_of, "files": self.files}
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _keeping(folder: Path) -> Iterator[_Finished]:
+def _keeping(folder: Path, made_of: str) -> Iterator[_Finished]:
     """The finished files of an export to `folder`; a folder in which none was finished goes again."""
     new = not folder.exists()
-    finished = _Finished(folder)
+    finished = _Finished(folder, made_of)
     try:
         yield finished
         finished.path.unlink(missing_ok=True)

@@ -293,7 +293,7 @@ def test_options_are_keywords_frozen_and_comparable():
         (
             "resnet20_cifar",
             {"layers": "depthwise"},
-            r"(?s)matches nothing in ResNet:.*layer3\.2: no depthwise convolution",
+            r"(?s)matches nothing in ResNet:.*layer2\.0 to layer3\.2 .*: no depthwise convolution",
         ),
         (
             "mobilenetv1_w025_cifar",
@@ -311,7 +311,10 @@ def test_what_does_not_fit_a_network_leaves_it_untouched(name, options, message,
 
 
 def test_networks_without_a_convolution_to_replace_say_so():
-    with pytest.raises(ValueError, match=r"matches nothing in VisionTransformer:(?s:.*)blocks.0: no conv"):
+    with pytest.raises(
+        ValueError,
+        match=r"matches nothing in VisionTransformer:(?s:.*)blocks.0 to blocks.11 \(12 places\): no conv",
+    ):
         convert(meta("vit_tiny_patch16_224"), CondConv())
     with pytest.raises(ValueError, match=r"CondConv matches nothing in Sequential"):
         convert(nn.Sequential(nn.ReLU()), CondConv())
@@ -333,7 +336,7 @@ def test_layers_with_hooks_are_passed_over():
     nn.utils.spectral_norm(model.blocks[4][0].conv_pw)
     model.blocks[4][1].conv_dw.register_forward_hook(lambda *call: None)
     model.blocks[4][1].conv_pw.register_forward_pre_hook(lambda *call: None)
-    reason = "has forward hooks (spectral_norm has), which a mixture would lose"
+    reason = "has forward hooks (pruning and spectral_norm have), which a mixture would lose"
     assert {path: why for path, why in reasons(model, **LATE).items() if "blocks.4" in path} == {
         "blocks.4.0.conv_pw": reason,
         "blocks.4.1": f"conv_dw {reason}",

@@ -12,7 +12,7 @@ Shapes in this file::
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -38,6 +38,7 @@ from pliant.methods.adaptive_depth.switch import (
     find_depth,
 )
 from pliant.objectives import Objective
+from pliant.parts import copied, substitute
 from pliant.surgery import convert, record_conversion
 from pliant.threaded import borrowed
 
@@ -54,7 +55,8 @@ class AdaptiveDepth(Method):
             paper (ResNet-50's 3 4 6 3 blocks can skip 1 2 3 1), of those that add their
             input to their output.
         groups: stages that a transformer's blocks are divided into, which are one run of
-            blocks otherwise (ViT in the paper: 12 blocks in 4 groups of 3).
+            blocks otherwise. None: 4, as in the paper (ViT's 12 blocks are 4 groups of 3), or as many
+            below as divide the blocks, two and more in a group.
         switchable_norms: the norms of the blocks that stay exist twice, and the stage's
             flag chooses. Off: Table 3 without them.
 
@@ -79,7 +81,7 @@ class AdaptiveDepth(Method):
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = ABLATIONS
 
     skippable: Numbers | None = None
-    groups: Count = 4
+    groups: Count | None = None
     switchable_norms: bool = True
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ class AdaptiveDepth(Method):
             )
         sites: list[Site] = []
         passed_over: list[PassedOver] = []
+        single: list[str] = []
         flag = 0
         for n, blocks in enumerate(stages):
             skipped = self._skipped(n, blocks)
@@ -118,23 +121,36 @@ class AdaptiveDepth(Method):
                 detail: dict[str, Any] = {"flag": flag, "part": part}
                 if part == "mandatory" and self.switchable_norms:
                     detail["norms"] = len(anatomy.norms(block.module))
+                    single += [f"{block.path}.{path}" for path in anatomy.unknown_norms(block.module)]
                 sites.append(Site(block.path, detail))
             flag += 1
         _check_borrowed(model, sites)
-        note = f"{flag} flags: {2**flag} depths; train it so that all work (the base network is new)"
-        return Survey(tuple(sites), tuple(passed_over), (note,) if sites else ())
+        _check_tied(model, sites)
+        notes = [f"{flag} flags: {2**flag} depths; train it so that all work (the base network is new)"]
+        if single:
+            kinds = {anatomy.type_name(model.get_submodule(path)) for path in single}
+            notes.append(
+                f"both depths share {len(single)} norms of a kind that cannot be switched, {single[0]} to "
+                f"{single[-1]}: {', '.join(sorted(kinds))}"
+            )
+        return Survey(tuple(sites), tuple(passed_over), tuple(notes) if sites else ())
 
     def _stages(self, model: nn.Module) -> list[tuple[BlockInfo, ...]]:
-        """The blocks of each stage; a transformer's one run is divided into groups."""
+        """The blocks of each stage; a transformer's runs of blocks are divided into groups."""
         result: list[tuple[BlockInfo, ...]] = []
         for stage in anatomy.stages(model):
             blocks = stage.blocks
             if not anatomy.is_transformer(blocks[0].module):
                 result.append(blocks)
                 continue
-            if len(blocks) % self.groups:
-                raise ValueError(f"{len(blocks)} blocks of {stage.path} make no {self.groups} equal groups")
-            size = len(blocks) // self.groups
+            groups = _most_groups(len(blocks)) if self.groups is None else self.groups
+            if len(blocks) % groups:
+                fit = [str(n) for n in range(1, len(blocks) + 1) if len(blocks) % n == 0]
+                raise ValueError(
+                    f"{len(blocks)} blocks of {stage.path} make no {groups} equal groups; take groups="
+                    f"{' or '.join(fit)}, or leave groups out for what fits each run of blocks"
+                )
+            size = len(blocks) // groups
             result += [blocks[i : i + size] for i in range(0, len(blocks), size)]
         return result
 
@@ -165,8 +181,9 @@ class AdaptiveDepth(Method):
         norms = anatomy.norms(module) if self.switchable_norms and not skippable else []
         shape = anatomy.shape_of(module)
         for path in norms:
-            module.set_submodule(path, SwitchableNorm(module.get_submodule(path)))
-        return AdaptiveBlock(module, site.detail["flag"], skippable, norms, shape)
+            norm = module.get_submodule(path)
+            substitute(module, norm, SwitchableNorm(norm))
+        return AdaptiveBlock(module, site.detail["flag"], skippable, shape)
 
     def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
         """Give all blocks one depth to read; see `Method.finish`."""
@@ -252,9 +269,9 @@ class Subnet(Method):
         if skip and module.skippable:
             return RemovedBlock(module.channels)
         plain: nn.Module = module.block
-        for path, norm in list(plain.named_modules()):
+        for norm in list(plain.modules()):
             if isinstance(norm, SwitchableNorm):
-                plain.set_submodule(path, norm.base if skip else norm.full)
+                substitute(plain, norm, norm.base if skip else norm.full)
         return plain
 
 
@@ -284,10 +301,11 @@ def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
     memo: dict[int, Any] = {}
     if share:
         memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    cut = copy.deepcopy(model, memo)
+    cut = copied(model, memo)
     # Not by `convert`, which may copy weights, and lays them out in one memory format.
     for site in (method := Subnet(skip=flags)).survey(cut).sites:
-        cut.set_submodule(site.path, method.replace(cut.get_submodule(site.path), site))
+        block = cut.get_submodule(site.path)
+        substitute(cut, block, method.replace(block, site))
     record_conversion(cut, method, ())
     return cut
 
@@ -345,5 +363,24 @@ def _check_borrowed(model: nn.Module, sites: Sequence[Site]) -> None:
             )
 
 
+def _check_tied(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse norms that share a tensor with another layer: their second form would not."""
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    for site in sites:
+        block = model.get_submodule(site.path)
+        for path in anatomy.norms(block) if site.detail.get("norms") else ():
+            for name, p in block.get_submodule(path).named_parameters():
+                if owners[id(p)] > 1:
+                    raise ValueError(
+                        f"{site.path}.{path}.{name} is another layer's tensor too, and that of the base "
+                        f"network's norm would not be; set switchable_norms=False, or share them afterwards"
+                    )
+
+
 def _sizes(stages: Sequence[Sequence[object]]) -> str:
     return " ".join(str(len(stage)) for stage in stages) + " blocks"
+
+
+def _most_groups(blocks: int) -> int:
+    """The largest number of groups, up to the paper's 4, of two blocks or more each."""
+    return next((n for n in (4, 3, 2) if blocks % n == 0 and blocks >= 2 * n), 1)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pliant import anatomy
 from pliant._options import Count, NotNegative, Positive, check
-from pliant.anatomy import Block, BlockInfo, Convolution, convolutions
+from pliant.anatomy import Block, BlockInfo, Convolution, UnknownBlock, convolutions
 from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
 from pliant.methods.condconv.layers import (
     Activation,
@@ -39,6 +39,7 @@ from pliant.methods.condconv.layers import (
 )
 from pliant.methods.condconv.mixing import ROUTING, Form
 from pliant.methods.condconv.recipes import ABLATIONS, CONTROLS, condconv, regularized
+from pliant.parts import substitute
 from pliant.threaded import Bound, between, pass_along, passes_along, thread
 
 Routing = Literal["block", "layer", "single", "shared", "hierarchical"]
@@ -165,11 +166,12 @@ class CondConv(Method):
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the units to replace; see `Method.survey`."""
-        found = anatomy.stages(model)
-        stem, head = anatomy.stem_and_head(model) if found else ([], [])
-        blocks = [block for stage in found for block in stage.blocks]
-        between = [(n, conv) for n, conv in anatomy.outside_blocks(model) if 0 < n < len(blocks)]
+        blocks = anatomy.blocks(model)
+        known = any(isinstance(block, BlockInfo) for block in blocks)
+        stem, head = anatomy.stem_and_head(model) if known else ([], [])
         last = 1 + len(blocks) + len(head) + 1
+        units = {conv.path for conv in (*stem, *head)}
+        between = [(n, c) for n, c in anatomy.outside_blocks(model) if known and c.path not in units]
         begin = _lowest_resolutions(blocks, between) if self.begin is None else self.begin
         if begin > last:
             raise ValueError(
@@ -177,6 +179,7 @@ class CondConv(Method):
             )
         sites: list[Site] = []
         passed_over: list[PassedOver] = []
+        seen: set[int] = set()
 
         def unit(number: int, path: str, kind: str, layers: list[Convolution], odd: str = "") -> None:
             if not self.features:
@@ -195,7 +198,9 @@ class CondConv(Method):
                 passed_over.extend(PassedOver(f"{path}.{c.path}", reason) for c, reason in unwanted)
                 if self.routing == "layer":
                     detail["kind"] = "convolution"
-                    sites.extend(Site(f"{path}.{c.path}", detail) for c in wanted)
+                    new = [c for c in wanted if id(c.module) not in seen]  # two blocks may share one
+                    seen.update(id(c.module) for c in new)
+                    sites.extend(Site(f"{path}.{c.path}", detail) for c in new)
                     return
                 detail["convolutions"] = len(wanted)
             sites.append(Site(path, detail))
@@ -204,32 +209,57 @@ class CondConv(Method):
             odd = "" if len(stem) == 1 else f"one of {len(stem)} convolutions of the stem"
             unit(1, conv.path, "convolution", [conv], odd)
         for number, block in enumerate(blocks, 2):
-            made = isinstance(block.module, Block)
-            odd = f"already another method's {type(block.module).__name__}" if made else ""
-            unit(number, block.path, "block", convolutions(block.module), odd)
-        passed_over += [PassedOver(conv.path, "between the blocks, in no unit") for _, conv in between]
+            if isinstance(block, UnknownBlock):
+                passed_over.append(PassedOver(block.path, block.reason))
+            else:
+                unit(number, block.path, "block", convolutions(block.module), _odd(block.module))
+        for n, conv in between:
+            where = "between the blocks" if 0 < n < len(blocks) else "beside blocks of no known family"
+            passed_over.append(PassedOver(conv.path, f"{where}, in no unit"))
         for number, conv in enumerate(head, 2 + len(blocks)):
             unit(number, conv.path, "convolution", [conv])
-        if self.features and begin < last and not sites:
-            return Survey((), tuple(passed_over))
         path = anatomy.classifier(model)
+        of_blocks = range(2, 2 + len(blocks))
+        behind = self.begin is not None and self.begin >= of_blocks.stop
+        if self.features and not behind and not any(s.detail["unit"] in of_blocks for s in sites):
+            if self.classifier and path is not None:
+                ask = f"for the classifier alone, set features=False or begin={last}"
+                passed_over.append(PassedOver(path, f"no block is converted; {ask}"))
+            return Survey((), tuple(passed_over))
         if path is None:
-            if self.classifier and (found or not self.features):
+            if self.classifier and (known or not self.features):
                 passed_over.append(PassedOver("(classifier)", "no linear classifier found"))
         elif odd := _unmixable(model.get_submodule(path)) if self.classifier else "classifier=False":
             passed_over.append(PassedOver(path, odd))
         else:
             sites.append(Site(path, {"unit": last, "kind": "classifier", "experts": self.experts}))
+        if self.routing in THREADED:
+            self._check_places(model, sites)
         note = "experts and routers start at random; biases and norms are the network's"
         if self.upcycle:
             note = "starts as the given network: experts are copies of its layers (upcycle=False: afresh)"
         return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (note,))
 
+    def _check_places(self, model: nn.Module, sites: list[Site]) -> None:
+        """Refuse units that run at several places: each has one source of its routing."""
+        everywhere = list(model.named_modules(remove_duplicate=False))
+        for site in sites:
+            module = model.get_submodule(site.path)
+            if others := [path for path, m in everywhere if m is module and path != site.path]:
+                raise ValueError(
+                    f"{site.path} stands at {', '.join(others)} too, and routing={self.routing!r} gives a "
+                    f"unit one source of its routing; take routing='block' or 'layer', or begin later"
+                )
+
     def _divided(
         self, layers: list[Convolution]
     ) -> tuple[list[Convolution], list[tuple[Convolution, str]]]:
         """Layers of the kind asked for: those that can be mixed, and the others, with the reason."""
-        reasons = [(c, _unmixable(c.module)) for c in layers if self.layers in ("all", c.kind)]
+        reasons = [
+            (c, f"lies in a {c.inside}" if c.inside else _unmixable(c.module))
+            for c in layers
+            if self.layers in ("all", c.kind)
+        ]
         return [c for c, why in reasons if not why], [(c, why) for c, why in reasons if why]
 
     def _with_sources(self, sites: list[Site]) -> list[Site]:
@@ -284,7 +314,8 @@ class CondConv(Method):
         widths = [_channels(layer.module)[1] for layer in layers]
         router = self._router(channels, sum(widths), site).to(layers[0].module.weight.dtype)
         for layer in layers:
-            block.set_submodule(layer.path, self._layer(layer.module, None).train(block.training))
+            new = self._layer(layer.module, None).train(block.training)
+            substitute(block, layer.module, new)
         return CondConvBlock(
             block,
             router,
@@ -371,15 +402,21 @@ class CondConvBlock(Block):
     ) -> None:
         super().__init__(*shape)
         self.block, self.router, self.passes_on = block, router, passes_on
-        self._leaves = frozenset(widths)
-        self._between = between(widths)
-        ends = accumulate(widths.values(), initial=0)
-        self._parts = dict(zip(widths, pairwise(ends), strict=True))
+        slices = dict(zip(widths, pairwise(accumulate(widths.values(), initial=0)), strict=True))
+        # A layer may stand at several paths of the block, and is called by any of them.
+        of = {id(block.get_submodule(path)): part for path, part in slices.items()}
+        everywhere = block.named_modules(remove_duplicate=False)
+        self._parts = {path: of[id(module)] for path, module in everywhere if id(module) in of}
+        self._leaves, self._between = frozenset(self._parts), between(self._parts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block on `x` [B, C, H, W], with kernels for each of the B examples."""
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Run the block on `x` [B, C, H, W], with kernels for each of the B examples.
+
+        What else the block takes goes through.
+        """
         routing = self.router(x)
-        y: Tensor = Bound(self.block, self._leaves, self._between, partial(self._call, routing))(x)
+        block = Bound(self.block, self._leaves, self._between, partial(self._call, routing))
+        y: Tensor = block(x, *args, **options)
         return thread(y, ROUTING, routing) if self.passes_on else y
 
     def _call(self, routing: Tensor, path: str, layer: nn.Module, x: Tensor) -> Any:
@@ -389,13 +426,34 @@ class CondConvBlock(Block):
         return layer(x, routing)
 
 
-def _lowest_resolutions(blocks: list[BlockInfo], between: list[tuple[int, Convolution]]) -> int:
+def _odd(block: nn.Module) -> str:
+    """Why a block is not converted, though it may hold convolutions; or empty."""
+    if isinstance(block, Block):
+        return f"already another method's {type(block).__name__}"
+    if anatomy.computes_mixtures(block):
+        return f"{anatomy.type_name(block)} mixes its kernels for each example already"
+    return ""
+
+
+def _lowest_resolutions(
+    blocks: list[BlockInfo | UnknownBlock], between: list[tuple[int, Convolution]]
+) -> int:
     """Number of the first unit of the two lowest resolutions."""
-    before = {
-        n for n, conv in between if isinstance(conv.module, nn.Conv2d) and max(conv.module.stride) > 1
-    }
-    strided = [n for n, block in enumerate(blocks) if block.stride > 1 or n in before]
+    before = {n for n, conv in between if _stride(conv.module) > 1}
+    strided = [n for n, block in enumerate(blocks) if _strides(block) or n in before]
     return 2 if len(strided) < 2 else 2 + strided[-2]
+
+
+def _strides(block: BlockInfo | UnknownBlock) -> bool:
+    """Whether a block lowers the resolution; of an unknown one, whether a convolution in it does."""
+    if isinstance(block, BlockInfo):
+        return block.stride > 1
+    keeps = getattr(block.module, "has_skip", False)  # attention may stride inside, as MobileNetV4's does
+    return not keeps and any(_stride(layer) > 1 for layer in block.module.modules())
+
+
+def _stride(layer: nn.Module) -> int:
+    return max(layer.stride) if isinstance(layer, nn.Conv2d) else 1
 
 
 def _unmixable(layer: nn.Module) -> str:
@@ -407,7 +465,7 @@ def _unmixable(layer: nn.Module) -> str:
         return f"is a {type(layer).__name__} that cannot be mixed"
     hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
     if not all(passes_along(hook) for hook in hooks):
-        return "has forward hooks (spectral_norm has), which a mixture would lose"
+        return "has forward hooks (pruning and spectral_norm have), which a mixture would lose"
     return ""
 
 
@@ -419,12 +477,14 @@ def _channels(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
 
 def _outside(model: nn.Module, sites: list[str]) -> list[nn.Module]:
     """All modules after the first site that lie in no block and no site."""
-    blocks = [b.path for stage in anatomy.stages(model) for b in stage.blocks]
-    own = set(sites)
+    units = [model.get_submodule(path) for path in sites]
+    own = {id(unit) for unit in units}
+    closed = (*units, *(block.module for block in anatomy.blocks(model)))
+    inside = {id(module) for outer in closed for module in outer.modules() if module is not outer}
+    skipped = own | inside
     found, begun = [], False
-    for path, module in model.named_modules():
-        begun = begun or path in own
-        inside = any(path.startswith(f"{p}.") for p in (*own, *blocks))
-        if begun and path not in own and not inside:
+    for module in model.modules():
+        begun = begun or id(module) in own
+        if begun and id(module) not in skipped:
             found.append(module)
     return found

@@ -10,7 +10,6 @@ Shapes in this file::
 
 from __future__ import annotations
 
-import copy
 from typing import ClassVar, TypeVar
 
 import torch
@@ -22,7 +21,7 @@ from pliant.methods.mixture_of_depths.exported import GraphMoD
 from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Fusion, RandomSelector
 from pliant.methods.mixture_of_depths.training import At, Fuse, Gather, Pool, everywhere, usual
-from pliant.parts import OnnxOperator, Target
+from pliant.parts import OnnxOperator, Target, copied, substitute
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -159,10 +158,10 @@ def without_mod_blocks(model: Network) -> Network:
         >>> without_mod_blocks(timm.create_model("resnet20_cifar_mod")).layer1[1]
         RemovedBlock(channels=16)
     """
-    model = copy.deepcopy(model)
-    blocks = [(path, m) for path, m in model.named_modules() if isinstance(m, MoDBlock)]
+    model = copied(model)
+    blocks = [m for m in model.modules() if isinstance(m, MoDBlock)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no Mixture-of-Depths block to remove")
-    for path, block in blocks:
-        model.set_submodule(path, RemovedBlock(block.channels))
+    for block in blocks:
+        substitute(model, block, RemovedBlock(block.channels))
     return model

@@ -14,7 +14,8 @@ from typing import Any
 from timm.models import resnet
 from torch import nn
 
-from pliant.anatomy import BlockInfo
+from pliant.anatomy import BlockInfo, type_name
+from pliant.parts import Part
 
 # Another family: its layers in `narrow_core`, its shape in `anatomy`.
 BLOCKS = (resnet.Bottleneck, resnet.BasicBlock)
@@ -61,7 +62,7 @@ def unfit(block: BlockInfo) -> str:
     m: Any = block.module
     if type(m) not in BLOCKS:
         known = ", ".join(f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in BLOCKS)
-        return f"no Mixture-of-Depths core for a {block.kind} (there is one for {known})"
+        return f"no Mixture-of-Depths core for a {block.kind} (there is one for timm's {known})"
     if block.stride != 1 or block.in_channels != block.out_channels:
         return f"stride {block.stride}, {block.in_channels} to {block.out_channels} channels"
     if any(conv.groups != 1 for conv in m.modules() if isinstance(conv, nn.Conv2d)):
@@ -70,6 +71,14 @@ def unfit(block: BlockInfo) -> str:
         return f"channel attention ({type(m.se).__name__}) has no narrow form here"
     if not isinstance(m.aa, nn.Identity):
         return f"anti-aliasing ({type(m.aa).__name__}) has no narrow form here"
+    named = [(n, layer) for n, layer in m.named_children() if n.startswith("conv")]
+    for name, layer in named:  # what another method put there is refused as an overlap
+        if not isinstance(layer, (nn.Conv2d, Part)):
+            return f"{name} is a {type_name(layer)}: a core needs plain convolutions"
+    if "Frozen" in type(m.bn1).__name__:
+        return (
+            f"{type(m.bn1).__name__}: a core needs batch norm that learns; convert first, freeze afterwards"
+        )
     if not isinstance(m.bn1, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         return f"{type(m.bn1).__name__}: a core needs batch norm"
     return ""

@@ -65,9 +65,9 @@ class MixtureOfDepths(Method):
     reading that reproduces its parameter and MAC counts.
 
     Args:
-        c: k = C // c channels of C are processed (section 3.2). None: the width of the
-            network's first block, the largest that is legal (64 for ResNet-50). A tuple has one
-            value for each stage of the network; 0 removes that stage's blocks.
+        c: k = C // c channels of C are processed (section 3.2). None: the width of the network's
+            first block (64 for ResNet-50), or the largest c that leaves every block a channel. A
+            tuple has one value for each stage of the network; 0 removes that stage's blocks.
         reduction: r of the selector, C -> C // r -> C (section 3.1; 16 in the paper). A
             selector with one hidden unit ranks the channels alike for every input.
         selection: which channels are processed. ``"learned"``: the selector's choice;
@@ -164,14 +164,17 @@ class MixtureOfDepths(Method):
                 raise ValueError(f"stages holds {n}, but {type(model).__name__} has {len(found)} stages")
         if not isinstance(self.blocks, str):
             _check_named(self.blocks, {block.path: block for stage in found for block in stage.blocks})
-        c = self._by_stage(found, type(model).__name__)
-        sites, passed_over = [], []
+        chosen: list[tuple[int, BlockInfo]] = []
+        passed_over = []
         for n, stage in enumerate(found):
             for i, block in enumerate(stage.blocks):
                 if why := self._left_out(n, i, block.path) or unfit(block):
                     passed_over.append(PassedOver(block.path, why))
                 else:
-                    sites.append(Site(block.path, self._detail(block, c[n])))
+                    chosen.append((n, block))
+        most = min((_largest_c(block) for _, block in chosen), default=1)
+        c = self._by_stage(found, type(model).__name__, most)
+        sites = [Site(block.path, self._detail(block, c[n], most)) for n, block in chosen]
         notes = []
         begins_without = self.zero_init_last and self.fusion != "replace" and not self.inner_shortcut
         if self.selection != "none" and not begins_without:
@@ -228,26 +231,26 @@ class MixtureOfDepths(Method):
             return "a stage's first block stays"
         return "" if self.blocks == "all" or position % 2 == 1 else "an even block stays"
 
-    def _by_stage(self, found: Sequence[Stage], network: str) -> tuple[int, ...]:
-        """The c of each stage; 0: no blocks."""
+    def _by_stage(self, found: Sequence[Stage], network: str, most: int) -> tuple[int, ...]:
+        """The c of each stage, unless told at most `most`; 0: no blocks."""
         if isinstance(self.c, tuple):
             if len(self.c) != len(found):
                 raise ValueError(f"c={self.c} is for {len(self.c)} stages, but {network} has {len(found)}")
             return self.c
-        first = found[0].blocks[0] if found else None
-        widest = min(first.in_channels, first.out_channels) if first else 0
-        return (widest if self.c is None else self.c,) * len(found)
+        if self.c is not None or not found:
+            return (self.c or most,) * len(found)
+        first = found[0].blocks[0]
+        return (min(first.in_channels, first.out_channels, most),) * len(found)
 
-    def _detail(self, block: BlockInfo, c: int) -> dict[str, int]:
+    def _detail(self, block: BlockInfo, c: int, most: int) -> dict[str, int]:
         channels = block.in_channels
         if self.selection == "none" or c == 0:
             return {"C": channels}
-        k = channels // c
-        narrowest = min(k, core_width(block.module, channels, k))
+        k, narrowest = _widths(block, c)
         if narrowest < 1:
             raise ValueError(
                 f"{block.path}: C = {channels} channels with c = {c} leave k = {k} for the selector "
-                f"and {narrowest} inside its core; choose a smaller c"
+                f"and {narrowest} inside its core; choose a c of at most {most}, or leave the block out"
             )
         detail = {"C": channels, "c": c, "k": k}
         if self.selection == "learned":
@@ -261,6 +264,17 @@ class MixtureOfDepths(Method):
         if self.selection == "learned":
             return ChannelSelector(channels, k, max(1, channels // self.reduction), self.order)
         return RandomSelector(channels, k, self.selection == "fixed", self.order)
+
+
+def _widths(block: BlockInfo, c: int) -> tuple[int, int]:
+    """K of a block for a given c, and the least number of channels in the selection and its core."""
+    k = block.in_channels // c
+    return k, min(k, core_width(block.module, block.in_channels, k))
+
+
+def _largest_c(block: BlockInfo) -> int:
+    """The largest c that leaves a block a channel everywhere."""
+    return next((c for c in range(block.in_channels, 1, -1) if _widths(block, c)[1] >= 1), 1)
 
 
 def _check_named(paths: Sequence[str], every: Mapping[str, BlockInfo]) -> None:
