@@ -33,7 +33,6 @@ LARGE, LARGE_MOD, LOWER_PIXELS = "resnet50", "resnet50_mod", 176
 LEARNED = "MoD, score order"
 EXPERTS = "CondConv, 4 experts"
 DEPTHS = "ADN"
-WIDE = 96  # characters that all columns need
 VERSIONS = ("pliant", "torch", "timm", "python")
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
 COLUMNS = ("label", "accuracy", "parameters", "macs", "time", "time_ratio", "tax")
@@ -99,9 +98,7 @@ def quickstart(
         write_scores(Path(results) / "quickstart-scores.csv", scores)
         write_rows(Path(results) / "quickstart-latency.csv", rows)
     page = _page(folder, done, rows)
-    # A narrow terminal gets ratios without times, rather than figures cut short.
-    shown = [c for c in COLUMNS if c != "time" or console.width >= WIDE]
-    console.print(terminal_table(rows, shown, LEAVE_OUT))
+    console.print(terminal_table(rows, COLUMNS, LEAVE_OUT, console.width))
     console.print(f"The page: {page}")
     if readme is not None:
         _into_readme(Path(readme), rows)

@@ -30,7 +30,7 @@ def test_rows_are_appended_to_a_file_of_before_a_column(tmp_path):
         write_records(path, Row, [old, row], append=True)  # a run that is repeated gives its row again
         assert read_records(path, Row) == [old, row]
     path.write_text("network,date\na,b\n")
-    with pytest.raises(ValueError, match="has the columns .* which are not those of a Row"):
+    with pytest.raises(ValueError, match="which are not those of a Row; name another file"):
         write_records(path, Row, [row], append=True)
 
 

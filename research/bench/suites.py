@@ -294,7 +294,7 @@ def run_bench(
                 progress.remove_task(task)
             progress.advance(overall)
     for group in grouped(rows):
-        console.print(terminal_table(group))
+        console.print(terminal_table(group, width=console.width))
     console.print(f"written: {stem}.csv, .md" + (", .svg" if _timed(rows) else ""))
     if readme is not None:
         put_between(readme, BEGIN, END, speed_table(rows))

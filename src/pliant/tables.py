@@ -67,7 +67,9 @@ def terminal(
             words = [word for row in (headings, *lines) for word in row[number].split()]
             table.add_column(heading, overflow="fold", min_width=min(20, max(map(len, words))))
         else:
-            table.add_column(heading, justify="right", no_wrap=True)
+            told = [line for row in (headings, *lines) for line in row[number].splitlines()]
+            widest = max(map(len, told), default=0)
+            table.add_column(heading, justify="right", no_wrap=True, min_width=widest)
     for row in lines:
         table.add_row(*map(Text, row))
     return table

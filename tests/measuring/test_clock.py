@@ -79,7 +79,7 @@ def test_what_was_timed_before_does_not_show(machine: Machine, monkeypatch: pyte
     assert times("abcd") == [(2.0, 0.0)] * 4
     # Without waiting for the threads of the others it would.
     monkeypatch.setattr(clocks, "settle", lambda: None)
-    assert all(median > 4.0 for median, _ in times("abcd"))
+    assert min(times("abcd"))[0] > 3.0
 
 
 def test_a_clock_leaves_no_thread_awake(machine: Machine) -> None:

@@ -211,7 +211,7 @@ def test_a_spread_over_the_limit_is_undecided_in_tables_and_findings(tmp_path: P
     assert tables.WHY_UNDECIDED in text.splitlines()[0]
     decided, busy, lower = text.splitlines()[-3:]
     assert tables.UNDECIDED not in decided + lower
-    assert busy.count("| undecided |") == 4  # time, ratio, speed-up, tax
+    assert busy.count(" undecided |") == 4  # time, ratio, speed-up, tax
     assert "undecided, machine busy" in busy
     assert "599" not in text
     console = Console(width=80, record=True, file=io.StringIO())
