@@ -34,6 +34,7 @@ from pliant._files import sync
 from pliant._state import difference, shapes, ties
 from pliant._version import __version__
 from pliant.methods import METHODS
+from pliant.models._build import create
 from pliant.surgery import conversions, convert
 
 __all__ = ["CheckpointError", "Config", "load", "read_config", "save"]
@@ -288,7 +289,7 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
 def _rebuild(config: Config, device: str) -> nn.Module:
     """The network that `config` describes, on `device`, with fresh weights."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        model: nn.Module = timm.create_model(config.network, pretrained=False, **config.arguments)
+        model = create(config.network, device, pretrained=False, **config.arguments)
         for method in config.methods:
             convert(model, method, inplace=True)
     names = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")

@@ -80,18 +80,17 @@ def network_of(name: str) -> Any:
 
 def built(name: str, device: str = "cpu") -> Any:
     """The network in a folder, or a network of timm with random weights, always the same, on `device`."""
-    import timm
     import torch
 
-    from pliant.models._build import check_network
+    from pliant.models._build import check_network, create
 
     found = network_of(name)
     if not isinstance(found, str):
         return found
     check_network(found, ", and there is no such folder")
-    with torch.device(device), torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return timm.create_model(found)
+        return create(found, device)
 
 
 @contextmanager

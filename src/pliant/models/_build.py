@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureDictNet, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
@@ -226,3 +227,21 @@ def check_network(name: str, also: str = "") -> None:
     if not timm.is_model(name):
         hint = suggestion(name, timm.list_models(), "timm.list_models() lists the networks")
         raise ValueError(f"timm has no network {name!r}{also}; {hint}")
+
+
+def create(name: str, device: str = "cpu", **arguments: Any) -> nn.Module:
+    """A network of timm on a device; on ``meta`` it takes no memory.
+
+    Args:
+        name: timm's name of it.
+        device: where its parameters lie.
+        arguments: of `timm.create_model`.
+    """
+    try:
+        with torch.device(device):
+            return cast("nn.Module", timm.create_model(name, **arguments))
+    except NotImplementedError:  # the RegNets of older timms compute their widths by tensors
+        if device != "meta":
+            raise
+    with torch.device("cpu"):
+        return cast("nn.Module", timm.create_model(name, **arguments).to(device))

@@ -53,7 +53,7 @@ TINY = Recipe(
         ({"detach": 1}, "detach must be a valid boolean, not 1"),
         ({"logits": "no"}, "logits must be a valid boolean, not 'no'"),
         ({"positions": "all"}, "positions must be 'each' or 'pooled', not 'all'"),
-        ({"stages": 2}, "stages must be a valid tuple, or none, not 2"),
+        ({"stages": 2}, "stages must be a list, or none, not 2"),
         ({"stages": [0, -1]}, "stages.1 must be greater than or equal to 0, not -1"),
         ({"stages": [1, 1]}, r"stages: give each number once, not \(1, 1\)"),
         ({"stages": [True]}, "stages.0 must be a valid integer, not True"),
