@@ -78,19 +78,27 @@ def network_of(name: str) -> Any:
     return load(network_folder(folder)) if folder.is_dir() else name
 
 
-def built(name: str, device: str = "cpu") -> Any:
-    """The network in a folder, or a network of timm with random weights, always the same, on `device`."""
+def built(name: str, device: str = "cpu", num_classes: int | None = None) -> Any:
+    """The network in a folder, or a network of timm with random weights, always the same, on `device`.
+
+    Args:
+        name: folder or network.
+        device: of a network of timm.
+        num_classes: classes; of a network in a folder the classifier is made anew. None: its own.
+    """
     import torch
 
     from pliant.models._build import check_network, create
 
     found = network_of(name)
     if not isinstance(found, str):
+        if num_classes is not None:
+            found.reset_classifier(num_classes)
         return found
     check_network(found, ", and there is no such folder")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return create(found, device)
+        return create(found, device, num_classes=num_classes)
 
 
 @contextmanager
