@@ -277,7 +277,7 @@ def run_bench(
         name: ``mod`` for Mixture-of-Depths in all engines that are installed, ``mod-bfloat16``,
             ``mod-int8``, ``condconv``, or ``condconv-engines`` for CondConv in all engines.
         resume: keep the runs that the CSV file has from this commit on this machine, and
-            do the others.
+            do the others; runs with an undecided row are done again.
         patient: without limits of time (`Suite.patient`).
         threads: of PyTorch and of each engine; by default as many as PyTorch takes.
         suite: another suite than those of that name and device.
@@ -321,7 +321,7 @@ def run_bench(
                 progress.remove_task(task)
             progress.advance(overall)
     for group in grouped(rows):
-        console.print(terminal_table(group))
+        console.print(terminal_table(group, width=console.width))
     console.print(f"written: {stem}.csv, .md" + (", .svg" if _timed(rows) else ""))
     if readme is not None:
         put_between(readme, BEGIN, END, speed_table(rows))
@@ -391,11 +391,16 @@ def _key(row: Measurement) -> tuple[str, int, str, bool, str]:
 
 
 def _kept(path: Path, device: str) -> list[Measurement]:
-    """Rows of an earlier run that this one would give again."""
-    same = ("cpu", "cores", "gpu", "torch", "timm", "pliant", "commit")
+    """Rows of an earlier run that this one would give again; a run with an undecided row is timed again."""
+    same = ("cpu", "cores", "gpu", "torch", "timm", "pliant", "commit", "instructions")
     now = dict(provenance(device))
     rows = read_rows(path) if path.exists() else []
-    return [row for row in rows if all(getattr(row, name) == now[name] for name in same)]
+    undecided = {_key(row) for row in rows if row.undecided}
+    return [
+        row
+        for row in rows
+        if _key(row) not in undecided and all(getattr(row, name) == now[name] for name in same)
+    ]
 
 
 def _run(

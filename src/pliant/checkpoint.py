@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -29,9 +29,9 @@ import torch
 from safetensors.torch import save_file
 from timm.utils import unwrap_model
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pliant import anatomy
+from pliant._bounds import Limit, check_size
 from pliant._config import FORMAT, Config, check_arguments, is_foreign, parse, plain, sequence, some
 from pliant._files import leftovers, replace_folder, scratch_folder, sync
 from pliant._state import difference, shapes, ties
@@ -55,10 +55,6 @@ _ADVICE = (
 # classes are in `Config.classes`, weights in the file.
 _TOLD = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 _LEFT = ("architecture", "label_names", "state_dict")
-
-# Calls of torch that a network may take to be built, for each of its tensors and so many more. Those of
-# pliant and timm take up to 17.
-_CALLS, _SPARE = 100, 100
 
 
 class CheckpointError(ValueError):
@@ -188,8 +184,8 @@ def load(
         )
     tensors = _tensors(folder, files)
     try:
-        _check_size(config.arguments, tensors)
-        with _Limit(tensors):
+        check_size(config.arguments, tensors)
+        with Limit(tensors):
             bare = _rebuild(config, "meta")  # before it takes memory
     except Exception as error:  # a constructor may raise anything for arguments that do not fit it
         raise CheckpointError(f"{folder / CONFIG}: {config.network} cannot be built: {error}") from error
@@ -414,39 +410,6 @@ def _is_plain(value: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-class _Limit(TorchFunctionMode):
-    """Refuse to build a network of far more layers than a file has tensors: it would not end."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.tensors = len(tensors)
-        self.left = _CALLS * (_SPARE + self.tensors)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count a call: layers make and fill their tensors by some each."""
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError(f"it has far more layers than the file has tensors, {self.tensors}")
-        return func(*args, **(kwargs or {}))
-
-
-def _check_size(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse numbers that no network of these tensors has: some constructors make a list as long."""
-    values = sum(tensor.numel() for tensor in tensors.values())
-    for name, value in arguments.items():
-        if number := next((n for n in _numbers(value) if abs(n) > max(2**20, values)), None):
-            raise ValueError(f"{name} has {number}, and the file has {values} values in all")
-
-
-def _numbers(value: Any) -> Iterable[float]:
-    """All numbers in a plain value."""
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, tuple):
-        return (n for v in value for n in _numbers(v))
-    return (value,) if isinstance(value, (int, float)) else ()
 
 
 def _tensors(folder: Path, files: Mapping[str, bytes]) -> dict[str, Tensor]:

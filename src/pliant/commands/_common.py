@@ -43,9 +43,15 @@ def show(table: Table) -> None:
     """Print a table to the terminal, or whole to a pipe."""
     from rich.console import Console
 
+    Console(width=width()).print(table)
+
+
+def width() -> int:
+    """Characters of a line of the terminal; what is piped is not cut to a terminal's width."""
+    from rich.console import Console
+
     console = Console()
-    # What is piped is not cut to a terminal's width.
-    (console if console.is_terminal else Console(width=200)).print(table)
+    return console.width if console.is_terminal else 200
 
 
 def options_of(method: type[Method], changes: list[str]) -> dict[str, Any]:
