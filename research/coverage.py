@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import nn
 
-from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, anatomy
+from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, anatomy, outside
 from pliant.counting import run_once
 from pliant.method import Method
 from pliant.provenance import provenance
@@ -167,7 +167,7 @@ def _outcome(model: nn.Module, method: Method, plain: str) -> tuple[Outcome, tup
 def _failure(model: nn.Module) -> str:
     """Why the forward of a network fails; empty if it does not."""
     try:
-        run_once(model, anatomy.input_size(model) or (3, 224, 224))
+        run_once(model, outside.input_size(model) or (3, 224, 224))
     except Exception as error:  # whatever a forward may raise
         return f"its forward fails: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return ""

@@ -107,3 +107,24 @@ def mobilenet(**kwargs) -> nn.Module:
 
 def reasons(model, **options) -> dict[str, str]:
     return {p.path: p.reason for p in CondConv(experts=2, **options).survey(model).passed_over}
+
+
+class Attention(nn.Module):
+    """A block of somebody's: two convolutions."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.query, self.key = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.query(x) * self.key(x)
+
+
+def own(*middle: nn.Module) -> nn.Module:
+    """A stem, known blocks with others among them, a head convolution and a classifier."""
+    block = timm.models.resnet.BasicBlock
+    stem = nn.Conv2d(3, 8, 3)
+    return nn.Sequential(
+        stem, block(8, 8), *middle, block(8, 8), nn.Conv2d(8, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 5),
+    )  # fmt: skip

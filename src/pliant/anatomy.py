@@ -17,14 +17,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from timm import layers
 from timm.models import _efficientnet_blocks as efficientnet
 from timm.models import convnext, regnet, resnet, vision_transformer
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
-from pliant.parts import Part, copied
+from pliant.parts import Part
 
 
 class Block(Part):
@@ -220,7 +217,7 @@ def stages(model: nn.Module) -> list[Stage]:
         [2, 2, 2, 2]
     """
     found: dict[str, list[BlockInfo]] = {}
-    for element in _elements(model):
+    for element in elements(model):
         if isinstance(element.what, BlockInfo):
             found.setdefault(element.container, []).append(element.what)
     return [Stage(path, tuple(blocks)) for path, blocks in found.items()]
@@ -234,11 +231,11 @@ def blocks(model: nn.Module) -> list[BlockInfo | UnknownBlock]:
         >>> [(b.path, type(b).__name__) for b in blocks(timm.create_model("ghostnet_050"))][-2:]
         [('blocks.8.3', 'UnknownBlock'), ('blocks.9.0', 'BlockInfo')]
     """
-    return [e.what for e in _elements(model) if not isinstance(e.what, Convolution)]
+    return [e.what for e in elements(model) if not isinstance(e.what, Convolution)]
 
 
 @dataclass(frozen=True)
-class _Element:
+class Element:
     """A block, or a convolution outside all blocks.
 
     Attributes:
@@ -252,18 +249,18 @@ class _Element:
     outermost: bool
 
 
-def _elements(model: nn.Module) -> Iterator[_Element]:
+def elements(model: nn.Module) -> Iterator[Element]:
     """The blocks of a network, and the convolutions outside them, in order, each module once."""
     held, homes = _held_blocks(model)
     every = held[id(model)]
-    declared = {id(found) for found in _declared(model)}
+    declared = {id(found) for found in declared_classifiers(model)}
     paths = [path.split(".") for path, module in model.named_modules() if id(module) in declared]
     around_classifier = {
         id(model.get_submodule(".".join(names[:n]))) for names in paths for n in range(1, len(names))
     }
     seen: set[int] = set()
 
-    def walk(path: str, module: nn.Module, outermost: bool) -> Iterator[_Element]:
+    def walk(path: str, module: nn.Module, outermost: bool) -> Iterator[Element]:
         for name, child in module.named_children():
             below = f"{path}.{name}" if path else name
             shape = _read(child)
@@ -272,23 +269,23 @@ def _elements(model: nn.Module) -> Iterator[_Element]:
             seen.add(id(child))
             inside = held.get(id(child), frozenset())
             if isinstance(shape, tuple):
-                yield _Element(path, BlockInfo(below, child, *shape), outermost)
+                yield Element(path, BlockInfo(below, child, *shape), outermost)
             elif isinstance(shape, str):
-                yield _Element(path, UnknownBlock(below, child, shape), outermost)
+                yield Element(path, UnknownBlock(below, child, shape), outermost)
             elif inside or _is_container(child) or id(child) in around_classifier:
                 yield from walk(below, child, outermost and (not inside or inside == every))
             elif isinstance(child, Part):
                 continue  # what a method made of a convolution outside the blocks
             elif _is_unknown_stage(child):
                 yield from walk(below, child, False)
-            elif _count_layers(child) > 1:
+            elif count_layers(child) > 1:
                 reason = f"{type_name(child)} is no block of a known family"
-                yield _Element(path, UnknownBlock(below, child, reason), outermost)
+                yield Element(path, UnknownBlock(below, child, reason), outermost)
             else:  # a layer, or one with its norm and activation
                 for inner, layer in child.named_modules():
                     if isinstance(layer, nn.Conv2d):
                         where = f"{below}.{inner}" if inner else below
-                        yield _Element(path, Convolution(where, layer, _kind(layer)), outermost)
+                        yield Element(path, Convolution(where, layer, _kind(layer)), outermost)
 
     return walk("", model, True)
 
@@ -331,7 +328,7 @@ def _is_container(module: nn.Module) -> bool:
 def _is_unknown_stage(module: nn.Module) -> bool:
     """Whether most of a module lies in a container of unknown blocks; these are then named singly."""
     inner = (child for m in module.children() if _is_container(m) for child in m.children())
-    unknown = [child for child in inner if _count_layers(child) > 1]
+    unknown = [child for child in inner if count_layers(child) > 1]
     return 2 * sum(map(_size, unknown)) > _size(module)
 
 
@@ -339,7 +336,7 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _count_layers(module: nn.Module) -> int:
+def count_layers(module: nn.Module) -> int:
     """How many modules have a matrix or a kernel of their own."""
     return sum(any(p.dim() > 1 for p in m.parameters(recurse=False)) for m in module.modules())
 
@@ -399,81 +396,6 @@ def is_transformer(block: nn.Module) -> bool:
     return isinstance(getattr(block, "block", block), vision_transformer.Block)
 
 
-_NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    layers.RmsNorm,
-    layers.RmsNormFp32,
-    layers.RmsNorm2d,
-    layers.RmsNorm2dFp32,
-    layers.SimpleNorm,
-    layers.SimpleNormFp32,
-    layers.SimpleNorm2d,
-    layers.SimpleNorm2dFp32,
-    layers.FrozenBatchNormAct2d,
-    FrozenBatchNorm2d,
-)
-
-
-def norms(block: nn.Module) -> list[str]:
-    """Paths of the norms on a block's main path: those of its shortcut are left out.
-
-    Example:
-        >>> import timm
-        >>> norms(timm.create_model("resnet18").layer2[0])
-        ['bn1', 'bn2']
-    """
-    return [path for path, module in _main_path(block) if isinstance(module, _NORMS)]
-
-
-def unknown_norms(block: nn.Module) -> list[str]:
-    """Paths of what is called a norm on a block's main path and is none that `norms` knows.
-
-    Example:
-        >>> import timm
-        >>> model = timm.create_model("resnet18", norm_layer=timm.layers.FilterResponseNormTlu2d)
-        >>> unknown_norms(model.layer1[0])
-        ['bn1', 'bn2']
-    """
-    return [
-        path
-        for path, module in _main_path(block)
-        if "norm" in type(module).__name__.lower()
-        and not isinstance(module, _NORMS)
-        and any(True for _ in module.parameters())
-        and not _count_layers(module)
-    ]
-
-
-def _main_path(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in block.named_modules():
-        if not {"downsample", "shortcut"} & set(path.split(".")):
-            yield path, module
-
-
-def learnable_norm(norm: nn.Module) -> nn.Module:
-    """A copy of a norm that learns, also of one that was frozen for good (`timm.utils.freeze`).
-
-    Example:
-        >>> frozen = layers.freeze_batch_norm_2d(nn.BatchNorm2d(8))
-        >>> type(frozen).__name__, type(learnable_norm(frozen)).__name__
-        ('FrozenBatchNorm2d', 'BatchNorm2d')
-    """
-    new: Any = copied(norm)
-    if isinstance(norm, (layers.FrozenBatchNormAct2d, FrozenBatchNorm2d)):
-        acts = isinstance(norm, layers.FrozenBatchNormAct2d)
-        frozen, cls = new, layers.BatchNormAct2d if acts else nn.BatchNorm2d
-        new = cls(len(norm.weight), eps=norm.eps).to(norm.weight)
-        if acts:
-            new.drop, new.act = frozen.drop, frozen.act
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            getattr(new, name).data = getattr(frozen, name)
-    learnable: nn.Module = new.requires_grad_(True)
-    return learnable
-
-
 def is_residual(block: nn.Module) -> bool:
     """Whether a block adds its input to its output, so that it can be left out.
 
@@ -497,31 +419,7 @@ def computes_mixtures(block: nn.Module) -> bool:
     return isinstance(block, efficientnet.CondConvResidual)
 
 
-def classifier(model: nn.Module) -> str | None:
-    """Path of the linear layer that gives the classes; None without one.
-
-    timm's networks name it, also inside a container; of others it is the last module, if it
-    stands in no block and has no other linear layer beside it. So it is behind a network of timm
-    that was made without a classifier.
-
-    Example:
-        >>> import timm
-        >>> classifier(nn.Sequential(nn.Identity(), timm.create_model("regnetx_002")))
-        '1.head.fc'
-    """
-    found = next(iter(_declared(model)), None)
-    if found is None or isinstance(found, nn.Identity):
-        path, found = list(model.named_modules())[-1]
-        owner = model.get_submodule(path.rpartition(".")[0])
-        beside = [child for child in owner.children() if isinstance(child, nn.Linear)]
-        lonely = len(beside) == 1 or isinstance(owner, nn.Sequential)
-        if not lonely or any(path.startswith(f"{block.path}.") for block in blocks(model)):
-            return None
-    paths = (path for path, module in model.named_modules() if module is found)
-    return next(paths, None) if isinstance(found, nn.Linear) else None
-
-
-def _declared(model: nn.Module) -> list[object]:
+def declared_classifiers(model: nn.Module) -> list[object]:
     """What the networks in `model` say is their classifier, outermost first."""
     found = []
     for module in model.modules():
@@ -533,114 +431,8 @@ def _declared(model: nn.Module) -> list[object]:
     return found
 
 
-def stem_and_head(model: nn.Module) -> tuple[list[Convolution], list[Convolution]]:
-    """Convolutions before the first block, and those between the last one and the classes.
-
-    Behind an unknown block there is no head: nobody knows what stands there.
-
-    Example:
-        >>> import timm
-        >>> stem, head = stem_and_head(timm.create_model("mobilenetv2_100"))
-        >>> [c.path for c in stem], [c.path for c in head]
-        (['conv_stem'], ['conv_head'])
-    """
-    every = blocks(model)
-    around = [(n, conv) for n, conv, outermost in _outside(model) if outermost]
-    known = bool(every) and isinstance(every[-1], BlockInfo)
-    return [c for n, c in around if n == 0], [c for n, c in around if known and n == len(every)]
-
-
-def outside_blocks(model: nn.Module) -> list[tuple[int, Convolution]]:
-    """Each convolution that lies in no block, with the number of blocks before it.
-
-    Example:
-        >>> import timm
-        >>> [(n, c.path) for n, c in outside_blocks(timm.create_model("convnext_atto"))][:2]
-        [(0, 'stem.0'), (2, 'stages.1.downsample.1')]
-    """
-    return [(n, conv) for n, conv, _ in _outside(model)]
-
-
-def _outside(model: nn.Module) -> Iterator[tuple[int, Convolution, bool]]:
-    """The convolutions that lie in no block: number of blocks before it, itself, `_Element.outermost`."""
-    seen = 0
-    for element in _elements(model):
-        if isinstance(element.what, Convolution):
-            yield seen, element.what, element.outermost
-        else:
-            seen += 1
-
-
-def take_dropout(model: nn.Module, classifier: str) -> float:
-    """Turn off the dropout on the classifier's input; returns the rate that it had.
-
-    For a classifier that drops by itself, because it also needs the features whole. timm
-    drops by a function with the network's ``drop_rate``, or by a module beside the classifier;
-    in a plain sequence it is the module before.
-    """
-    owner = model.get_submodule(classifier.rpartition(".")[0])
-    beside = [getattr(owner, drop, None) for drop in ("drop", "head_drop")]
-    if type(owner) is nn.Sequential:
-        layers = list(owner)
-        place = layers.index(model.get_submodule(classifier))
-        beside += layers[max(place - 1, 0) : place]
-    for drop in beside:
-        if isinstance(drop, nn.Dropout):
-            rate, drop.p = drop.p, 0.0
-            return rate
-    rate = float(getattr(owner, "drop_rate", 0.0))
-    if rate:
-        vars(owner)["drop_rate"] = 0.0
-    return rate
-
-
 def block_families() -> list[str]:
     """The block types that `stages` can read, all of timm, for error messages."""
     return sorted(
         f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in _READERS if cls is not Block
     )
-
-
-def name_of(model: nn.Module) -> str:
-    """A network's name: that of its architecture in timm, or else its class's."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(model).__name__)
-
-
-def input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """Channels, height and width that a network was made for, ``(3, 224, 224)``.
-
-    Height and width come from timm's configuration of the network, the channels from its first
-    convolution (so ``in_chans`` counts, and one that was put in by hand); from what the network
-    says where that convolution gets no image, but pixels folded into channels. None when nothing
-    tells.
-    """
-    config = getattr(model, "pretrained_cfg", None) or {}
-    size, named = config.get("input_size"), config.get("first_conv")
-    told: int | None = getattr(model, "in_chans", None)
-    paths = {
-        path: module for path, module in model.named_modules() if isinstance(module, (nn.Conv2d, Part))
-    }
-    names = (named,) if isinstance(named, str) else named or ()
-    first = next((paths[name] for name in names if name in paths), None)
-    if first is None and told is None:  # `features_only` names its modules anew
-        first = next((m for m in paths.values() if isinstance(m, nn.Conv2d)), None)
-    channels = getattr(first, "in_channels", told)
-    if size is None or channels is None:
-        return None
-    folded = told is not None and channels in (4 * told, 16 * told, 64 * told)
-    return (told if folded and told else channels), int(size[1]), int(size[2])
-
-
-def is_channels_last(model: nn.Module) -> bool:
-    """Whether weights of `model` lie in memory with their channels last."""
-    maps = [p for p in model.parameters() if p.dim() == 4]
-    # A 1x1 kernel, or one channel, lies in both ways at once. Its strides count where nothing else tells
-    # (a MobileNet for grey images), because the last bits of what a kernel computes depend on them.
-    certain = [p for p in maps if p.is_contiguous() != p.is_contiguous(memory_format=torch.channels_last)]
-    return any(p.stride() == _strides(p, torch.channels_last) != _strides(p) for p in certain or maps)
-
-
-def _strides(like: Tensor, form: torch.memory_format = torch.contiguous_format) -> tuple[int, ...]:
-    """The strides that PyTorch gives a tensor of a shape in a memory format."""
-    return torch.empty_like(like, device="meta", memory_format=form).stride()

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from pliant import anatomy
+from pliant import outside
 from pliant._bounds import Limit, check_size
 from pliant._config import FORMAT, Config, check_arguments, is_foreign, parse, plain, sequence, some
 from pliant._files import leftovers, replace_folder, scratch_folder, sync
@@ -290,7 +290,7 @@ def _describe(
     names = known.get("label_names")
     if told["classes"] is None and names and len(names) == num_classes:
         told["classes"] = names
-    size = told["input_size"] or anatomy.input_size(model)
+    size = told["input_size"] or outside.input_size(model)
     if told["input_size"] is None and size and "img_size" in given:
         side = given["img_size"]
         size = (size[0], *(side if isinstance(side, Sequence) else (side, side)))
@@ -308,7 +308,7 @@ def _describe(
         **resizing,
         pretrained_cfg={k: v for k, v in rest.items() if k not in (*_TOLD, *_LEFT) and _is_plain(v)},
         **{name: sequence(name, values) for name, values in told.items()},
-        channels_last=anatomy.is_channels_last(model),
+        channels_last=outside.is_channels_last(model),
         state=state,
         versions={"pliant": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
     )
@@ -348,7 +348,7 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
         arguments.update(current(model))
     else:
         arguments.update({k: getattr(model, k) for k in ("num_classes", "in_chans") if hasattr(model, k)})
-        size = anatomy.input_size(model)
+        size = outside.input_size(model)
         if size and size[0] != 3:
             arguments.setdefault("in_chans", size[0])
     return {k: v for k, v in arguments.items() if not is_foreign(k)}

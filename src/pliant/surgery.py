@@ -22,7 +22,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from pliant import anatomy
+from pliant import anatomy, outside
 from pliant.counting import count_macs, count_parameters
 from pliant.method import Method, PassedOver, Site, Survey
 from pliant.parts import copied, substitute
@@ -162,7 +162,7 @@ def plan(
     """
     _check_methods(methods)
     bare = skeleton(model)
-    size = input_size or anatomy.input_size(model)
+    size = input_size or outside.input_size(model)
     parameters = count_parameters(bare)
     before, uncounted = _count(bare, size)
     replacements: list[Replacement] = []
@@ -319,7 +319,7 @@ def _apply(model: nn.Module, method: Method) -> tuple[Survey, list[str]]:
             f"{method.name} would replace the whole network, a {type(model).__name__}; put it into a "
             f"container, for example nn.Sequential(network)"
         )
-    channels_last = anatomy.is_channels_last(model)
+    channels_last = outside.is_channels_last(model)
     shared = _shared(model)
     old = [model.get_submodule(site.path) for site in survey.sites]
     site_of = {id(module): block for block in old for module in block.modules()}

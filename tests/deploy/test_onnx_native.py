@@ -49,7 +49,7 @@ def layout():
 )
 def test_a_compiled_file_is_the_network(layout, tmp_path, make, dynamic):
     network = make()
-    size = pliant.anatomy.input_size(network) or (3, 16, 16)
+    size = pliant.outside.input_size(network) or (3, 16, 16)
     path = tmp_path / "net.onnx"
     pliant.export(network, path, torch.zeros(3, *size), compiled=True, dynamic_batch=dynamic)
     assert {p.name for p in tmp_path.iterdir()} == {"net.onnx", "net.onnx.so", "net.onnx.json"}

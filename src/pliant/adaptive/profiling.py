@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant import anatomy
+from pliant import outside
 from pliant.figures import check_suffix, plain, write_figure
 from pliant.measuring.latency import Progress, measure
 from pliant.measuring.rows import Measurement, read_rows, write_rows
@@ -284,7 +284,7 @@ def profile_depths(
         batch=batch,
         device=like.device,
         dtype=like.dtype,
-        channels_last=anatomy.is_channels_last(model),
+        channels_last=outside.is_channels_last(model),
         engine=engine,
         threads=threads,
         rounds=rounds,
@@ -293,7 +293,7 @@ def profile_depths(
         progress=progress,
     )
     rows = tuple(
-        replace(row, model=anatomy.name_of(model), variant=f"{DEPTH}{row.model}", accuracy=worth.get(skip))
+        replace(row, model=outside.name_of(model), variant=f"{DEPTH}{row.model}", accuracy=worth.get(skip))
         for row, skip in zip(measured, chosen, strict=True)
     )
     profile = DepthProfile(rows)
@@ -315,7 +315,7 @@ def counted(model: nn.Module) -> list[Measurement]:
         >>> counted(timm.create_model("resnet20_cifar_adn"))[0].label
         'resnet20_cifar_adn depth FFF'
     """
-    name = anatomy.name_of(model)
+    name = outside.name_of(model)
     return [
         Measurement(model=name, variant=DEPTH + depth_name(d.skip), parameters=d.parameters, macs=d.macs)
         for d in depths(model)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from pliant import anatomy, tables
+from pliant import outside, tables
 from pliant.figures import check_suffix, plain, write_figure
 from pliant.methods.adaptive_depth.depth import at_depth, depths, get_depth
 from pliant.methods.adaptive_depth.switch import (
@@ -142,7 +142,7 @@ def evaluate_depths(
                         score.update(network(x), y)
     finally:
         network.train(mode)
-    name = anatomy.name_of(network)
+    name = outside.name_of(network)
     origin = provenance(ready.device)
     rows = []
     for skip, score in scores.items():

@@ -115,7 +115,7 @@ def _example(network: Any, batch: int | None, pixels: int | None) -> Any:
     """Images of the sizes that were asked for; None: the network's own sizes."""
     import torch
 
-    from pliant.anatomy import input_size
+    from pliant.outside import input_size
 
     if batch is None and pixels is None:
         return None

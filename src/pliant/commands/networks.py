@@ -15,9 +15,9 @@ def models(
 ) -> None:
     """List the networks that pliant adds to timm."""
     from pliant import tables
-    from pliant.anatomy import input_size
     from pliant.counting import count_macs, count_parameters
     from pliant.models import list_networks
+    from pliant.outside import input_size
 
     rows = []
     for name in list_networks():

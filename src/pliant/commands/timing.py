@@ -150,9 +150,9 @@ def depths(
     import torch
 
     from pliant.adaptive.profiling import counted, profile_depths
-    from pliant.anatomy import input_size
     from pliant.figures import check_suffix
     from pliant.measuring.rows import CONDITIONS, terminal_table
+    from pliant.outside import input_size
 
     if not profile:
         if rows or plot:

@@ -16,7 +16,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from pliant import anatomy
+from pliant import outside
 from pliant._version import __version__
 from pliant.deploy import onnx_file, onnx_native, openvino_file, placing, program
 from pliant.deploy.extras import require
@@ -151,7 +151,7 @@ def export(
     names = classes if classes is not None else config.get("label_names")
     facts = Facts(
         format=path.suffix[1:] if target != "openvino" else "openvino",
-        network=anatomy.name_of(network),
+        network=outside.name_of(network),
         methods=tuple(repr(c.method) for c in conversions(network)),
         takes=takes,
         input_size=preparation.size,
@@ -239,7 +239,7 @@ def _size(network: nn.Module, example: Tensor | None) -> tuple[int, int, int]:
             raise ValueError(f"example must be images [B, C, H, W], not of shape {tuple(example.shape)}")
         return (example.shape[1], example.shape[2], example.shape[3])
     config = getattr(network, "pretrained_cfg", None) or {}
-    size = anatomy.input_size(network) or config.get("input_size")
+    size = outside.input_size(network) or config.get("input_size")
     if size is None:
         raise ValueError(
             "nothing says which images this network takes; pass an example, such as "

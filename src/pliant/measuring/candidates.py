@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from pliant import anatomy
+from pliant import outside
 from pliant.deploy.loading import engine_of, is_export, read_facts
 from pliant.measuring.clock import Clock
 from pliant.measuring.rows import AS_BUILT, AS_IS, LOWER_RESOLUTION, NATIVE, OF_PARTS, OPTIMIZED, PLAIN_FORM
@@ -104,7 +104,7 @@ def add_baseline(named: dict[str, Model], against: Model) -> str:
 
 
 def _name(model: Model) -> str:
-    return model if isinstance(model, str) else anatomy.name_of(model)
+    return model if isinstance(model, str) else outside.name_of(model)
 
 
 def _check_known(model: Model) -> None:
@@ -203,7 +203,7 @@ def _size(name: str, network: nn.Module, given: int | Size | None) -> Size:
         if len(given) != 3 or min(given) < 1:
             raise ValueError(f"input_size must be (channels, height, width), not {given}")
         return given
-    own = anatomy.input_size(network)
+    own = outside.input_size(network)
     if own is None:
         raise ValueError(f"{name} does not say its input size; give input_size=(channels, height, width)")
     if given is None:

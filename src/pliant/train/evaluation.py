@@ -18,9 +18,9 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from pliant._config import some
-from pliant.anatomy import input_size
 from pliant.checkpoint import load
 from pliant.deploy.loading import FileNetwork, is_export, open_export
+from pliant.outside import input_size
 from pliant.train.batches import Batches, make_batches
 from pliant.train.data import Part, load_part, normalisation
 from pliant.train.images import ImageSet, TensorImages

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from pliant._config import some
 from pliant._state import difference, shapes
-from pliant.anatomy import classifier
 from pliant.checkpoint import arguments_of, load, read_config
 from pliant.models._build import plain_form
+from pliant.outside import classifier
 from pliant.surgery import conversions, methods_in
 from pliant.surgery import convert as converted
 from pliant.train.run import network_folder

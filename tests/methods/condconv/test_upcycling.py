@@ -11,8 +11,8 @@ from torch import nn
 
 from _small import FAMILIES, VARIANTS, images, small
 from pliant import CondConv, convert
-from pliant.anatomy import classifier
 from pliant.methods.condconv.layers import CondConv2d, CondLinear, Router
+from pliant.outside import classifier
 
 
 def conditional(model):

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pliant.anatomy import Block, learnable_norm
+from pliant.anatomy import Block
+from pliant.methods.adaptive_depth.norms import learnable_norm
 from pliant.methods.adaptive_depth.switch import Depth, Switched
 from pliant.parts import Part
 from pliant.threaded import Bound, between, thread, threaded

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pliant import anatomy
+from pliant import outside
 from pliant.compiling import room_to_compile
 from pliant.counting import count_macs, count_parameters
 from pliant.methods.adaptive_depth.method import subnet as subnet
@@ -146,7 +146,7 @@ def depths(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
         >>> len(found), found[0].macs, found[-1].macs
         (16, 4089184256, 2560622592)
     """
-    size = input_size or anatomy.input_size(model)
+    size = input_size or outside.input_size(model)
     bare = skeleton(model)  # counting needs no arithmetic
     result = []
     for skip in product((False, True), repeat=len(find_depth(model).skip)):

@@ -25,6 +25,7 @@ from pliant._options import Count, Numbers, check
 from pliant.anatomy import BlockInfo, RemovedBlock, stages
 from pliant.counting import count_parameters
 from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
+from pliant.methods.adaptive_depth import norms
 from pliant.methods.adaptive_depth.block import AdaptiveBlock, SwitchableNorm
 from pliant.methods.adaptive_depth.objectives import Joint, Specialization
 from pliant.methods.adaptive_depth.recipes import ABLATIONS, BASE_ALONE, adn
@@ -120,8 +121,8 @@ class AdaptiveDepth(Method):
                 part = "skippable" if i >= len(blocks) - skipped else "mandatory"
                 detail: dict[str, Any] = {"flag": flag, "part": part}
                 if part == "mandatory" and self.switchable_norms:
-                    detail["norms"] = len(anatomy.norms(block.module))
-                    single += [f"{block.path}.{path}" for path in anatomy.unknown_norms(block.module)]
+                    detail["norms"] = len(norms.norms(block.module))
+                    single += [f"{block.path}.{path}" for path in norms.unknown_norms(block.module)]
                 sites.append(Site(block.path, detail))
             flag += 1
         _check_borrowed(model, sites)
@@ -178,9 +179,9 @@ class AdaptiveDepth(Method):
     def replace(self, module: nn.Module, site: Site) -> nn.Module:
         """Build what stands at one site; see `Method.replace`."""
         skippable = site.detail["part"] == "skippable"
-        norms = anatomy.norms(module) if self.switchable_norms and not skippable else []
+        switchable = norms.norms(module) if self.switchable_norms and not skippable else []
         shape = anatomy.shape_of(module)
-        for path in norms:
+        for path in switchable:
             norm = module.get_submodule(path)
             substitute(module, norm, SwitchableNorm(norm))
         return AdaptiveBlock(module, site.detail["flag"], skippable, shape)
@@ -368,7 +369,7 @@ def _check_tied(model: nn.Module, sites: Sequence[Site]) -> None:
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for site in sites:
         block = model.get_submodule(site.path)
-        for path in anatomy.norms(block) if site.detail.get("norms") else ():
+        for path in norms.norms(block) if site.detail.get("norms") else ():
             for name, p in block.get_submodule(path).named_parameters():
                 if owners[id(p)] > 1:
                     raise ValueError(

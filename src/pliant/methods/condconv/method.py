@@ -23,9 +23,15 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from pliant import anatomy
+from pliant import anatomy, outside
 from pliant._options import Count, NotNegative, Positive, check
-from pliant.anatomy import Block, BlockInfo, Convolution, UnknownBlock, convolutions
+from pliant.anatomy import (
+    Block,
+    BlockInfo,
+    Convolution,
+    UnknownBlock,
+    convolutions,
+)
 from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
 from pliant.methods.condconv.block import CondConvBlock
 from pliant.methods.condconv.layers import (
@@ -167,10 +173,10 @@ class CondConv(Method):
         """Find the units to replace; see `Method.survey`."""
         blocks = anatomy.blocks(model)
         known = any(isinstance(block, BlockInfo) for block in blocks)
-        stem, head = anatomy.stem_and_head(model) if known else ([], [])
+        stem, head = outside.stem_and_head(model) if known else ([], [])
         last = 1 + len(blocks) + len(head) + 1
         units = {conv.path for conv in (*stem, *head)}
-        between = [(n, c) for n, c in anatomy.outside_blocks(model) if known and c.path not in units]
+        between = [(n, c) for n, c in outside.outside_blocks(model) if known and c.path not in units]
         begin = _lowest_resolutions(blocks, between) if self.begin is None else self.begin
         if begin > last:
             raise ValueError(
@@ -217,7 +223,7 @@ class CondConv(Method):
             passed_over.append(PassedOver(conv.path, f"{where}, in no unit"))
         for number, conv in enumerate(head, 2 + len(blocks)):
             unit(number, conv.path, "convolution", [conv])
-        path = anatomy.classifier(model)
+        path = outside.classifier(model)
         of_blocks = range(2, 2 + len(blocks))
         behind = self.begin is not None and self.begin >= of_blocks.stop
         if self.features and not behind and not any(s.detail["unit"] in of_blocks for s in sites):
@@ -299,7 +305,7 @@ class CondConv(Method):
             if site.detail["kind"] == "classifier":
                 new = model.get_submodule(site.path)
                 assert isinstance(new, CondLinear)
-                new.drop = anatomy.take_dropout(model, site.path)
+                new.drop = outside.take_dropout(model, site.path)
 
     def why_fresh(self) -> str:
         """Experts that start at random take nothing over; see `Method.why_fresh`."""

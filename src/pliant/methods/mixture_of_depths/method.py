@@ -24,7 +24,12 @@ from pydantic import PlainValidator
 from torch import nn
 
 from pliant._options import Count, Numbers, check
-from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
+from pliant.anatomy import (
+    BlockInfo,
+    RemovedBlock,
+    Stage,
+    stages,
+)
 from pliant.method import Gone, Method, PassedOver, RecipeForms, Site, Survey
 from pliant.methods.mixture_of_depths.block import MoDBlock, without_mod_blocks
 from pliant.methods.mixture_of_depths.cores import core_width, last_activation, narrow_core, unfit
