@@ -44,7 +44,11 @@ def shard_recipe(path, **options):
 def test_shards_hold_the_files_as_they_are_in_the_format_of_webdataset(root):
     names = sorted(p.name for p in (root / "shards").iterdir())
     train = [f"train-0000{n}-of-00003.tar" for n in range(3)]
-    assert names == ["classes.txt", *train, "val-00000-of-00002.tar", "val-00001-of-00002.tar"]
+    assert names == [
+        *("_info.json", "classes.txt"),
+        *train,
+        *("val-00000-of-00002.tar", "val-00001-of-00002.tar"),
+    ]
     found = {}
     for name in train:
         with tarfile.open(root / "shards" / name) as archive:
@@ -290,6 +294,59 @@ def test_a_shard_that_is_cut_off_is_named_with_its_last_whole_member(root):
         load_data(shard_recipe(root / "shards"))
 
 
+@pytest.mark.parametrize("index", [True, False], ids=["index", "no index"])
+def test_an_end_that_is_none_is_refused_wherever_zeros_stand(index, tmp_path):
+    """Zeros from any block to the end, and one header of zeros: `tarfile` takes both for the end."""
+    make_folder(tmp_path / "images", 20, size=(48, 48))
+    (path,) = write_shards(tmp_path / "images", tmp_path / "shards")
+    if not index:
+        (tmp_path / "shards" / "_info.json").unlink()
+    whole = path.read_bytes()
+    members = layout(path)
+    end = members[-1][3]
+    for _, header, begin, _ in members[2::12]:
+        path.write_bytes(whole[:header] + bytes(begin - header) + whole[begin:])
+        with pytest.raises(DamagedShardError, match=r"images-00000-of-00001\.tar is damaged or cut off"):
+            index_shards([path])
+        path.write_bytes(whole[:header] + bytes(len(whole) - header))
+        # Without an index, what is lost within the last record cannot be told from what fills it up.
+        if index or header + 1024 <= len(whole) - 10240:
+            with pytest.raises(
+                DamagedShardError, match=r"images-00000-of-00001\.tar (is damaged|has \d+ im)"
+            ):
+                index_shards([path])
+    for more in (bytes(512), b"x" * 512, whole):
+        path.write_bytes(whole + more)
+        with pytest.raises(DamagedShardError, match="no end of archive follows"):
+            index_shards([path])
+    path.write_bytes(whole[: -(-end // 512) * 512] + bytes(1024))  # as writers end that fill nothing up
+    assert len(index_shards([path])[1]) == 60
+
+
+def test_counts_are_compared_with_the_index(root):
+    info = json.loads((root / "shards" / "_info.json").read_text())
+    assert info["splits"]["train"] == {
+        "name": "train",
+        "filenames": [f"train-0000{n}-of-00003.tar" for n in range(3)],
+        "shard_lengths": [10, 10, 4],
+        "num_samples": 24,
+    }
+    info["splits"]["train"]["shard_lengths"][1] = 11
+    (root / "shards" / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(DamagedShardError, match=r"train-00001-of-00003\.tar has 10 images, and .* says 11"):
+        load_data(shard_recipe(root / "shards"))
+    (root / "shards" / "_info.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"_info\.json is no index of shards"):
+        load_data(shard_recipe(root / "shards"))
+
+
+def test_a_shard_that_links_lead_to_is_taken_once(root):
+    (root / "shards" / "self").symlink_to(root / "shards")
+    (root / "shards" / "train-x.tar").symlink_to(root / "shards" / "train-00000-of-00003.tar")
+    assert [len(paths) for paths in find_shards(f"{root}/shards").values()] == [3, 2]
+    assert len(find_shards(f"{root}/shards/{{train-*,*}}.tar")["train"]) == 3
+
+
 def put(path, members):
     with tarfile.open(path, "w") as archive:
         for name, content in members:
@@ -310,6 +367,11 @@ def put(path, members):
             [("a.png", b"x"), ("a.cls", b"cat")],
             r"s\.tar/a\.cls must hold the number of a class, from 0, not 'cat'",
         ),
+        (
+            [("a.png", b"x"), ("a.cls", b"9" * 5000)],
+            r"s\.tar/a\.cls must hold a number of at most 9 digits",
+        ),
+        ([(f"{'a' * 5000}.png", b"x"), (f"{'a' * 5000}.cls", b"0")], "with a name of 5004 bytes, aaa"),
     ],
 )
 def test_samples_that_are_not_whole_are_named(tmp_path, members, told):
@@ -335,6 +397,28 @@ def test_other_members_and_no_names_of_classes(tmp_path, root):
         load_data(recipe)
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     assert load_data(recipe).classes == ("cat", "dog")
+
+
+def test_a_class_of_a_great_number_asks_for_no_memory(tmp_path):
+    put(tmp_path / "s.tar", [("a.png", b"x"), ("a.cls", b"100000000")])
+    recipe = replace(folder_recipe(f"{tmp_path}/s.tar"), data="shards")
+    with pytest.raises(ValueError, match=r"have class 100000000; without classes\.txt .* at most 100000"):
+        load_data(recipe)
+
+
+def test_an_image_that_cannot_be_transformed_is_unreadable(root):
+    """A strip of 1 by 1,000,000 pixels, whose short side would be resized to 37."""
+    strip = root / "images" / "val" / "red" / "0.png"
+    Image.new("RGB", (1_000_000, 1)).save(strip)
+    recipe = folder_recipe(root / "images", val_fraction=None)
+    batches = load_data(recipe).batches("val")
+    assert len(all_of(batches)[1]) == 11
+    assert batches.unreadable == {str(strip)}
+    stopping = load_data(replace(recipe, unreadable="stop")).batches("val")
+    with pytest.raises(
+        UnreadableImageError, match=r"cannot be read \(1000000 x 1 pixels would be resized to"
+    ):
+        list(stopping)
 
 
 def test_validation_shards_with_more_classes_are_refused(root):
