@@ -284,7 +284,33 @@ def bench(
         )
 
 
+def coverage(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Networks of timm; by default those that have rows, and two of each module"),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the rows")] = Path("results"),
+    docs: Annotated[Path, typer.Option(help="Folder of the page")] = Path("docs"),
+    file: Annotated[Path | None, typer.Option(help="Text file of further names, one a line")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Survey those that have rows, too")] = False,
+) -> None:
+    """Convert networks of timm by each method, and write the page of what is covered."""
+    from pliant.records import read_records
+    from research import coverage as program
+
+    rows, page = results / "coverage.csv", docs / "coverage.md"
+    given = [*(names or ()), *(file.read_text().split() if file else ())]
+    chosen = given or program.default_names(
+        read_records(rows, program.CoverageRow) if rows.exists() else ()
+    )
+    if again:
+        rows.unlink(missing_ok=True)
+    found = program.cover(chosen, rows, typer.echo)
+    page.write_text(program.coverage_page(found))
+    typer.echo(f"{len(found)} rows in {rows}; written: {page}")
+
+
 app = assemble(
     "Reproduce the papers, and make the tables of results, from a checkout.",
-    *(quickstart, counts, experts, recover, experiment, bench),
+    *(quickstart, counts, experts, recover, experiment, bench, coverage),
 )

@@ -13,14 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pliant._files import put_between
 from pliant.commands._common import progress_of
 from pliant.compare import PLAIN, Score, compare, controls_by_name, write_scores
-from pliant.methods.adaptive_depth.method import last_stages_first
+from pliant.methods.adaptive_depth.method import subnet
+from pliant.methods.adaptive_depth.switch import Depth, depth_name, depth_role
 from pliant.report import FigureBlock, TableBlock, write_report
+from research.marks import put_between
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from pliant.measuring.rows import Measurement
     from pliant.train import Run
@@ -103,6 +105,22 @@ def quickstart(
     if readme is not None:
         _into_readme(Path(readme), rows)
     return page
+
+
+def last_stages_first(model: nn.Module) -> dict[str, nn.Module]:
+    """Sub-networks by name, from the whole network to the base network: each skips one stage more.
+
+    Empty for a network without adaptive depth.
+
+    Example:
+        >>> import timm
+        >>> list(last_stages_first(timm.create_model("resnet20_cifar_adn")))
+        ['super-net', 'FFT', 'FTT', 'base-net']
+    """
+    flags = next((len(m.skip) for m in model.modules() if isinstance(m, Depth)), -1)
+    skips = [tuple(n >= flags - skipped for n in range(flags)) for skipped in range(flags + 1)]
+    names = [f"{role}-net" if (role := depth_role(skip)) else depth_name(skip) for skip in skips]
+    return {name: subnet(model, skip) for name, skip in zip(names, skips, strict=True)}
 
 
 def _latencies(
@@ -246,9 +264,9 @@ def _findings(scores: Sequence[Score], large: Sequence[Measurement]) -> list[str
     best = max(scores, key=lambda s: s.test_accuracy or 0)
     worst = min(scores, key=lambda s: s.test_accuracy or 0)
     said = [
-        f"On digits every network scores between {worst.test_accuracy:.1f} % ({worst.label}) and "
-        f"{best.test_accuracy:.1f} % ({best.label}), one seed each: digits show that a network "
-        f"learns, not which is better."
+        f"On digits every network scores between {100 * (worst.test_accuracy or 0):.1f} % ({worst.label}) "
+        f"and {100 * (best.test_accuracy or 0):.1f} % ({best.label}), one seed each: digits show that a "
+        f"network learns, not which is better."
     ]
     mod = next((r for r in large if r.tax is not None and r.variant == AS_IS), None)
     smaller = next((r for r in large if r.variant == LOWER_RESOLUTION and r.time_ratio), None)

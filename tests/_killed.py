@@ -1,7 +1,8 @@
-"""A process that trains and is killed: python _killed.py FOLDER RECIPE POINT (JSON texts).
+"""A process whose children train and are killed: python _killed.py RUNS, JSON of (FOLDER, RECIPE, POINT)s.
 
-It writes a checkpoint after every third step of an epoch, and ends itself by SIGKILL at the point:
-a callback's hook and a step, or a file that it is about to write or to give its name.
+A child, forked once all is imported, writes a checkpoint after every third step of an epoch, and ends
+itself by SIGKILL at the point: a callback's hook and a step, or a file that it is about to write or to
+give its name. One is done before the next begins. Printed is how each ended: minus the signal.
 """
 
 from __future__ import annotations
@@ -52,9 +53,7 @@ def kill_in(method, start, times):
     setattr(Path, method, fatal)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, recipe, (what, *where) = sys.argv[1], *map(json.loads, sys.argv[2:])
+def train(folder, recipe, what, *where):
     clock = count()
     keeping.monotonic = lambda: next(clock)  # a second a step
     callbacks = []
@@ -65,3 +64,13 @@ if __name__ == "__main__":
     resume = Path(folder, "recipe.json").is_file()
     recipe = Recipe.from_dict({**recipe, "checkpoint_minutes": 3 / 60})
     fit(recipe, folder, resume=resume, progress=False, callbacks=callbacks)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for folder, recipe, point in json.loads(sys.argv[1]):
+        child = os.fork()
+        if not child:
+            train(folder, recipe, *point)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # a fork would print it again

@@ -60,18 +60,22 @@ def stopped(folder, recipe, step, minutes=0):
         )
 
 
-def killed(folder, recipe, *point):
-    """Train in another process until it is killed at `point`; see `_killed`."""
+def killed(*runs):
+    """Train in other processes until each is killed; runs are triples of folder, recipe and point.
+
+    See `_killed`: one process imports PyTorch for all.
+    """
     script = Path(__file__).with_name("_killed.py")
+    told = [(str(folder), recipe.as_dict(), point) for folder, recipe, point in runs]
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), json.dumps(recipe.as_dict()), json.dumps(point)],
+        [sys.executable, str(script), json.dumps(told)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=60 + 60 * len(runs),
         check=False,
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (folder / "run.json").exists()
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(runs), done.stderr
+    assert not any((folder / "run.json").exists() for folder, _, _ in runs)
 
 
 def assert_same(run, whole):

@@ -8,9 +8,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.efficientnet import EfficientNet
 from torch import nn
 
-from pliant import CondConv
+from pliant import CondConv, convert
 
 NARROW = {"channels": (8, 16, 24, 32), "num_classes": 5}
 
@@ -77,6 +79,14 @@ def settled(model: nn.Module) -> nn.Module:
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()
+
+
+def separable(**options: Any) -> nn.Module:
+    """A stem, three depthwise-separable blocks and a classifier; all but the stem conditional."""
+    torch.manual_seed(0)
+    stages = decode_arch_def([["dsa_r1_k3_s2_c8"], ["dsa_r2_k3_s2_c16"]])
+    model = EfficientNet(stages, num_classes=5, num_features=0, stem_size=8)
+    return convert(model, CondConv(**{"experts": 3, "upcycle": False, "begin": 2, **options})).eval()
 
 
 def images(batch: int = 4, size: int = 32) -> torch.Tensor:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from _small import meta
-from pliant import CondConv, MixtureOfDepths, convert, plan
+from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, convert, plan
 from pliant.anatomy import (
     Block,
     RemovedBlock,
+    UnknownBlock,
     block_families,
+    blocks,
     classifier,
     convolutions,
     input_size,
@@ -281,16 +286,147 @@ def test_two_classifiers_are_none():
     assert classifier(meta("deit_tiny_distilled_patch16_224")) is None
 
 
-@pytest.mark.parametrize("method", [MixtureOfDepths(), CondConv(experts=2)])
-def test_a_block_that_cannot_be_read_is_named(method):
+def test_a_block_that_cannot_be_read_is_named_and_left_alone():
     """MixNet has several kernels in what its blocks call one convolution."""
     model = meta("mixnet_s")
-    message = r"^InvertedResidual blocks\.2\.0 is built .* cannot be read: 'MixedConv2d' .* 'stride'"
-    for call in (stages, lambda model: plan(model, method), lambda model: convert(model, method)):
-        with pytest.raises(ValueError, match=message):
-            call(model)
-    with pytest.raises(ValueError, match=r"^InvertedResidual is built .* cannot be read: .*'stride'"):
-        shape_of(model.blocks[2][0])
+    odd = [block for block in blocks(model) if isinstance(block, UnknownBlock)]
+    assert odd[0].path == "blocks.2.0"
+    reason = (
+        r"^timm's _efficientnet_blocks\.InvertedResidual is built as no other .*: 'MixedConv2d' .* 'stride'"
+    )
+    made = plan(model, CondConv(experts=2, begin=2))
+    left = {p.path: p.reason for _, p in made.passed_over}
+    for block in odd:
+        assert re.match(reason, left[block.path])
+        with pytest.raises(ValueError, match=reason):
+            shape_of(block.module)
+    with pytest.raises(ValueError, match=r"blocks\.2\.0.* cannot be read"):
+        plan(model, MixtureOfDepths())
+
+
+# --- blocks that nobody knows -----------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """A block of somebody's: two convolutions."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.query, self.key = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.query(x) * self.key(x)
+
+
+def own(*middle: nn.Module) -> nn.Module:
+    """A stem, known blocks with others among them, a head convolution and a classifier."""
+    block = timm.models.resnet.BasicBlock
+    stem = nn.Conv2d(3, 8, 3)
+    return nn.Sequential(
+        stem, block(8, 8), *middle, block(8, 8), nn.Conv2d(8, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 5),
+    )  # fmt: skip
+
+
+def test_unknown_blocks_are_named_and_nothing_in_them_is_touched():
+    model = own(Attention(), nn.Sequential(Attention(), nn.Conv2d(8, 8, 1)))
+    assert [(type(b).__name__, b.path) for b in blocks(model)] == [
+        ("BlockInfo", "1"),
+        ("UnknownBlock", "2"),
+        ("UnknownBlock", "3.0"),
+        ("BlockInfo", "4"),
+    ]
+    assert [(n, c.path) for n, c in outside_blocks(model)] == [(0, "0"), (3, "3.1"), (4, "5")]
+    assert tuple([c.path for c in part] for part in stem_and_head(model)) == (["0"], ["5"])
+    kinds = {path: type(m) for path, m in model.named_modules()}
+    for method in (MixtureOfDepths(c=2, blocks="all"), CondConv(experts=2, begin=1), AdaptiveDepth()):
+        made, new = plan(model, method), convert(model, method)
+        left = {p.path: p.reason for _, p in made.passed_over}
+        for path in ("2", "3.0"):
+            assert left[path] == f"{Attention.__module__}.Attention is no block of a known family"
+            inner = new.get_submodule(path)
+            assert {f"{path}.{p}".strip("."): type(m) for p, m in inner.named_modules()} == {
+                p: kind for p, kind in kinds.items() if f"{p}.".startswith(f"{path}.")
+            }
+    found = CondConv(experts=2, begin=1).survey(model)
+    assert [(s.path, s.detail["unit"]) for s in found.sites] == [
+        ("0", 1),
+        ("1", 2),
+        ("4", 5),
+        ("5", 6),
+        ("8", 7),
+    ]
+    assert {p.path: p.reason for p in found.passed_over}["3.1"] == "between the blocks, in no unit"
+
+
+def test_behind_an_unknown_block_there_is_no_head():
+    model = own()
+    model.insert(3, Attention())
+    assert [type(b).__name__ for b in blocks(model)] == ["BlockInfo", "BlockInfo", "UnknownBlock"]
+    assert stem_and_head(model)[1] == []
+    left = {p.path: p.reason for p in CondConv(experts=2, begin=1).survey(model).passed_over}
+    assert left["4"] == "beside blocks of no known family, in no unit"
+
+
+def test_a_network_of_unknown_blocks_is_refused_unless_the_classifier_is_asked_for():
+    model = torchvision.models.resnet18().eval()
+    with pytest.raises(ValueError, match="matches nothing") as error:
+        plan(model, CondConv(experts=2))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "CondConv matches nothing in ResNet:"
+    assert lines[1] == (
+        "  layer1.0 to layer4.1 (8 places): "
+        "torchvision.models.resnet.BasicBlock is no block of a known family"
+    )
+    assert lines[2] == (
+        "  fc: no block is converted; for the classifier alone, set features=False or begin=10"
+    )
+    assert lines[3].startswith("(known: timm's _efficientnet_blocks.ConvBnAct, ")
+    for asked in ({"features": False}, {"begin": 10}):
+        assert [r.path for r in plan(model, CondConv(experts=2, **asked)).replacements] == ["fc"]
+    for method in (MixtureOfDepths(), AdaptiveDepth()):
+        with pytest.raises(ValueError, match=r"layer1\.0 to layer4\.1 \(8 places\): torchvision"):
+            plan(model, method)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "maxvit_rmlp_pico_rw_256", "densenet121"])
+def test_unknown_blocks_are_named_one_by_one(name):
+    """The blocks, not the stages around them; and all that has weights lies in one, or between them."""
+    model = meta(name)
+    found = blocks(model)
+    assert all(isinstance(block, UnknownBlock) for block in found)
+    expected = {"swin_tiny_patch4_window7_224": 12, "maxvit_rmlp_pico_rw_256": 11, "densenet121": 4}
+    assert sum("Block" in type(block.module).__name__ for block in found) == expected[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenetv4_hybrid_medium",
+        "ghostnet_100",
+        "repghostnet_050",
+        "mobilenetv5_base",
+        "mobilevit_xxs",
+        "hrnet_w18_small",
+        "vit_base_r50_s16_224",
+        "convnext_tiny_hnf",
+    ],
+)
+def test_every_layer_of_a_network_known_in_part_is_accounted_for(name):
+    """Each convolution is in a site, in what is passed over, or in an unknown block that is as it was."""
+    model = meta(name)
+    method = CondConv(experts=2, begin=2, layers="all")
+    made = method.survey(model)
+    named = [place.path for place in (*made.sites, *made.passed_over)]
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and made.sites:
+            assert any(f"{path}.".startswith(f"{n}.") for n in named), path
+    new = convert(model, method) if made.sites else model
+    for block in blocks(model):
+        assert any(f"{block.path}.".startswith(f"{n}.") for n in named), block.path
+        if isinstance(block, UnknownBlock):
+            inner = [type(m) for m in new.get_submodule(block.path).modules()]
+            assert inner == [type(m) for m in block.module.modules()], block.path
 
 
 def test_shape_of_a_block_of_no_known_family():

@@ -96,8 +96,9 @@ def test_mixed_dtypes_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_memory_format_comes_back(tmp_path, channels_last):
-    model = make()
+@pytest.mark.parametrize("grey", [False, True])  # all kernels of a grey MobileNet lie in both ways at once
+def test_memory_format_comes_back(tmp_path, channels_last, grey):
+    model = make("mobilenetv3_small_050", in_chans=1, num_classes=5) if grey else make()
     if channels_last:
         model.to(memory_format=torch.channels_last)
     again = load(save(model, tmp_path / "net"))

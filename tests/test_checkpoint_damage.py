@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -99,18 +98,20 @@ def test_a_failure_leaves_the_old_one(folder, monkeypatch, where, error):
 
 
 def test_a_killed_write_leaves_the_old_one(folder):
-    before = contents(folder)
-    program = f"""
-        import os, signal, timm, pliant
-        from pliant import checkpoint
-        def half(tensors, path, **_):
-            path.write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
-        checkpoint.save_file = half
-        pliant.save(timm.create_model("resnet20_cifar"), {str(folder)!r})
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
-    assert done.returncode == -signal.SIGKILL
+    def half(tensors, path, **_):
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    before, network = contents(folder), timm.create_model("resnet20_cifar")
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)  # this process's threads are not there
+            checkpoint.save_file = half
+            save(network, folder)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert contents(folder) == before
     assert load(folder).num_classes == 3
 
@@ -211,7 +212,7 @@ def test_newer_format(folder):
             {"methods": [{"name": "MixtureOfDepths", "options": {"tomorrow": 1}}]},
             "unknown option tomorrow of MixtureOfDepths .*a newer pliant",
         ),
-        ({"methods": [{"name": "MixtureOfDepths", "options": {"c": "x"}}]}, "MixtureOfDepths: c must be"),
+        ({"methods": [{"name": "MixtureOfDepths", "options": {"c": "x"}}]}, "MixtureOfDepths: c: give"),
         ({"methods": [{"name": "MixtureOfDepths", "options": {"stages": 3}}]}, "MixtureOfDepths: "),
         ({"methods": [{"name": "MixtureOfDepths", "options": {}}]}, "cannot be built: .*matches nothing"),
         ({"methods": {}}, "methods must be a list"),

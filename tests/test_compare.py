@@ -22,13 +22,14 @@ from pliant.compare import (
     write_scores,
 )
 from pliant.counting import count_parameters
-from pliant.methods.adaptive_depth.method import base_arguments, last_stages_first
+from pliant.methods.adaptive_depth.method import base_arguments
 from pliant.methods.adaptive_depth.recipes import BASE_ALONE
 from pliant.methods.adaptive_depth.switch import Depth
 from pliant.methods.condconv.recipes import ABLATIONS
 from pliant.methods.mixture_of_depths.recipes import CONTROLS as MOD_CONTROLS
 from pliant.methods.mixture_of_depths.recipes import REMOVED
 from pliant.train.recipe import Recipe, override
+from research.quickstart import last_stages_first
 
 TINY = Recipe(
     name="tiny", model="resnet20_cifar", pixels=8, epochs=1, batch=256, workers=0, accelerator="cpu"
@@ -45,11 +46,11 @@ SCORE = Score(
     seed=0,
     parameters=1234,
     macs=2_000_000,
-    train_accuracy=90.0,
-    val_accuracy=80.0,
+    train_accuracy=0.9,
+    val_accuracy=0.8,
     train_ce=0.5,
-    gap=10.0,
-    test_accuracy=70.0,
+    gap=0.1,
+    test_accuracy=0.7,
     seconds=3.0,
 )
 
@@ -89,7 +90,7 @@ def test_compare_trains_scores_and_reads_finished_runs_again(tmp_path):
     plain, removed = (first[label][0] for label in recipes)
     assert removed.parameters < plain.parameters == 269_434  # one input channel
     assert removed.macs < plain.macs
-    assert plain.test_accuracy == pytest.approx(100 * first[PLAIN][1].test_accuracy)
+    assert plain.test_accuracy == pytest.approx(first[PLAIN][1].test_accuracy)
     assert plain.gap == pytest.approx(plain.train_accuracy - plain.val_accuracy)
     assert plain.torch
     assert plain.date
@@ -120,7 +121,7 @@ def test_scores_are_written_appended_and_foreign_files_refused(tmp_path):
 
 
 def test_summary_averages_seeds():
-    rows = summary([SCORE, replace(SCORE, seed=1, test_accuracy=74.0), replace(SCORE, label="b")])
+    rows = summary([SCORE, replace(SCORE, seed=1, test_accuracy=0.74), replace(SCORE, label="b")])
     assert rows[0] == (
         "a",
         "72.0 ± 2.8",

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from _images import folder_recipe, make_folder
-from pliant.deploy.export import export
 from pliant.image_files import decoded
 from pliant.train.data import load_data
 from pliant.train.images import part_folders
@@ -67,15 +66,6 @@ def test_8_bits_are_what_pillow_reads(tmp_path):
         image.save(tmp_path / "a.tif")
         for channels, wanted in ((1, "L"), (3, "RGB")):
             assert decoded(tmp_path / "a.tif", channels).tobytes() == image.convert(wanted).tobytes()
-
-
-def test_a_damaged_image_to_check_an_export_with_is_named(tmp_path):
-    import timm
-
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"b\.png cannot be read \(.*\); remove it"):
-        export(timm.create_model("resnet20_cifar"), tmp_path / "a.pt2", check_images=tmp_path)
 
 
 def read(path):

@@ -18,7 +18,8 @@ from pliant.deploy.facts import read_report
 from pliant.deploy.folding import fold_norms
 from pliant.deploy.loading import open_export
 from pliant.deploy.optimize import optimize, unfused
-from pliant.measuring.candidates import control_of
+from pliant.measuring.candidates import controls_of
+from pliant.measuring.rows import markdown_table
 from pliant.method import Method, Site, Survey
 from pliant.methods import METHODS
 from pliant.parts import OnnxOperator, Part, Ranking, operators_of, parts, replace_parts
@@ -162,7 +163,7 @@ def test_why_a_part_has_no_fast_form_is_told():
     assert unfused(optimize(model, x)) == {"0.1": "it is closed"}
     model[0][1].scale.data.fill_(1)
     model[0][1].register_forward_hook(lambda *_: None)
-    assert unfused(optimize(model, x)) == {"0.1": "it has hooks, which a fused block would not run"}
+    assert unfused(optimize(model, x)) == {"0.1": "it has hooks, which another form would not run"}
 
 
 @pytest.mark.parametrize("kind", ["Gate", "Plain"])
@@ -358,11 +359,44 @@ def test_every_part_answers_every_question(name):
         assert callable(native.onnx_library)
 
 
+class Door(Part):
+    """An activation, as a second method puts it in."""
+
+    def forward(self, x):
+        return x.relu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doors(Method):
+    """A second method: a door for each activation."""
+
+    def survey(self, model):
+        return Survey(tuple(Site(path) for path, m in model.named_modules() if isinstance(m, nn.ReLU)))
+
+    def replace(self, module, site):
+        return Door()
+
+    def without(self, model):
+        bare = copy.deepcopy(model)
+        return replace_parts(bare, lambda _, part: nn.ReLU() if isinstance(part, Door) else None)
+
+
+def test_the_controls_of_two_methods_are_both_timed():
+    model = pliant.convert(network(), Doors())
+    rows = pliant.measure({"both": model}, rounds=1, min_run_time=0, threads=1)
+    assert [(row.variant, row.error) for row in rows] == [
+        ("network", ""),
+        ("without Gates", ""),
+        ("without Doors", ""),
+    ]
+    assert rows[0].tax == pytest.approx(rows[0].median_ms / rows[1].median_ms - 1, abs=1e-3)
+    assert markdown_table(rows).splitlines()[0].endswith("tax: time over that without Gates")
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_control_is_a_network_without_the_method(name):
     model = NETWORKS[name]().eval()
-    control = control_of(model)
-    assert (control is None) == (name != "MixtureOfDepths")
+    assert bool(controls_of(model)) == (name == "MixtureOfDepths")
     for conversion in conversions(model):
         assert conversion.method.without_label.startswith("without ")
         bare = conversion.method.without(model)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from _surgery import ShareTheMean, assert_untouched, small, snapshot
-from pliant import MixtureOfDepths, convert, plan
+from pliant import AdaptiveDepth, CondConv, MixtureOfDepths, at_depth, convert, plan, subnet
 from pliant.anatomy import stages
 from pliant.counting import count_macs, count_parameters
-from pliant.method import PassedOver
+from pliant.method import Method, PassedOver, Site, Survey
 
 
 def test_plan_counts_are_those_of_the_converted_network():
@@ -89,3 +93,117 @@ def test_plan_needs_no_weights():
     with Largest():
         plan(model, MixtureOfDepths(c=4))
     assert Largest.seen < 64
+
+
+# --- what cannot be counted, hooks, computed weights ------------------------------------------------
+
+
+def test_a_network_that_fails_is_planned_all_the_same():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stage = nn.Sequential(*(timm.models.resnet.BasicBlock(16, 16) for _ in range(2)))
+
+        def forward(self, x):
+            if x.shape[2] < 9:
+                raise TypeError("images of 8 pixels are too small\nand more")
+            return self.stage(x)
+
+    made = plan(Odd(), MixtureOfDepths(c=4), input_size=(16, 8, 8))
+    assert (made.macs, len(made.replacements)) == (None, 1)
+    assert (
+        "MACs: not counted (it fails on the meta device, on an image of 16x8x8: TypeError: images of 8 "
+        "pixels are too small)"
+    ) in str(made)
+    assert plan(Odd(), MixtureOfDepths(c=4), input_size=(16, 9, 9)).macs is not None
+
+
+def test_a_plan_says_that_the_converted_network_fails():
+    @dataclass(frozen=True, kw_only=True)
+    class Widen(Method):
+        def survey(self, model):
+            return Survey((Site("layer1.1"),))
+
+        def replace(self, module, site):
+            return nn.Conv2d(16, 17, 1)
+
+    made = plan(small(), Widen())
+    assert made.macs is None
+    assert "MACs: not counted (once converted, it fails on the meta device, on an image of 3x32x32" in str(
+        made
+    )
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_plan_runs_no_hook_and_notes_those_that_go(kind):
+    model, ran = small(), []
+    for path in ("", "layer1.0", "layer1.1", "layer1.1.conv1", "fc"):
+        module = model.get_submodule(path)
+        getattr(module, f"register_{kind}_hook")(lambda *_, path=path: ran.append(path))
+    made = plan(model, MixtureOfDepths(c=4))
+    assert ran == []
+    (note,) = [note for note in made.notes if "hooks" in note]
+    assert note == "hooks go with what is replaced, those of layer1.1, layer1.1.conv1; register them anew"
+    kept = convert(model, MixtureOfDepths(c=4))
+    kept.train()(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert set(ran) == {"", "layer1.0", "fc"}
+    assert not any("hooks" in note for note in plan(small(), MixtureOfDepths(c=4)).notes)
+
+
+@pytest.mark.parametrize("method", [AdaptiveDepth(), CondConv(experts=2, begin=2)], ids=lambda m: m.name)
+def test_hooks_of_what_a_method_keeps_run(method):
+    """In both of a block's depths, and where its convolutions are mixed; with the block itself."""
+    model, seen = small(), []
+    for path in ("layer1.0", "layer1.0.bn1", "layer1.0.act1"):
+        model.get_submodule(path).register_forward_hook(lambda m, args, y: seen.append(type(m).__name__))
+    model.layer1[0].register_forward_hook(lambda m, args, options, y: y + 1, with_kwargs=True)
+    model.layer1[0].register_forward_pre_hook(lambda m, args: args[0] * 2)
+    model.layer1[0].register_forward_pre_hook(lambda m, args, options: None, with_kwargs=True)
+    assert not any("hooks" in note for note in plan(model, method).notes)
+    made = convert(model, method)
+    wanted = ["BatchNorm2d", "ReLU", "BasicBlock"]
+    with torch.no_grad():
+        x = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(made(x).shape, model(x).shape)
+        assert [name for name in seen if name in wanted] == 2 * wanted
+        if method == AdaptiveDepth():
+            with at_depth(made, "TTTT"):
+                made(x)
+            assert [name for name in seen if name in wanted] == 3 * wanted
+            plain = subnet(made, "TTTT")
+            with at_depth(made, "TTTT"):
+                assert torch.equal(plain(x), made(x))
+
+
+COMPUTED = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+    "weight norm": lambda layer: nn.utils.weight_norm(layer),
+    "spectral norm": lambda layer: nn.utils.spectral_norm(layer),
+    "parametrized": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("computed", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.parametrize(
+    "method",
+    [MixtureOfDepths(c=4), CondConv(experts=2, begin=2), AdaptiveDepth()],
+    ids=lambda m: m.name,
+)
+def test_networks_whose_weights_are_computed(method, computed):
+    model = small()
+    for path in ("layer1.0.conv2", "layer2.1.conv1"):
+        computed(model.get_submodule(path))
+    x = torch.randn(2, 3, 16, 16)
+    model.train()(x).sum().backward()  # the weights hang on a graph, which cannot be copied
+    made = plan(model, method)
+    assert made.macs is not None
+    new = convert(model.eval(), method)
+    with torch.no_grad():
+        new(x)
+    if isinstance(method, AdaptiveDepth):
+        assert torch.equal(new(x), model(x))
+    elif isinstance(method, CondConv):
+        left = {p.path: p.reason for _, p in made.passed_over}
+        assert left["layer1.0.conv2"] == left["layer2.1.conv1"] != ""
+    new.train()(x).sum().backward()

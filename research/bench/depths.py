@@ -17,7 +17,7 @@ from pliant.adaptive.profiling import DepthProfile, profile_depths
 from pliant.adaptive.scores import DepthScore
 from pliant.compare import PLAIN, read_scores
 from pliant.figures import plain, write_figure
-from pliant.records import read_records
+from pliant.records import percent, read_records
 
 SCORES = "cifar10-adn-specialized-depths.csv"
 BASELINE = "cifar10-adn-specialized.csv"
@@ -55,8 +55,8 @@ def plot_depth_bench(profile: DepthProfile, baseline: float, path: Path) -> Path
     """Draw the accuracy of each depth against its latency, with the plain network's accuracy.
 
     Args:
-        profile: with accuracies, in percent.
-        baseline: test accuracy of the plain network, in percent. It takes as long as full depth, whose
+        profile: with accuracies.
+        baseline: test accuracy of the plain network, a share. It takes as long as full depth, whose
             layers it has.
         path: of the SVG.
     """
@@ -71,7 +71,7 @@ def plot_depth_bench(profile: DepthProfile, baseline: float, path: Path) -> Path
         colour = FRONT if row.variant in front else REST
         axes.errorbar(
             row.median_ms or 0.0,
-            row.accuracy or 0.0,
+            percent(row.accuracy or 0.0),
             xerr=(row.iqr_ms or 0.0) / 2,
             fmt="o",
             color=colour,
@@ -80,7 +80,7 @@ def plot_depth_bench(profile: DepthProfile, baseline: float, path: Path) -> Path
         )
         axes.annotate(
             row.variant.removeprefix("depth "),
-            (row.median_ms or 0.0, row.accuracy or 0.0),
+            (row.median_ms or 0.0, percent(row.accuracy or 0.0)),
             (7, -11),
             textcoords="offset points",
             fontsize=9,
@@ -88,7 +88,7 @@ def plot_depth_bench(profile: DepthProfile, baseline: float, path: Path) -> Path
         )
     axes.plot(
         [row.median_ms or 0.0 for row in profile.front],
-        [row.accuracy or 0.0 for row in profile.front],
+        [percent(row.accuracy or 0.0) for row in profile.front],
         color=FRONT,
         label="one network, switched while it serves",
     )
@@ -96,7 +96,7 @@ def plot_depth_bench(profile: DepthProfile, baseline: float, path: Path) -> Path
     full = next(row for row in rows if "T" not in row.variant.removeprefix("depth "))
     axes.plot(
         full.median_ms or 0.0,
-        baseline,
+        percent(baseline),
         "s",
         color="#000000",
         markerfacecolor="none",
@@ -112,7 +112,7 @@ def plot_depth_bench(profile: DepthProfile, baseline: float, path: Path) -> Path
 
 
 def _baseline(results: Path) -> float:
-    """Test accuracy of the plain network, in percent."""
+    """Test accuracy of the plain network."""
     scores = {row.label: row.test_accuracy for row in read_scores(results / BASELINE)}
     accuracy = scores[PLAIN]
     assert accuracy is not None, BASELINE

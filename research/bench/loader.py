@@ -263,15 +263,6 @@ def _decoded(images: ImageSet, workers: int) -> Iterable[int]:
     return (len(batch) for batch in loader)
 
 
-def write_rates(path: str | Path, rows: Iterable[LoaderRate], append: bool = False) -> None:
-    """Write rows to a CSV file, whole or not at all; `append` keeps those it has.
-
-    Raises:
-        ValueError: `append` to a file with other columns.
-    """
-    write_records(path, LoaderRate, rows, append=append)
-
-
 def rates_markdown(rows: Sequence[LoaderRate]) -> str:
     """Rows as a Markdown table, under a line of what was loaded where."""
     where = dict.fromkeys(
@@ -321,7 +312,7 @@ def run_loader_bench(
     options: dict[str, Any] = {"workers": (0,), "rounds": 1, "images": 64} if quick else {}
     rows = measure_loader(path, **options)
     stem = Path(results) / f"loader-cpu{'-quick' if quick else ''}"
-    write_rates(f"{stem}.csv", rows)
+    write_records(f"{stem}.csv", LoaderRate, rows)
     table = rates_markdown(rows)
     with atomic_path(f"{stem}.md") as temporary:
         temporary.write_text(f"# The loader\n\n{_PREFACE}\n\n{table}\n", encoding="utf-8")

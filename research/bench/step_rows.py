@@ -1,12 +1,11 @@
-"""Rows of training steps: `StepCost`, to CSV and as a table to read."""
+"""Rows of training steps: `StepCost`, and as a table to read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from pliant.records import Origin, write_records
+from pliant.records import Origin
 from pliant.tables import markdown, with_spread
 
 
@@ -66,15 +65,6 @@ class StepCost(Origin):
     both_ratio: float | None = None
     both_ratio_iqr: float | None = None
     peak_mb: float | None = None
-
-
-def write_steps(path: str | Path, rows: Iterable[StepCost], append: bool = False) -> None:
-    """Write rows to a CSV file, whole or not at all; `append` keeps those it has.
-
-    Raises:
-        ValueError: `append` to a file with other columns.
-    """
-    write_records(path, StepCost, rows, append=append)
 
 
 _TEXT = ("network", "step")

@@ -33,9 +33,10 @@ from pliant.methods.condconv.mixing import Form
 from pliant.methods.mixture_of_depths import MoDBlock, without_mod_blocks
 from pliant.objectives import CrossEntropy, ManyPasses, Objective
 from pliant.provenance import provenance
+from pliant.records import write_records
 from research.bench.memory import peak_memory
 from research.bench.rounds import in_turn
-from research.bench.step_rows import StepCost, steps_markdown, write_steps
+from research.bench.step_rows import StepCost, steps_markdown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -347,7 +348,7 @@ def run_step_bench(
     runs = [(case, dtype) for case in SUITES[kind] for dtype in case.dtypes]
     for case, dtype in runs[:1] if quick else runs:
         rows += measure_steps(case.network, against=case.against, batch=case.batch, dtype=dtype, **options)
-        write_steps(f"{stem}.csv", rows)
+        write_records(f"{stem}.csv", StepCost, rows)
         with atomic_path(f"{stem}.md") as temporary:
             temporary.write_text(
                 f"# Training steps\n\n{_PREFACE}\n\n{steps_markdown(rows)}\n", encoding="utf-8"

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pliant._files import atomic_path, put_between
+from pliant._files import atomic_path
 from pliant.deploy.engines import ENGINES
 from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure
@@ -23,7 +23,7 @@ from pliant.measuring.rows import (
     AS_BUILT,
     NATIVE,
     OPTIMIZED,
-    PLAIN,
+    PLAIN_FORM,
     Measurement,
     grouped,
     markdown_table,
@@ -33,6 +33,7 @@ from pliant.measuring.rows import (
 )
 from pliant.provenance import provenance
 from research.bench.speed_table import BEGIN, END, speed_table
+from research.marks import put_between
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +115,7 @@ def _mod(
     batches: Sequence[int],
     dtypes: Sequence[str],
     *,
-    forms: tuple[str, ...] = (PLAIN, OPTIMIZED, NATIVE),
+    forms: tuple[str, ...] = (PLAIN_FORM, OPTIMIZED, NATIVE),
     lower_resolution: int | None = 176,
     **limits: Any,
 ) -> Suite:
@@ -188,7 +189,7 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
                 ("onnxruntime", "openvino"),
                 (1, 16),
                 ("int8",),
-                forms=(PLAIN, OPTIMIZED),
+                forms=(PLAIN_FORM, OPTIMIZED),
                 **_SHORT,
             ),
         ),

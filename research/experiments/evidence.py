@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pliant.compare import PLAIN, Score
 from pliant.measuring.rows import AS_IS, OPTIMIZED, Measurement
 from pliant.methods.mixture_of_depths.recipes import REMOVED
+from pliant.records import percent
 from research.experiments.claims import (
     Accuracies,
     AtEqualTime,
@@ -74,7 +75,7 @@ class Evidence:
     def runs(self, label: str) -> Accuracies:
         """Test accuracy in percent, by seed and device."""
         return {
-            (s.seed, trained_on(s)): s.test_accuracy
+            (s.seed, trained_on(s)): percent(s.test_accuracy)
             for s in self.scores
             if s.label == label and s.test_accuracy is not None
         }
@@ -188,7 +189,7 @@ def gather(
         if known.test_accuracy != score.test_accuracy:
             raise ValueError(
                 f"two rows of {score.label}, seed {score.seed}, have test accuracies of "
-                f"{known.test_accuracy} and {score.test_accuracy} %; delete one of them"
+                f"{known.test_accuracy} and {score.test_accuracy}; delete one of them"
             )
     found = []
     for network in dict.fromkeys(run.network for run in planned):

@@ -230,7 +230,7 @@ def _follow() -> None:
 
 def _told(scores: Sequence[Score]) -> str:
     first = scores[0]
-    tests = ", ".join("-" if s.test_accuracy is None else f"{s.test_accuracy:.2f} %" for s in scores)
+    tests = ", ".join("-" if s.test_accuracy is None else f"{100 * s.test_accuracy:.2f} %" for s in scores)
     return f"test {tests}; {first.seconds / first.epochs:.1f} s an epoch, {first.seconds:.0f} s in all"
 
 

@@ -21,8 +21,7 @@ from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import ENGINES, named
 from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure, median, spread
-from pliant.measuring.rows import OPTIMIZED, Measurement, read_rows, write_rows
-from pliant.measuring.rows import PLAIN as PLAIN_FORM
+from pliant.measuring.rows import OPTIMIZED, PLAIN_FORM, Measurement, read_rows, write_rows
 from pliant.methods.adaptive_depth import AdaptiveDepth
 from pliant.methods.adaptive_depth.depth import get_depth, subnet
 from pliant.models._build import methods_of

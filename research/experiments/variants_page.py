@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pliant.methods.mixture_of_depths.recipes import REMOVED
+from pliant.records import percent
 from pliant.tables import markdown
 from research.experiments.claims import FEWEST, MISSING, any_of
 from research.experiments.evidence import Evidence, Timing
@@ -94,7 +95,10 @@ def _choice(evidence: Evidence) -> str:
     """The validation accuracy that chose, as a table; variants that select nothing are marked."""
     labels = (*evidence.depths, *VARIANTS)
     accuracies = {
-        label: row.val_accuracy for label in labels for row in evidence.rows(label) if row.seed == CHOOSING
+        label: percent(row.val_accuracy)
+        for label in labels
+        for row in evidence.rows(label)
+        if row.seed == CHOOSING
     }
     ranks = ranked(accuracies)
     rows = []

@@ -39,6 +39,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, BeforeValidator(_path)]
+Numbers = Annotated[tuple[Whole, ...], Field(strict=False)]  # a list too: JSON knows no other
 Arguments = Annotated[Mapping[str, Any], BeforeValidator(_plain)]
 
 

@@ -5,21 +5,26 @@ of the types in `_READERS` (or a `Block` that pliant put in one's place); a *sta
 a container whose direct children include blocks. Detecting the containers, instead of
 reading timm's ``feature_info``, finds RegNet's stages (which are no ``Sequential``)
 and ConvNeXt's (which nest their blocks one level down) alike.
+
+A module that holds several layers, but no block and not the classifier, is an *unknown block*. It
+is named, and methods leave all that is inside it alone. A module that stands at several paths is
+listed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm import layers
 from timm.models import _efficientnet_blocks as efficientnet
 from timm.models import convnext, regnet, resnet, vision_transformer
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
-from pliant.parts import Part
+from pliant.parts import Part, copied
 
 
 class Block(Part):
@@ -51,8 +56,8 @@ class Block(Part):
 class RemovedBlock(Block):
     """No block at all: the input is the output. The control of every block method."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x` [B, C, H, W] itself."""
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return `x` [B, C, H, W] itself; what else a block takes does nothing."""
         return x
 
 
@@ -82,6 +87,21 @@ class BlockInfo:
 
 
 @dataclass(frozen=True)
+class UnknownBlock:
+    """A block that cannot be read.
+
+    Attributes:
+        path: dotted path from the network's root.
+        module: the block itself.
+        reason: why it cannot be read; names its type.
+    """
+
+    path: str
+    module: nn.Module
+    reason: str
+
+
+@dataclass(frozen=True)
 class Stage:
     """A container of blocks: its dotted path and its blocks in order."""
 
@@ -91,6 +111,33 @@ class Stage:
 
 Shape = tuple[int, int, int]  # in channels, out channels, stride
 
+
+def _total_stride(*layers: nn.Module | None) -> int:
+    """The product of the strides of those layers that have one."""
+    product = 1
+    for layer in layers:
+        stride = getattr(layer, "stride", 1)
+        product *= stride[0] if isinstance(stride, (tuple, list)) else stride
+    return product
+
+
+def _mobile_shape(block: Any, first: Any, strided: Any, last: Any) -> Shape:
+    """The shape of a block of EfficientNet's, from its first, its strided and its last convolution.
+
+    EfficientNet-X folds pixels into channels before them; a blur pool strides in their stead.
+    """
+    folding = getattr(block, "conv_s2d", None)  # older timms have none
+    stride = strided.stride[0] * _total_stride(getattr(block, "aa", None), folding)
+    return (first if folding is None else folding).in_channels, last.out_channels, stride
+
+
+def _universal_shape(block: Any) -> Shape:
+    """The shape of a block of MobileNetV4's, any of whose three depthwise layers may stride."""
+    depthwise = (block.dw_start, block.dw_mid, block.dw_end)
+    strided = (getattr(layer, name, None) for layer in depthwise for name in ("conv", "aa"))
+    return block.pw_exp.conv.in_channels, block.pw_proj.conv.out_channels, _total_stride(*strided)
+
+
 _READERS: dict[type[nn.Module], Callable[..., Shape]] = {
     resnet.BasicBlock: lambda b: (b.conv1.in_channels, b.conv2.out_channels, b.stride),
     resnet.Bottleneck: lambda b: (b.conv1.in_channels, b.conv3.out_channels, b.stride),
@@ -99,22 +146,11 @@ _READERS: dict[type[nn.Module], Callable[..., Shape]] = {
         b.conv3.conv.out_channels,
         b.conv2.conv.stride[0],
     ),
-    efficientnet.ConvBnAct: lambda b: (b.conv.in_channels, b.conv.out_channels, b.conv.stride[0]),
-    efficientnet.DepthwiseSeparableConv: lambda b: (
-        b.conv_dw.in_channels,
-        b.conv_pw.out_channels,
-        b.conv_dw.stride[0],
-    ),
-    efficientnet.InvertedResidual: lambda b: (
-        b.conv_pw.in_channels,
-        b.conv_pwl.out_channels,
-        b.conv_dw.stride[0],
-    ),
-    efficientnet.EdgeResidual: lambda b: (
-        b.conv_exp.in_channels,
-        b.conv_pwl.out_channels,
-        b.conv_exp.stride[0],
-    ),
+    efficientnet.ConvBnAct: lambda b: _mobile_shape(b, b.conv, b.conv, b.conv),
+    efficientnet.DepthwiseSeparableConv: lambda b: _mobile_shape(b, b.conv_dw, b.conv_dw, b.conv_pw),
+    efficientnet.InvertedResidual: lambda b: _mobile_shape(b, b.conv_pw, b.conv_dw, b.conv_pwl),
+    efficientnet.EdgeResidual: lambda b: _mobile_shape(b, b.conv_exp, b.conv_exp, b.conv_pwl),
+    efficientnet.UniversalInvertedResidual: _universal_shape,
     convnext.ConvNeXtBlock: lambda b: (
         b.conv_dw.in_channels,
         b.conv_dw.out_channels,
@@ -125,17 +161,32 @@ _READERS: dict[type[nn.Module], Callable[..., Shape]] = {
 }
 
 
-def _read(module: nn.Module, path: str = "") -> Shape | None:
+def _read(module: nn.Module) -> Shape | str | None:
+    """A block's shape; why it has none that can be read, though its type is known; None: no block."""
     for cls in type(module).__mro__:
         if cls in _READERS:
             try:
                 return _READERS[cls](module)
             except (AttributeError, TypeError) as error:  # MixNet's blocks hold several kernels in one
-                name = f"{type(module).__name__} {path}".strip()
-                raise ValueError(
-                    f"{name} is built as no other of its type and cannot be read: {error}"
-                ) from error
+                return f"{type_name(module)} is built as no other of its type and cannot be read: {error}"
     return None
+
+
+def _is_block(module: nn.Module) -> bool:
+    return isinstance(_read(module), tuple)
+
+
+def type_name(module: nn.Module) -> str:
+    """A module's type and the library that it is of, for messages.
+
+    Example:
+        >>> type_name(resnet.BasicBlock(8, 8)), type_name(nn.ReLU())
+        ("timm's resnet.BasicBlock", 'torch.nn.modules.activation.ReLU')
+    """
+    cls = type(module)
+    if cls.__module__.startswith("timm."):
+        return f"timm's {cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def shape_of(block: nn.Module) -> Shape:
@@ -146,17 +197,10 @@ def shape_of(block: nn.Module) -> Shape:
     """
     shape = _read(block)
     if shape is None:
-        raise ValueError(f"{type(block).__name__} is no known block; known: {', '.join(block_families())}")
+        shape = f"{type_name(block)} is no known block; known: {', '.join(block_families())}"
+    if isinstance(shape, str):
+        raise ValueError(shape)
     return shape
-
-
-def _containers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every module below (and with) `module` that is not itself inside a block."""
-    yield path, module
-    for name, child in module.named_children():
-        below = f"{path}.{name}" if path else name
-        if _read(child, below) is None:
-            yield from _containers(child, below)
 
 
 def stages(model: nn.Module) -> list[Stage]:
@@ -166,28 +210,138 @@ def stages(model: nn.Module) -> list[Stage]:
         model: a network, converted or not.
 
     Returns:
-        One `Stage` for each container that directly holds blocks; empty when the
-        network's family is not known here.
-
-    Raises:
-        ValueError: a block of a known type lacks what tells its shape; names it.
+        One `Stage` for each container that directly holds blocks that can be read; empty when the
+        network's family is not known here. A block that stands in several containers belongs to
+        the one with most blocks.
 
     Example:
         >>> import timm
         >>> [len(stage.blocks) for stage in stages(timm.create_model("resnet18"))]
         [2, 2, 2, 2]
     """
-    found = []
-    for path, container in _containers(model, ""):
-        blocks = []
-        for name, child in container.named_children():
+    found: dict[str, list[BlockInfo]] = {}
+    for element in _elements(model):
+        if isinstance(element.what, BlockInfo):
+            found.setdefault(element.container, []).append(element.what)
+    return [Stage(path, tuple(blocks)) for path, blocks in found.items()]
+
+
+def blocks(model: nn.Module) -> list[BlockInfo | UnknownBlock]:
+    """All blocks of a network, the unknown ones too, in the order in which they were registered.
+
+    Example:
+        >>> import timm
+        >>> [(b.path, type(b).__name__) for b in blocks(timm.create_model("ghostnet_050"))][-2:]
+        [('blocks.8.3', 'UnknownBlock'), ('blocks.9.0', 'BlockInfo')]
+    """
+    return [e.what for e in _elements(model) if not isinstance(e.what, Convolution)]
+
+
+@dataclass(frozen=True)
+class _Element:
+    """A block, or a convolution outside all blocks.
+
+    Attributes:
+        container: path of the module that directly holds a block.
+        what: the block or convolution.
+        outermost: it lies in containers alone, and in modules that hold all of the network's blocks.
+    """
+
+    container: str
+    what: BlockInfo | UnknownBlock | Convolution
+    outermost: bool
+
+
+def _elements(model: nn.Module) -> Iterator[_Element]:
+    """The blocks of a network, and the convolutions outside them, in order, each module once."""
+    held, homes = _held_blocks(model)
+    every = held[id(model)]
+    declared = {id(found) for found in _declared(model)}
+    paths = [path.split(".") for path, module in model.named_modules() if id(module) in declared]
+    around_classifier = {
+        id(model.get_submodule(".".join(names[:n]))) for names in paths for n in range(1, len(names))
+    }
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module, outermost: bool) -> Iterator[_Element]:
+        for name, child in module.named_children():
             below = f"{path}.{name}" if path else name
-            shape = _read(child, below)
-            if shape is not None:
-                blocks.append(BlockInfo(below, child, *shape))
-        if blocks:
-            found.append(Stage(path, tuple(blocks)))
-    return found
+            shape = _read(child)
+            if id(child) in seen or (isinstance(shape, tuple) and homes[id(child)] != id(module)):
+                continue
+            seen.add(id(child))
+            inside = held.get(id(child), frozenset())
+            if isinstance(shape, tuple):
+                yield _Element(path, BlockInfo(below, child, *shape), outermost)
+            elif isinstance(shape, str):
+                yield _Element(path, UnknownBlock(below, child, shape), outermost)
+            elif inside or _is_container(child) or id(child) in around_classifier:
+                yield from walk(below, child, outermost and (not inside or inside == every))
+            elif isinstance(child, Part):
+                continue  # what a method made of a convolution outside the blocks
+            elif _is_unknown_stage(child):
+                yield from walk(below, child, False)
+            elif _count_layers(child) > 1:
+                reason = f"{type_name(child)} is no block of a known family"
+                yield _Element(path, UnknownBlock(below, child, reason), outermost)
+            else:  # a layer, or one with its norm and activation
+                for inner, layer in child.named_modules():
+                    if isinstance(layer, nn.Conv2d):
+                        where = f"{below}.{inner}" if inner else below
+                        yield _Element(path, Convolution(where, layer, _kind(layer)), outermost)
+
+    return walk("", model, True)
+
+
+def _held_blocks(model: nn.Module) -> tuple[dict[int, frozenset[int]], dict[int, int]]:
+    """Which blocks each module outside the blocks holds, and which module is home to each block.
+
+    Returns:
+        Both by the modules' `id`. A block's home is, of all modules that directly hold it, the one
+        that holds most blocks; containers go before others, such as a wrapper with names of its own.
+    """
+    held: dict[int, frozenset[int]] = {}
+    homes: dict[int, int] = {}
+    best: dict[int, tuple[bool, int]] = {}
+
+    def look(module: nn.Module) -> frozenset[int]:
+        if id(module) in held:
+            return held[id(module)]
+        direct = {id(child) for child in module.children() if _is_block(child)}
+        rank = (_is_container(module), len(direct))
+        for block in direct:
+            if rank > best.get(block, (False, 0)):
+                homes[block], best[block] = id(module), rank
+        below = (look(child) for child in module.children() if _read(child) is None)
+        held[id(module)] = frozenset(direct).union(*below)
+        return held[id(module)]
+
+    look(model)
+    return held, homes
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module only holds or chains others, as `nn.Sequential` does."""
+    return any(
+        isinstance(module, cls) and type(module).forward is cls.forward
+        for cls in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    )
+
+
+def _is_unknown_stage(module: nn.Module) -> bool:
+    """Whether most of a module lies in a container of unknown blocks; these are then named singly."""
+    inner = (child for m in module.children() if _is_container(m) for child in m.children())
+    unknown = [child for child in inner if _count_layers(child) > 1]
+    return 2 * sum(map(_size, unknown)) > _size(module)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _count_layers(module: nn.Module) -> int:
+    """How many modules have a matrix or a kernel of their own."""
+    return sum(any(p.dim() > 1 for p in m.parameters(recurse=False)) for m in module.modules())
 
 
 @dataclass(frozen=True)
@@ -198,11 +352,14 @@ class Convolution:
         path: dotted path from the module that was searched.
         module: an `nn.Conv2d`, or an `nn.Linear` that is applied at each position.
         kind: ``"depthwise"``, ``"pointwise"`` (1x1, or linear) or ``"spatial"``.
+        inside: type of a module in the block that is neither timm's nor PyTorch's and holds the
+            layer, such as an adapter; empty for none.
     """
 
     path: str
     module: nn.Conv2d | nn.Linear
     kind: Literal["depthwise", "pointwise", "spatial"]
+    inside: str = ""
 
 
 def convolutions(block: nn.Module) -> list[Convolution]:
@@ -217,13 +374,17 @@ def convolutions(block: nn.Module) -> list[Convolution]:
     found: list[Convolution] = []
     if isinstance(block, vision_transformer.Block):
         return found  # its linear layers are no convolutions: attention lies between them
+    foreign: dict[str, str] = {}
     for path, module in block.named_modules():
         if "se" in path.split("."):
             continue
+        if path and type(module).__module__.partition(".")[0] not in ("torch", "timm", "pliant"):
+            foreign[f"{path}."] = type_name(module)
+        inside = next((name for prefix, name in foreign.items() if path.startswith(prefix)), "")
         if isinstance(module, nn.Linear):
-            found.append(Convolution(path, module, "pointwise"))
+            found.append(Convolution(path, module, "pointwise", inside))
         elif isinstance(module, nn.Conv2d):
-            found.append(Convolution(path, module, _kind(module)))
+            found.append(Convolution(path, module, _kind(module), inside))
     return found
 
 
@@ -251,6 +412,8 @@ _NORMS = (
     layers.SimpleNormFp32,
     layers.SimpleNorm2d,
     layers.SimpleNorm2dFp32,
+    layers.FrozenBatchNormAct2d,
+    FrozenBatchNorm2d,
 )
 
 
@@ -262,11 +425,53 @@ def norms(block: nn.Module) -> list[str]:
         >>> norms(timm.create_model("resnet18").layer2[0])
         ['bn1', 'bn2']
     """
+    return [path for path, module in _main_path(block) if isinstance(module, _NORMS)]
+
+
+def unknown_norms(block: nn.Module) -> list[str]:
+    """Paths of what is called a norm on a block's main path and is none that `norms` knows.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("resnet18", norm_layer=timm.layers.FilterResponseNormTlu2d)
+        >>> unknown_norms(model.layer1[0])
+        ['bn1', 'bn2']
+    """
     return [
         path
-        for path, module in block.named_modules()
-        if isinstance(module, _NORMS) and not {"downsample", "shortcut"} & set(path.split("."))
+        for path, module in _main_path(block)
+        if "norm" in type(module).__name__.lower()
+        and not isinstance(module, _NORMS)
+        and any(True for _ in module.parameters())
+        and not _count_layers(module)
     ]
+
+
+def _main_path(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in block.named_modules():
+        if not {"downsample", "shortcut"} & set(path.split(".")):
+            yield path, module
+
+
+def learnable_norm(norm: nn.Module) -> nn.Module:
+    """A copy of a norm that learns, also of one that was frozen for good (`timm.utils.freeze`).
+
+    Example:
+        >>> frozen = layers.freeze_batch_norm_2d(nn.BatchNorm2d(8))
+        >>> type(frozen).__name__, type(learnable_norm(frozen)).__name__
+        ('FrozenBatchNorm2d', 'BatchNorm2d')
+    """
+    new: Any = copied(norm)
+    if isinstance(norm, (layers.FrozenBatchNormAct2d, FrozenBatchNorm2d)):
+        acts = isinstance(norm, layers.FrozenBatchNormAct2d)
+        frozen, cls = new, layers.BatchNormAct2d if acts else nn.BatchNorm2d
+        new = cls(len(norm.weight), eps=norm.eps).to(norm.weight)
+        if acts:
+            new.drop, new.act = frozen.drop, frozen.act
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(new, name).data = getattr(frozen, name)
+    learnable: nn.Module = new.requires_grad_(True)
+    return learnable
 
 
 def is_residual(block: nn.Module) -> bool:
@@ -280,33 +485,58 @@ def is_residual(block: nn.Module) -> bool:
     inner = getattr(block, "block", block)  # of a block that a method wrapped
     if isinstance(inner, regnet.Bottleneck):
         return inner.downsample is not None and isinstance(inner.downsample, nn.Identity)
+    if isinstance(inner, (resnet.BasicBlock, resnet.Bottleneck)) and inner.downsample is not None:
+        return False  # a block of HRNet's that keeps width and resolution, and convolves its input
     added = getattr(inner, "has_skip", True)
     channels, out_channels, stride = shape_of(block)
     return bool(added) and channels == out_channels and stride == 1
 
 
+def computes_mixtures(block: nn.Module) -> bool:
+    """Whether a block mixes its kernels for each example by itself, as timm's CondConv networks do."""
+    return isinstance(block, efficientnet.CondConvResidual)
+
+
 def classifier(model: nn.Module) -> str | None:
     """Path of the linear layer that gives the classes; None without one.
 
-    timm's networks name it, also inside a container; of others it is the last module, as
-    it is behind a network of timm that was made without a classifier.
+    timm's networks name it, also inside a container; of others it is the last module, if it
+    stands in no block and has no other linear layer beside it. So it is behind a network of timm
+    that was made without a classifier.
 
     Example:
         >>> import timm
         >>> classifier(nn.Sequential(nn.Identity(), timm.create_model("regnetx_002")))
         '1.head.fc'
     """
-    getters = (getattr(module, "get_classifier", None) for module in model.modules())
-    asked = [get() for get in getters if callable(get)]
-    found: object = asked[0] if asked else None
+    found = next(iter(_declared(model)), None)
     if found is None or isinstance(found, nn.Identity):
-        found = list(model.modules())[-1]
+        path, found = list(model.named_modules())[-1]
+        owner = model.get_submodule(path.rpartition(".")[0])
+        beside = [child for child in owner.children() if isinstance(child, nn.Linear)]
+        lonely = len(beside) == 1 or isinstance(owner, nn.Sequential)
+        if not lonely or any(path.startswith(f"{block.path}.") for block in blocks(model)):
+            return None
     paths = (path for path, module in model.named_modules() if module is found)
     return next(paths, None) if isinstance(found, nn.Linear) else None
 
 
+def _declared(model: nn.Module) -> list[object]:
+    """What the networks in `model` say is their classifier, outermost first."""
+    found = []
+    for module in model.modules():
+        get = getattr(type(module), "get_classifier", None)
+        try:
+            found += [get(module)] if callable(get) else []
+        except (AttributeError, TypeError):  # an encoder whose classifier was deleted
+            continue
+    return found
+
+
 def stem_and_head(model: nn.Module) -> tuple[list[Convolution], list[Convolution]]:
     """Convolutions before the first block, and those between the last one and the classes.
+
+    Behind an unknown block there is no head: nobody knows what stands there.
 
     Example:
         >>> import timm
@@ -314,9 +544,10 @@ def stem_and_head(model: nn.Module) -> tuple[list[Convolution], list[Convolution
         >>> [c.path for c in stem], [c.path for c in head]
         (['conv_stem'], ['conv_head'])
     """
-    count = sum(len(stage.blocks) for stage in stages(model))
-    around = outside_blocks(model)
-    return [c for n, c in around if n == 0], [c for n, c in around if n == count]
+    every = blocks(model)
+    around = [(n, conv) for n, conv, outermost in _outside(model) if outermost]
+    known = bool(every) and isinstance(every[-1], BlockInfo)
+    return [c for n, c in around if n == 0], [c for n, c in around if known and n == len(every)]
 
 
 def outside_blocks(model: nn.Module) -> list[tuple[int, Convolution]]:
@@ -327,15 +558,17 @@ def outside_blocks(model: nn.Module) -> list[tuple[int, Convolution]]:
         >>> [(n, c.path) for n, c in outside_blocks(timm.create_model("convnext_atto"))][:2]
         [(0, 'stem.0'), (2, 'stages.1.downsample.1')]
     """
-    blocks = [block.path for stage in stages(model) for block in stage.blocks]
-    found: list[tuple[int, Convolution]] = []
+    return [(n, conv) for n, conv, _ in _outside(model)]
+
+
+def _outside(model: nn.Module) -> Iterator[tuple[int, Convolution, bool]]:
+    """The convolutions that lie in no block: number of blocks before it, itself, `_Element.outermost`."""
     seen = 0
-    for path, module in model.named_modules():
-        if path in blocks:
+    for element in _elements(model):
+        if isinstance(element.what, Convolution):
+            yield seen, element.what, element.outermost
+        else:
             seen += 1
-        elif isinstance(module, nn.Conv2d) and not any(path.startswith(f"{b}.") for b in blocks):
-            found.append((seen, Convolution(path, module, _kind(module))))
-    return found
 
 
 def take_dropout(model: nn.Module, classifier: str) -> float:
@@ -362,7 +595,7 @@ def take_dropout(model: nn.Module, classifier: str) -> float:
 
 
 def block_families() -> list[str]:
-    """The block types that `stages` can read, for error messages."""
+    """The block types that `stages` can read, all of timm, for error messages."""
     return sorted(
         f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in _READERS if cls is not Block
     )
@@ -377,21 +610,37 @@ def name_of(model: nn.Module) -> str:
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:
     """Channels, height and width that a network was made for, ``(3, 224, 224)``.
 
-    Height and width come from timm's configuration of the network, the channels from
-    its first convolution (so ``in_chans`` counts). None when nothing tells.
+    Height and width come from timm's configuration of the network, the channels from its first
+    convolution (so ``in_chans`` counts, and one that was put in by hand); from what the network
+    says where that convolution gets no image, but pixels folded into channels. None when nothing
+    tells.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
-    size = config.get("input_size")
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if size is None or first is None:
+    size, named = config.get("input_size"), config.get("first_conv")
+    told: int | None = getattr(model, "in_chans", None)
+    paths = {
+        path: module for path, module in model.named_modules() if isinstance(module, (nn.Conv2d, Part))
+    }
+    names = (named,) if isinstance(named, str) else named or ()
+    first = next((paths[name] for name in names if name in paths), None)
+    if first is None and told is None:  # `features_only` names its modules anew
+        first = next((m for m in paths.values() if isinstance(m, nn.Conv2d)), None)
+    channels = getattr(first, "in_channels", told)
+    if size is None or channels is None:
         return None
-    return first.in_channels, int(size[1]), int(size[2])
+    folded = told is not None and channels in (4 * told, 16 * told, 64 * told)
+    return (told if folded and told else channels), int(size[1]), int(size[2])
 
 
 def is_channels_last(model: nn.Module) -> bool:
     """Whether weights of `model` lie in memory with their channels last."""
-    # A 1x1 kernel, or one channel, lies in both ways at once and says nothing.
-    return any(
-        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
-        for p in model.parameters()
-    )
+    maps = [p for p in model.parameters() if p.dim() == 4]
+    # A 1x1 kernel, or one channel, lies in both ways at once. Its strides count where nothing else tells
+    # (a MobileNet for grey images), because the last bits of what a kernel computes depend on them.
+    certain = [p for p in maps if p.is_contiguous() != p.is_contiguous(memory_format=torch.channels_last)]
+    return any(p.stride() == _strides(p, torch.channels_last) != _strides(p) for p in certain or maps)
+
+
+def _strides(like: Tensor, form: torch.memory_format = torch.contiguous_format) -> tuple[int, ...]:
+    """The strides that PyTorch gives a tensor of a shape in a memory format."""
+    return torch.empty_like(like, device="meta", memory_format=form).stride()

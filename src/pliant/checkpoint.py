@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextvars
 import copy
-import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from pliant import anatomy
 from pliant._config import FORMAT, Config, check_arguments, is_foreign, plain, sequence, some
+from pliant._files import sync
 from pliant._state import difference, shapes, ties
 from pliant._version import __version__
 from pliant.evaluating import evaluating
@@ -106,7 +107,8 @@ def save(
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise ValueError(f"the {type(model).__name__} has no weights to save: it is on the meta device")
     tensors, state = _split_state(model)
-    config = _describe(model, arguments, state, classes, mean, std, input_size)
+    told = {"classes": classes, "mean": mean, "std": std, "input_size": input_size}
+    config = _describe(model, arguments, state, **told)
     if verify:
         _check_structure(model, config)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,15 +119,14 @@ def save(
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # what it makes of a full disk
             raise OSError(f"{folder} cannot be written: {error}") from error
-        config = replace(config, sha256=_digest((temporary / WEIGHTS).read_bytes()))
+        config = replace(config, sha256=sha256((temporary / WEIGHTS).read_bytes()).hexdigest())
         text = json.dumps(config.to_json(), indent=2, allow_nan=False)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
         shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # safetensors makes its file private
         if verify:
             _check_outputs(model, load(temporary), config.input_size)
-        for file in (temporary / WEIGHTS, temporary / CONFIG):
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
+        for name in (WEIGHTS, CONFIG):
+            sync(temporary / name)
         _put(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -227,13 +228,7 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
 
 
 def _describe(
-    model: nn.Module,
-    arguments: Mapping[str, Any] | None,
-    state: Mapping[str, Any],
-    classes: Sequence[str] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    input_size: tuple[int, int, int] | None,
+    model: nn.Module, arguments: Mapping[str, Any] | None, state: Mapping[str, Any], **told: Any
 ) -> Config:
     """The configuration of `model`, as far as it, timm and the caller tell."""
     known: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
@@ -253,25 +248,24 @@ def _describe(
     check_arguments(given)
     num_classes = given.get("num_classes") if hasattr(model, "num_classes") else None
     names = known.get("label_names")
-    if classes is None and names and len(names) == num_classes:
-        classes = names
-    size = input_size or anatomy.input_size(model)
-    if input_size is None and size and "img_size" in given:
+    if told["classes"] is None and names and len(names) == num_classes:
+        told["classes"] = names
+    size = told["input_size"] or anatomy.input_size(model)
+    if told["input_size"] is None and size and "img_size" in given:
         side = given["img_size"]
         size = (size[0], *(side if isinstance(side, Sequence) else (side, side)))
-    fits = {k: known[k] for k in ("mean", "std") if size and len(known.get(k) or ()) in (1, size[0])}
+    told["input_size"] = size
+    for name in ("mean", "std"):
+        if told[name] is None and size and len(known.get(name) or ()) in (1, size[0]):
+            told[name] = known[name]
+    resizing: dict[str, Any] = {k: known.get(k) for k in ("interpolation", "crop_pct", "crop_mode")}
     return Config(
         network=known["architecture"],
         arguments=plain(given, "arguments"),
         methods=tuple(c.method for c in conversions(model) if not c.named),
         num_classes=num_classes,
-        classes=sequence("classes", classes),
-        input_size=sequence("input_size", size),
-        mean=sequence("mean", fits.get("mean") if mean is None else mean),
-        std=sequence("std", fits.get("std") if std is None else std),
-        interpolation=known.get("interpolation"),
-        crop_pct=known.get("crop_pct"),
-        crop_mode=known.get("crop_mode"),
+        **resizing,
+        **{name: sequence(name, values) for name, values in told.items()},
         channels_last=anatomy.is_channels_last(model),
         state=state,
         versions={"pliant": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
@@ -344,7 +338,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         raise CheckpointError(f"{path.parent} has no {WEIGHTS}")
     data = path.read_bytes()
     try:
-        return safetensors.torch.load(data), _digest(data)
+        return safetensors.torch.load(data), sha256(data).hexdigest()
     except Exception as error:  # SafetensorError, and what torch raises for a nonsensical header
         if len(data) < 9 or data[8:9] == b"{":  # eight bytes of length, then JSON
             raise CheckpointError(f"{path} is truncated or damaged ({len(data)} bytes): {error}") from error
@@ -427,7 +421,3 @@ def _put(temporary: Path, target: Path) -> None:
         aside.rename(target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from pliant import tables
 from pliant.methods import METHODS
 from pliant.recipes import get_recipe
 from pliant.recipes._networks import objective_of
-from pliant.records import Origin, read_records, write_records
+from pliant.records import Origin, percent, read_records, write_records
 from pliant.surgery import networks_in
 from pliant.train.recipe import Recipe, differences, override
 
@@ -35,7 +35,7 @@ PLAIN = "plain"
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Origin):
-    """What one training run cost and reached.
+    """What one training run cost and reached. Accuracies are shares in [0, 1]; percent in tables and files.
 
     Attributes:
         label: the network's role in the comparison.
@@ -48,14 +48,16 @@ class Score(Origin):
         seed: of initial weights, order and augmentation.
         parameters: learnable values.
         macs: multiply-accumulates of one image.
-        train_accuracy: of the best epoch, in percent, as `fit` logs it.
-        val_accuracy: of the best epoch, in percent.
+        train_accuracy: of the best epoch, as `fit` logs it.
+        val_accuracy: of the best epoch.
         train_ce: cross entropy on training images in that epoch, without augmentation or
             smoothing: capacity (section 4.1 of CondConv).
-        gap: training minus validation accuracy, in points (section 5.2 of the paper).
-        test_accuracy: of the best epoch's weights, tested once, in percent.
+        gap: training minus validation accuracy (section 5.2 of the paper).
+        test_accuracy: of the best epoch's weights, tested once.
         seconds: of training. Machines differ; compare within one comparison only.
     """
+
+    PERCENT: ClassVar[tuple[str, ...]] = ("train_accuracy", "val_accuracy", "gap", "test_accuracy")
 
     label: str
     recipe: str
@@ -252,11 +254,11 @@ def _score(label: str, run: Run) -> Score:
         seed=recipe.seed,
         parameters=count_parameters(run.model),
         macs=count_macs(run.model, (recipe.in_chans, recipe.pixels, recipe.pixels)),
-        train_accuracy=100 * best["train_accuracy"],
+        train_accuracy=best["train_accuracy"],
         train_ce=best["train_ce"],
-        val_accuracy=100 * best["val_accuracy"],
-        gap=100 * (best["train_accuracy"] - best["val_accuracy"]),
-        test_accuracy=None if run.test_accuracy is None else 100 * run.test_accuracy,
+        val_accuracy=best["val_accuracy"],
+        gap=best["train_accuracy"] - best["val_accuracy"],
+        test_accuracy=run.test_accuracy,
         seconds=run.seconds,
         **origin,
     )
@@ -292,15 +294,15 @@ def summary(scores: Sequence[Score]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for label in dict.fromkeys(score.label for score in scores):
         own = [score for score in scores if score.label == label]
-        tests = [score.test_accuracy for score in own if score.test_accuracy is not None]
+        tests = [percent(score.test_accuracy) for score in own if score.test_accuracy is not None]
         first = own[0]
         rows.append(
             (
                 label,
                 _mean(tests, 1),
-                _mean([score.val_accuracy for score in own], 1),
+                _mean([percent(score.val_accuracy) for score in own], 1),
                 _mean([score.train_ce for score in own], 3),
-                _mean([score.gap for score in own], 1),
+                _mean([percent(score.gap) for score in own], 1),
                 f"{first.parameters:,}",
                 f"{first.macs / 1e6:.2f} M",
                 _mean([score.seconds for score in own], 0),

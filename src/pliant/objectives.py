@@ -10,11 +10,17 @@ Shapes in this file::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch.nn.functional as F
+from pydantic import AfterValidator
 from torch import Tensor, nn
+
+from pliant._options import Numbers
 
 
 class Objective(Protocol):
@@ -118,21 +124,58 @@ def channel_dim(h: Tensor, channels: int) -> int:
     raise ValueError(f"a stage's output of shape {tuple(h.shape)} has no dimension of {channels} channels")
 
 
-def stage_numbers(stages: Any) -> tuple[int, ...]:
-    """An option's numbers of stages as a tuple; JSON knows lists only.
+Seen = dict[int, list[Feature]]  # by number of the stage, one feature for each forward
+
+
+@contextmanager
+def stage_outputs(
+    network: nn.Module, ends: Mapping[int, tuple[nn.Module, int]], stages: Iterable[int] | None = None
+) -> Iterator[Seen]:
+    """Collect what stages give while the block runs. Nothing stays hooked.
+
+    Args:
+        network: the network whose forward runs in the block.
+        ends: last block of each stage, and its output channels, by the stage's number.
+        stages: numbers of the stages; None: all.
 
     Raises:
-        ValueError: not a list or tuple of numbers from 0, each once.
+        ValueError: `network` has no such stage, or its forward did not reach one.
 
     Example:
-        >>> stage_numbers([0, 2])
-        (0, 2)
+        >>> import torch
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3))
+        >>> with stage_outputs(network, {0: (network[0], 8)}) as seen:
+        ...     _ = network(torch.zeros(1, 3, 5, 5))
+        >>> [feature.h.shape for feature in seen[0]]
+        [torch.Size([1, 8, 3, 3])]
     """
-    listed = isinstance(stages, (tuple, list))
-    whole = listed and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in stages)
-    if not whole or len(set(stages)) != len(stages):
-        raise ValueError(f"stages must be numbers from 0, each once, or none; not {stages!r}")
-    return tuple(stages)
+    seen: Seen = {}
+    handles = []
+
+    def keep(n: int, _block: nn.Module, _args: Any, h: Tensor) -> None:
+        seen[n].append(Feature(h, channel_dim(h, ends[n][1])))
+
+    try:
+        for n in ends if stages is None else stages:
+            if n not in ends:
+                raise ValueError(f"no stage {n} in {type(network).__name__}; it has 0 to {max(ends)}")
+            seen[n] = []
+            handles.append(ends[n][0].register_forward_hook(partial(keep, n)))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+    if lost := [n for n, found in seen.items() if not found]:
+        raise ValueError(f"the forward of {type(network).__name__} does not reach stage {lost[0]}")
+
+
+def _each_once(stages: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(stages)) != len(stages):
+        raise ValueError(f"give each number once, not {stages}")
+    return stages
+
+
+StageNumbers = Annotated[Numbers, AfterValidator(_each_once)]  # an option's
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

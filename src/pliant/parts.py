@@ -14,6 +14,7 @@ Shapes in this file::
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
-from pliant.threaded import take_over
+from pliant.threaded import passes_along, take_over
 
 Network = TypeVar("Network", bound=nn.Module)
 Target = Literal["program", "onnx", "openvino"]
@@ -172,6 +173,47 @@ def parts(network: nn.Module) -> dict[str, Part]:
     return {path: m for path, m in network.named_modules() if isinstance(m, Part)}
 
 
+def substitute(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in all places of `old` below `network`: a module may stand at several paths.
+
+    Example:
+        >>> block = nn.ReLU()
+        >>> network = nn.Sequential(block, nn.Sequential(block))
+        >>> substitute(network, block, nn.Identity())
+        >>> network
+        Sequential(
+          (0): Identity()
+          (1): Sequential(
+            (0): Identity()
+          )
+        )
+    """
+    for parent in list(network.modules()):
+        for name in [name for name, child in parent._modules.items() if child is old]:
+            setattr(parent, name, new)
+
+
+def copied(module: Network, memo: dict[int, Any] | None = None) -> Network:
+    """A deep copy, also of a module whose weight a hook computes (pruning, `weight_norm`).
+
+    PyTorch refuses to copy such a weight, because gradients flow through it. The hook computes that
+    of the copy in the next forward.
+
+    Args:
+        module: a module, with all that is in it.
+        memo: as of `copy.deepcopy`: what stands for objects in the copy, by their `id`.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5)
+        >>> copied(pruned).weight.shape
+        torch.Size([4, 4])
+    """
+    computed = (v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor))
+    clones = {id(v): v.detach().clone() for v in computed if not v.is_leaf}
+    return copy.deepcopy(module, clones | (memo or {}))
+
+
 def replace_parts(network: Network, form: Callable[[str, Part], nn.Module | None]) -> Network:
     """Put other forms in the places of parts, in `network` itself.
 
@@ -191,7 +233,7 @@ def replace_parts(network: Network, form: Callable[[str, Part], nn.Module | None
             continue
         take_over(new.eval(), part)
         if path:
-            network.set_submodule(path, new)
+            substitute(network, part, new)
         else:
             network = cast("Network", new)
     return network
@@ -202,6 +244,34 @@ def _stands(network: nn.Module, path: str, part: Part) -> bool:
         return network.get_submodule(path) is part
     except AttributeError:  # a form that took the place of a module around it has no such child
         return False
+
+
+def as_defined(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a layer is exactly of one of these classes, and a call of it does nothing more.
+
+    Only then its weights may be read in place of the call. An adapter (LoRA), a parametrization, a hook
+    and a quantised weight would be left out otherwise.
+
+    Example:
+        >>> plain, watched = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> handle = watched.register_forward_hook(print)
+        >>> as_defined(plain, nn.Linear), as_defined(watched, nn.Linear), as_defined(plain, nn.Conv2d)
+        (True, False, False)
+    """
+    kept = (Tensor, nn.Parameter)
+    return (
+        type(layer) in kinds
+        and "forward" not in vars(layer)
+        and not hooked(layer)
+        and all(value is None or type(value) in kept for value in layer._parameters.values())
+    )
+
+
+def hooked(module: nn.Module) -> str:
+    """Why forward hooks forbid to put another form in the place of a module; empty if there are none."""
+    inside = [*module.modules()]
+    hooks = [h for m in inside for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return "" if all(map(passes_along, hooks)) else "it has hooks, which another form would not run"
 
 
 def operators_of(network: nn.Module) -> list[Operators]:

@@ -12,7 +12,7 @@ import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 import timm
 import torch
@@ -22,41 +22,26 @@ from pliant._version import __version__
 SOURCE = Path(__file__).resolve().parent
 
 
-class Provenance(TypedDict):
-    """What `provenance` tells: the fields of `pliant.records.Origin`, which explains them."""
-
-    cpu: str
-    cores: int
-    gpu: str
-    os: str
-    python: str
-    torch: str
-    timm: str
-    pliant: str
-    commit: str
-    date: str
-
-
-def provenance(device: torch.device | str = "cpu") -> Provenance:
-    """Machine, versions, commit and date, for figures taken on `device` now.
+def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The fields of `pliant.records.Origin`, for figures taken on `device` now.
 
     Example:
         >>> provenance()["pliant"] == __version__
         True
     """
     device = torch.device(device)
-    return Provenance(
-        cpu=cpu_model(),
-        cores=_cores(),
-        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-        os=f"{platform.system()} {platform.machine()}",
-        python=platform.python_version(),
-        torch=torch.__version__,
-        timm=timm.__version__,
-        pliant=__version__,
-        commit=commit(SOURCE),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
+    return {
+        "cpu": cpu_model(),
+        "cores": _cores(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "os": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "pliant": __version__,
+        "commit": commit(SOURCE),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

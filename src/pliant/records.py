@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import Field, dataclass, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -29,10 +30,12 @@ class Origin:
         commit: of pliant's source tree, ``-dirty`` where the package differed from it;
             empty where pliant was installed rather than checked out.
         date: UTC, ISO 8601; of a training run, when it began.
+        PERCENT: columns of shares in [0, 1], which a file has in percent.
         LATE: columns that a kind of row got after files of it were written: they stand behind all
             others, have defaults, and may be missing from a file.
     """
 
+    PERCENT: ClassVar[tuple[str, ...]] = ()
     LATE: ClassVar[tuple[str, ...]] = ()
 
     cpu: str = ""
@@ -75,8 +78,25 @@ def columns(kind: type[_Dataclass]) -> list[str]:
     return [*first, *(name for name in origin if name in own), *late]
 
 
+def percent(share: float) -> float:
+    """A share in percent, without the digits that a multiplication by 100 would add.
+
+    Example:
+        >>> percent(0.57), 100 * 0.57
+        (57.0, 56.99999999999999)
+    """
+    return float(_moved(share, 2))
+
+
+def _moved(number: float | str, places: int) -> Decimal:
+    """A number with its decimal point moved, exact in decimals, so that files give back what they got."""
+    return Decimal(str(number)).scaleb(places)
+
+
 def cells(row: _Dataclass, number: str = "") -> list[str]:
     """A row's cells as text, in the order of `columns`: None as ``""``, (3, 32, 32) as ``3x32x32``.
+
+    Shares of `Origin.PERCENT` are given in percent.
 
     Args:
         row: of a flat dataclass.
@@ -86,7 +106,9 @@ def cells(row: _Dataclass, number: str = "") -> list[str]:
         >>> cells(Origin(cpu="a", cores=2))[:2]
         ['a', '2']
     """
-    return [_text(getattr(row, name), number) for name in columns(type(row))]
+    shares = getattr(row, "PERCENT", ())
+    values = ((name, getattr(row, name)) for name in columns(type(row)))
+    return [_text(_moved(v, 2) if name in shares and v is not None else v, number) for name, v in values]
 
 
 def _text(value: Any, number: str) -> str:
@@ -94,6 +116,8 @@ def _text(value: Any, number: str) -> str:
         return ""
     if isinstance(value, tuple):
         return "x".join(map(str, value))
+    if isinstance(value, Decimal):
+        return format(value, number or "f")
     return format(value, number) if isinstance(value, float) else str(value)
 
 
@@ -171,7 +195,7 @@ def read_records(path: str | Path, kind: type[T], *, called: str = "") -> list[T
     path = Path(path)
     types = {f.name: str(f.type) for f in fields(kind)}
     kinds = {name: types[name] for name in columns(kind)}
-    late = getattr(kind, "LATE", ())
+    late, shares = getattr(kind, "LATE", ()), getattr(kind, "PERCENT", ())
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.reader(file, strict=True)
@@ -181,19 +205,24 @@ def read_records(path: str | Path, kind: type[T], *, called: str = "") -> list[T
                 what = called or f"a {kind.__name__}"
                 raise ValueError(f"{path}, line 1: the columns are not those of {what}: {odd}")
             return [
-                kind(**_values(kinds, header, texts, f"{path}, line {reader.line_num}")) for texts in reader
+                kind(**_values(kinds, shares, header, texts, f"{path}, line {reader.line_num}"))
+                for texts in reader
             ]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no readable CSV file: {error}") from error
 
 
-def _values(kinds: dict[str, str], header: list[str], texts: list[str], where: str) -> dict[str, Any]:
+def _values(
+    kinds: dict[str, str], shares: Sequence[str], header: list[str], texts: list[str], where: str
+) -> dict[str, Any]:
     if len(texts) != len(header):
         raise ValueError(f"{where}: {len(texts)} cells, not {len(header)}; the line is damaged")
     values = {}
     for name, text in zip(header, texts, strict=True):
         try:
-            values[name] = _value(kinds[name], text)
+            value = _value(kinds[name], text)
+            share = name in shares and value is not None
+            values[name] = float(_moved(text, -2)) if share else value
         except ValueError:
             raise ValueError(
                 f"{where}: {name} is {text!r}, which is no {kinds[name]}; the line is damaged"

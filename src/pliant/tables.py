@@ -40,19 +40,21 @@ def terminal(
     title: str | None = None,
     caption: str | None = None,
 ) -> Table:
-    """The same table for `rich.print`.
+    """The same table for `rich.print`. Figures stay whole in a narrow terminal; text breaks between words.
 
     Args:
         headings: one for each column.
         rows: cells of each row.
         text: headings of the columns of text; by default the first column alone.
         title: above the table.
-        caption: below it.
+        caption: below it. Neither this nor the cells are read as rich's markup.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    below = None if caption is None else Text(caption)
+    table = Table(title=title, caption=below, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     lines = list(rows)
     for number, heading in enumerate(headings):
         if heading in (headings[:1] if text is None else text):
@@ -61,7 +63,7 @@ def terminal(
         else:
             table.add_column(heading, justify="right", no_wrap=True)
     for row in lines:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

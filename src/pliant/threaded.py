@@ -149,8 +149,8 @@ class Bound:
     """A view of a module in whose forward some of its submodules are called otherwise.
 
     Everything but these is the module's own. The view is made for one forward and thrown
-    away after it. Hooks of `module` and of the modules on the way to its bound layers do
-    not run; those of all others do.
+    away after it. Forward hooks run as they do without the view; backward hooks of `module` and of
+    the modules on the way to its bound layers do not.
 
     Args:
         module: whose forward runs.
@@ -203,7 +203,28 @@ class Bound:
         module = self._bound
         while isinstance(module, Bound):  # a view of a view: of two methods in one block
             module = module._bound
-        return type(module).forward(self, *args, **options)
+        forward = partial(type(module).forward, self)
+        if module._forward_hooks or module._forward_pre_hooks:
+            return _with_hooks(module, forward, args, options)
+        return forward(*args, **options)
+
+
+def _with_hooks(
+    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
+    """What a call of `module` with its forward hooks gives, if its forward is `forward`."""
+    for key, hook in module._forward_pre_hooks.items():
+        if key in module._forward_pre_hooks_with_kwargs:
+            args, options = hook(module, args, options) or (args, options)
+        else:
+            new = hook(module, args)
+            args = args if new is None else new if isinstance(new, tuple) else (new,)
+    output = forward(*args, **options)
+    for key, hook in module._forward_hooks.items():
+        given = (args, options) if key in module._forward_hooks_with_kwargs else (args,)
+        new = hook(module, *given, output)
+        output = output if new is None else new
+    return output
 
 
 def between(leaves: Iterable[str]) -> frozenset[str]:

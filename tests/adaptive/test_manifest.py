@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import _export
 import pliant
 from _export import images, need
 from pliant.adaptive import manifest
-from pliant.adaptive.manifest import export_depths, read_manifest
+from pliant.adaptive.manifest import UNFINISHED, export_depths, read_manifest
 from pliant.deploy.loading import open_export
 
 
@@ -73,28 +74,56 @@ def test_depths_are_timed_on_the_threads_that_the_manifest_says(tmp_path, monkey
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_depth_that_fails_leaves_nothing_in_the_way(tmp_path, monkeypatch, there):
+def test_finished_depths_stay_and_the_same_call_goes_on(tmp_path, monkeypatch, there):
+    """After an error, and after an interruption; the rest alone is written then."""
     model, folder = _export.adaptive(), tmp_path / "net"
     if there:
         folder.mkdir()
-    written = []
+    written, said, wrong = [], [], ValueError("no third")
 
     def failing(cut, path, **options):
-        if len(written) == 2:
-            raise ValueError("no third")
-        assert not folder.exists() or len(list(folder.iterdir())) == 2 * len(written)
-        written.append(path)
+        if len(written) == 2 and wrong is not None:
+            raise wrong
+        written.append(path.name)
         return pliant.export(cut, path, **options)
 
     options = {"format": "pt2", "rounds": 0, "batches": (1,)}
-    with monkeypatch.context() as patch:
-        patch.setattr(manifest, "export", failing)
-        with pytest.raises(ValueError, match="no third"):
-            export_depths(model, folder, **options)
-    assert len(written) == 2
-    assert [p.name for p in tmp_path.iterdir()] == (["net"] if there else [])
-    assert not there or list(folder.iterdir()) == []
-    assert len(export_depths(model, folder, [(True, True)], **options).depths) == 1
+    monkeypatch.setattr(manifest, "export", failing)
+    for error in (wrong, KeyboardInterrupt()):
+        wrong = error
+        with pytest.raises(type(error)):
+            export_depths(model, folder, progress=lambda *step: said.append(step), **options)
+        assert written == ["depth-FF.pt2", "depth-FT.pt2"]
+        assert (folder / UNFINISHED).is_file()
+    assert (0, 5, "writing depth-FF.pt2") in said
+    with pytest.raises(
+        ValueError, match="holds an export that was interrupted, of another network or with"
+    ):
+        export_depths(_other(model), folder, **options)
+    with pytest.raises(ValueError, match="holds an export that was interrupted"):
+        export_depths(model, folder, **{**options, "batches": (2,)})
+    wrong = None
+    (folder / "depth-FT.pt2").write_bytes(b"damaged meanwhile")
+    made = export_depths(model, folder, **options)
+    assert written[2:] == ["depth-FT.pt2", "depth-TF.pt2", "depth-TT.pt2"]
+    assert read_manifest(folder) == made
+    assert not (folder / UNFINISHED).exists()
+    assert len(made.depths) == 4
+
+
+def _other(model):
+    other = copy.deepcopy(model)
+    torch.nn.init.zeros_(other.fc.weight)
+    return other
+
+
+def test_an_export_of_which_no_depth_is_finished_leaves_nothing(tmp_path):
+    for folder in (tmp_path / "new", tmp_path / "there"):
+        if folder.name == "there":
+            folder.mkdir()
+        with pytest.raises(ValueError, match="batches must hold"):
+            export_depths(_export.adaptive(), folder, ["TT"], format="pt2", batches=())
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
 
 
 def test_depths_that_make_no_sense_are_refused(tmp_path):

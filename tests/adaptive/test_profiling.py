@@ -27,10 +27,10 @@ def row(letters, ms, macs, accuracy=None, **more) -> Measurement:
 
 # FT is slower than TF and not better; TT is slower than FT though smaller.
 ROWS = (
-    row("FF", 4.0, 100, 80.0),
-    row("FT", 3.0, 70, 74.0),
-    row("TF", 2.0, 80, 75.0),
-    row("TT", 2.5, 50, 76.0),
+    row("FF", 4.0, 100, 0.80),
+    row("FT", 3.0, 70, 0.74),
+    row("TF", 2.0, 80, 0.75),
+    row("TT", 2.5, 50, 0.76),
 )
 UNSCORED = tuple(replace(r, accuracy=None) for r in ROWS)
 
@@ -80,21 +80,21 @@ def test_dtype_and_memory_format_are_the_networks():
 def test_accuracy_from_a_mapping_or_a_function():
     model = adaptive()
     skips = [(False, False, False), (True, True, True)]
-    given = {"FFF": 90.0, skips[1]: 85, (True, False, False): 1.0}
+    given = {"FFF": 0.9, skips[1]: 0, (True, False, False): 1.0}
     options = {"skips": skips, "rounds": 1, "min_run_time": 0}
     profile = profile_depths(model, images(1, size=8), accuracy=given, **options)
-    assert [r.accuracy for r in profile.rows] == [90.0, 85.0]
+    assert [r.accuracy for r in profile.rows] == [0.9, 0.0]
     seen = []
 
     def score(network):
         assert network is model
         assert not torch.is_grad_enabled()
         seen.append(get_depth(network))
-        return 10.0 * len(seen)
+        return 0.1 * len(seen)
 
     profile = profile_depths(model, images(1, size=8), accuracy=score, **options)
     assert seen == skips
-    assert [r.accuracy for r in profile.rows] == [10.0, 20.0]
+    assert [r.accuracy for r in profile.rows] == [0.1, 0.2]
 
 
 def test_the_front_is_what_nothing_beats():
@@ -166,8 +166,8 @@ def test_budgets_that_nothing_keeps_or_that_make_no_sense(budget, message):
         ({"skips": [(True, True)]}, "skip has 2 flags"),
         ({"skips": []}, "skips is empty; name at least one depth"),
         ({"accuracy": {}}, "accuracy has no value for depth FFF; it has none"),
-        ({"accuracy": lambda _: 101.0}, "the accuracy of depth FFF is 101.0; give percent, 0 to 100"),
-        ({"accuracy": lambda _: None}, "the accuracy of depth FFF is None; give percent"),
+        ({"accuracy": lambda _: 90.8}, "the accuracy of depth FFF is 90.8; give a share, 0 to 1"),
+        ({"accuracy": lambda _: None}, "the accuracy of depth FFF is None; give a share"),
         ({"rounds": 0}, "rounds must be at least 1, not 0"),
     ],
 )
@@ -189,8 +189,8 @@ def test_a_depth_that_is_asked_for_twice_is_measured_once():
             (*ROWS, ROWS[0]),
             "the rows are net depth FF, .*, net depth FF; give the depths of one network",
         ),
-        ((*ROWS, row("FFF", 1.0, 10, 50.0)), "the rows are net .*, net depth FFF; give the depths of one"),
-        ((*ROWS[:3], row("TT", 2.5, 50, math.nan)), "the accuracy of .*TT.* is nan; give a number"),
+        ((*ROWS, row("FFF", 1.0, 10, 0.5)), "the rows are net .*, net depth FFF; give the depths of one"),
+        ((*ROWS[:3], row("TT", 2.5, 50, math.nan)), "the accuracy of .*TT.* is nan; give a share"),
     ],
 )
 def test_rows_that_are_no_profile_are_refused(rows, message):
@@ -259,10 +259,10 @@ def test_a_mod_network_with_depths_is_measured_without_its_tax():
 
 
 def test_command_lists_depths():
-    lines = [" ".join(line.split()) for line in run("depths", "resnet50_adn").splitlines()]
-    assert "resnet50_adn depth FFFF 25.6 4.09" in lines
-    assert "resnet50_adn depth TTTT 17.1 2.56" in lines
-    assert sum("resnet50_adn depth" in line for line in lines) == 16
+    lines = [" ".join(line.split()) for line in run("depths", "resnet20_cifar_adn").splitlines()]
+    assert "resnet20_cifar_adn depth FFF 0.270 0.0406" in lines
+    assert "resnet20_cifar_adn depth TTT 0.173 0.0264" in lines
+    assert sum("resnet20_cifar_adn depth" in line for line in lines) == 8
 
 
 def test_command_profiles_a_saved_network(tmp_path):

@@ -23,8 +23,8 @@ from pliant.checkpoint import save
 from pliant.train import evaluate
 
 ROW = DepthScore(
-    network="net", depth="FT", parameters=1234, macs=5_600_000, top1=81.234, top5=None, loss=0.5, images=90,
-    unreadable=0, data="digits", part="val", pixels=8,
+    network="net", depth="FT", parameters=1234, macs=5_600_000, top1=0.81234, top5=None, loss=0.5,
+    images=90, unreadable=0, data="digits", part="val", pixels=8,
 )  # fmt: skip
 DEPTHS = ["FFF", "FFT", "FTF", "FTT", "TFF", "TFT", "TTF", "TTT"]
 
@@ -61,8 +61,8 @@ def test_every_depth_scores_as_it_does_alone(folder, scores):
         assert (score.parameters, score.macs) == (info.parameters, info.macs)
         with pliant.at_depth(model, info.skip):
             alone = evaluate(_like(folder, model), "digits", part="val", device="cpu")
-        assert score.top1 == pytest.approx(100 * alone.top1)
-        assert score.top5 == pytest.approx(100 * alone.top5)
+        assert score.top1 == pytest.approx(alone.top1)
+        assert score.top5 == pytest.approx(alone.top5)
         assert score.loss == pytest.approx(alone.loss, rel=1e-5)
         assert (score.images, score.unreadable) == (alone.images, 0)
         found.append(score.loss)
@@ -116,7 +116,7 @@ def test_tables(scores):
     assert lines[0] == "resnet20_cifar_adn, digits val, 126 images of 8 px"
     assert lines[2] == "| depth | top-1, % | top-5, % | loss | MACs, M | parameters |"
     assert lines[3] == "|---|---:|---:|---:|---:|---:|"
-    assert lines[4].startswith(f"| FFF (super) | {scores[0].top1:.2f} | {scores[0].top5:.2f} |")
+    assert lines[4].startswith(f"| FFF (super) | {100 * scores[0].top1:.2f} | {100 * scores[0].top5:.2f} |")
     assert lines[-1].startswith("| TTT (base) |")
     assert len(lines) == 4 + len(DEPTHS)
     table = depth_table(scores)
@@ -136,7 +136,7 @@ def test_rows_are_kept_with_their_origin(scores, tmp_path):
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert [r["depth"] for r in rows] == DEPTHS
-    assert float(rows[3]["top1"]) == pytest.approx(scores[3].top1, abs=1e-4)
+    assert float(rows[3]["top1"]) == pytest.approx(100 * scores[3].top1, abs=1e-4)
     assert rows[0]["torch"] == torch.__version__
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"other\.csv has the columns \['a', 'b'\].*scores of depths"):

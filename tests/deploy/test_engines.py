@@ -38,9 +38,27 @@ def error(run: Runner, model: nn.Module, x: Tensor) -> float:
     return float((found.float() - expected).abs().max() / expected.abs().max())
 
 
+def with_blocks() -> nn.Module:
+    """Five blocks, two of them Mixture-of-Depths blocks."""
+    return fresh("resnet20_cifar_mod", layers=(2, 1, 2)).eval()
+
+
+def without_blocks() -> nn.Module:
+    """Nothing that selects: in bfloat16 it may select others."""
+    return fresh("resnet20_cifar", layers=(1, 1, 1)).eval()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Tensor, Path]:
+    """A network without blocks, an image, and the file of the network, which both runtimes run."""
+    torch.manual_seed(0)
+    model, x = without_blocks(), torch.randn(1, 3, 32, 32)
+    return model, x, ENGINES["onnxruntime"].write(model, x, tmp_path_factory.mktemp("engines"))
+
+
 @pytest.mark.parametrize("name", engines_there(["eager", "compile", "compiled", "aoti", *RUNTIMES]))
 def test_an_engine_computes_what_eager_does(name: str) -> None:
-    model = fresh("resnet20_cifar_mod").eval()
+    model = with_blocks()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     assert close_to_eager(name, "float32", model) < 1e-5
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
@@ -48,7 +66,7 @@ def test_an_engine_computes_what_eager_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_so_does_its_best_form(name: str, tmp_path: Path) -> None:
-    model, x = fresh("resnet20_cifar_mod").eval(), torch.randn(2, 3, 32, 32)
+    model, x = with_blocks(), torch.randn(2, 3, 32, 32)
     engine = ENGINES[name]
     assert isinstance(engine, FileEngine)
     run = engine.load(engine.write(model, x, tmp_path, threads=1, optimized=True), x, threads=1)
@@ -57,27 +75,26 @@ def test_so_does_its_best_form(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", engines_there(["eager", "compile", "aoti"]))
 def test_bfloat16_is_close_and_is_bfloat16(name: str) -> None:
-    # Without blocks that select: in bfloat16 they may select others.
-    error = close_to_eager(name, "bfloat16", fresh("resnet20_cifar").eval())
-    assert 1e-6 < error < 0.1
+    assert 1e-6 < close_to_eager(name, "bfloat16", without_blocks()) < 0.1
 
 
 @pytest.mark.skipif("openvino" not in RUNTIMES, reason="OpenVINO is not installed")
-def test_openvino_in_bfloat16() -> None:
+def test_openvino_in_bfloat16(written: tuple[nn.Module, Tensor, Path]) -> None:
+    model, x, path = written
     try:
-        error = close_to_eager("openvino", "bfloat16", fresh("resnet20_cifar").eval())
+        run = ENGINES["openvino"].load(path, x, precision="bfloat16", threads=1)
     except ValueError as refused:
         pytest.skip(str(refused))  # this CPU has none
-    assert 1e-6 < error < 0.1
+    assert 1e-6 < error(run, model, x) < 0.1
 
 
 @pytest.mark.skipif("openvino" not in RUNTIMES, reason="OpenVINO is not installed")
-def test_openvino_says_what_it_would_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_openvino_says_what_it_would_not_do(
+    monkeypatch: pytest.MonkeyPatch, written: tuple[nn.Module, Tensor, Path]
+) -> None:
     import openvino
 
-    model, x = fresh("resnet20_cifar").eval(), torch.randn(1, 3, 32, 32)
-    engine = ENGINES["openvino"]
-    path = engine.write(model, x, tmp_path)
+    engine, (_, x, path) = ENGINES["openvino"], written
     held = {"INFERENCE_NUM_THREADS": 2, "INFERENCE_PRECISION_HINT": "<Type: 'float32'>"}
     compiled = SimpleNamespace(get_property=held.__getitem__)
     monkeypatch.setattr(openvino.Core, "compile_model", lambda *args: compiled)
@@ -107,8 +124,16 @@ def test_what_an_engine_cannot_do_is_said() -> None:
 @pytest.mark.parametrize(
     ("name", "absent", "line"),
     [
-        ("onnxruntime", "onnxruntime", 'onnxruntime not installed: pip install "pliant[onnx]"'),
-        ("openvino", "openvino", 'openvino not installed: pip install "pliant[openvino]"'),
+        (
+            "onnxruntime",
+            "onnxruntime",
+            'onnxruntime not installed: pip install ".[onnx]" in a checkout of pliant',
+        ),
+        (
+            "openvino",
+            "openvino",
+            'openvino not installed: pip install ".[openvino]" in a checkout of pliant',
+        ),
     ],
 )
 def test_a_missing_engine_is_named_with_its_install_line(
@@ -168,9 +193,11 @@ def test_threads_are_those_that_are_told() -> None:
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_runtimes_get_their_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime by its session's options, OpenVINO by its properties; one batch, then another."""
-    model, x = fresh("resnet20_cifar").eval(), torch.randn(1, 3, 32, 32)
+def test_runtimes_get_their_threads(
+    name: str, monkeypatch: pytest.MonkeyPatch, written: tuple[nn.Module, Tensor, Path]
+) -> None:
+    """ONNX Runtime by its session's options, OpenVINO by its properties."""
+    model, x, path = written
     given: list[Any] = []
     if name == "onnxruntime":
         import onnxruntime
@@ -204,8 +231,8 @@ def test_runtimes_get_their_threads(name: str, monkeypatch: pytest.MonkeyPatch) 
         ]
     if os.cpu_count() == 1:
         pytest.skip("one core")
-    run = ENGINES[name].prepare(model, x, threads=2)
-    assert given[-1:] == wanted  # the file was checked in a session before
+    run = ENGINES[name].load(path, x, threads=2)
+    assert given == wanted
     with torch.inference_mode():
         assert torch.allclose(run(x), model(x), atol=1e-5)
 

@@ -10,9 +10,9 @@ import torch
 
 import _export
 import pliant
-from pliant.deploy.parity import Parity, ParityError, check_parity, score_noise, ties
+from pliant.deploy.parity import OWN, Parity, ParityError, check_parity, rounding, ties
 from pliant.deploy.selections import Result, Selection, rankings, run_eager
-from pliant.methods.mixture_of_depths.exported import ProgramMoD
+from pliant.methods.mixture_of_depths import MoDBlock
 
 FIRST, LAST = "layer1.1.selector", "layer2.1.selector"
 
@@ -340,11 +340,11 @@ def test_scores_that_are_apart_are_no_tie():
 
 def test_the_error_of_scores_is_measured_behind_the_same_selections():
     network, image = tied()
-    noise = score_noise(network, InFloat64(network), image)
+    noise = rounding(network, InFloat64(network), image).scores
     assert set(noise) == {FIRST, LAST}
     assert all(1e-9 < n < 1e-5 for n in noise.values())
     # In a network whose scores are another's, it is as large as they are.
-    assert score_noise(network, InFloat64(_export.mod(reduction=4)), image)[FIRST] > 0.1
+    assert rounding(network, InFloat64(_export.mod(reduction=4)), image).scores[FIRST] > 0.1
 
 
 def test_a_network_of_no_numbers_is_refused():
@@ -363,15 +363,14 @@ def test_another_shape_is_an_error():
 def test_a_wrong_file_is_an_error_with_the_numbers_and_leaves_nothing(tmp_path, monkeypatch, where):
     path = tmp_path / "net.pt2"
     path.write_text("an older file")
-    init = ProgramMoD.__init__
 
-    def tampered(self, block):
-        init(self, block)
+    def tampered(self, target, batch):
         layer = self.core[-2] if where == "core" else self.selector.fc2
         if self.channels == 24:  # the last one: nothing is selected behind it
             layer.weight.data.mul_(-1.01)
+        return self
 
-    monkeypatch.setattr(ProgramMoD, "__init__", tampered)
+    monkeypatch.setattr(MoDBlock, "export_form", tampered)
     with pytest.raises(ParityError, match=r"net.pt2 is not written.*largest error \d") as caught:
         pliant.export(_export.mod(), path, batches=(2,))
     parity = caught.value.parity
@@ -382,3 +381,73 @@ def test_a_wrong_file_is_an_error_with_the_numbers_and_leaves_nothing(tmp_path, 
         assert parity.wrong_selections > 0
     assert [p.name for p in tmp_path.iterdir()] == ["net.pt2"]
     assert path.read_text() == "an older file"
+
+
+class Cancels(torch.nn.Module):
+    """A network whose float32 is far from float64: it subtracts what it has added."""
+
+    def __init__(self, much=1e3):
+        super().__init__()
+        self.much, self.fc = much, torch.nn.Linear(3 * 16 * 16, 5)
+
+    def forward(self, x):
+        return (self.fc(x.flatten(1)) + self.much) - self.much
+
+
+def rounded_otherwise(network, factor):
+    """A file that is as far from the network as `factor` times its own error in float32."""
+    exact = copy.deepcopy(network).double()
+
+    def run(x):
+        with torch.no_grad():
+            y, true = network(x), exact(x.double()).float()
+            return Result((y + factor * (true - y),), {})
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("much", "factor", "follow", "holds"),
+    [
+        (1e3, 1, True, True),  # another rounding
+        (1e3, 1, False, False),  # by a tolerance that the caller gave
+        (1e3, -50, True, False),  # no rounding
+        (1e7, 0.5, True, False),  # rounding that leaves nothing to compare
+        (0, 1, True, True),
+    ],
+)
+def test_the_bound_follows_how_far_rounding_moves_the_network(much, factor, follow, holds):
+    torch.manual_seed(0)
+    network = Cancels(much).eval()
+    run = rounded_otherwise(network, factor)
+    x = torch.randn(4, 3, 16, 16)
+    parity = check_parity(network, run, [x], 1e-5, lambda: InFloat64(network), follow)
+    assert parity.holds == holds
+    if much == 1e3 and follow:
+        assert parity.own_error > 1e-5
+        assert parity.tolerance == pytest.approx(OWN * parity.own_error)
+        assert "times what rounding alone moves the network by" in str(parity)
+    else:
+        assert (parity.own_error, parity.tolerance) == (0, 1e-5) or much == 1e7
+
+
+@pytest.mark.parametrize("factor", [1, 100])
+def test_scores_follow_it_too(factor):
+    """A selector whose logits are what is left of large numbers."""
+    network = _export.mod()
+    selector, logits = network.get_submodule(LAST), network.get_submodule(LAST).logits
+    selector.logits = lambda x: (logits(x) + 1e3) - 1e3
+    other = InFloat64(network)
+    exact = other.network.get_submodule(LAST)
+    exact.logits = type(exact).logits.__get__(exact)
+
+    def run(x):
+        found, true = run_eager(network, x), run_eager(other, x).selections[LAST].logits.float()
+        seen = found.selections[LAST].logits
+        told = Selection(seen + factor * (true - seen), found.selections[LAST].channels)
+        return Result(found.outputs, {**found.selections, LAST: told})
+
+    x = torch.randn(3, 3, 16, 16)
+    parity = check_parity(network, run, [x], 1e-6, lambda: other)
+    assert parity.own_error > 1e-6
+    assert parity.holds == (factor == 1)

@@ -106,7 +106,7 @@ def test_hooks_keep_the_plain_form():
     seen = []
     blocks[0].selector.register_forward_hook(lambda *_: seen.append("selector"))
     ready = optimize(model, torch.randn(1, 3, 16, 16))
-    assert list(unfused(ready).values()) == ["it has hooks, which a fused block would not run"]
+    assert list(unfused(ready).values()) == ["it has hooks, which another form would not run"]
     assert len(fused_blocks(ready)) == 2
     assert seen
 

@@ -225,7 +225,7 @@ def test_plot_of_accuracy_takes_rows_that_have_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no row has both a time and accuracy; there are 5 rows"):
         plot_against_latency(series(), "accuracy", tmp_path / "figure.svg")
     assert list(tmp_path.iterdir()) == []
-    rows = [replace(series()[0], accuracy=76.1), *series()[1:]]
+    rows = [replace(series()[0], accuracy=0.761), *series()[1:]]
     text = plot_against_latency(rows, "accuracy", tmp_path / "figure.svg").read_text()
     assert ">top-1 accuracy, %<" in text
     assert "resnet50_mod" not in text

@@ -335,6 +335,7 @@ def test_a_worker_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended_by == [(7, signal.SIGKILL), (1,)]
 
 
+@pytest.mark.slow  # two exporters; test_a_worker_writes_what_it_is_given says it in this process
 @pytest.mark.skipif(not importlib.util.find_spec("onnxruntime"), reason="ONNX Runtime is not installed")
 def test_a_child_writes_the_same_file(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()

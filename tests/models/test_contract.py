@@ -309,7 +309,7 @@ def test_every_option_of_the_method_is_a_keyword():
     (done,) = conversions(model)
     assert done.sites == ("layer2.1", "layer2.3")
     assert (done.method.c, done.method.order, done.method.fusion) == (16, "index", "original")
-    with pytest.raises(ValueError, match="order must be one of"):
+    with pytest.raises(ValueError, match="order must be 'score' or 'index'"):
         meta("resnet50_mod", order="random")
     with pytest.raises(TypeError):
         meta("resnet50_mod", not_an_option=1)

@@ -233,7 +233,7 @@ def test_engines_that_are_not_installed_are_named_and_left_out(
     rows = run_bench(results=tmp_path, suite=replace(TINY, conditions=conditions), console=console)
     assert {row.engine for row in rows} == {"eager"}
     told = " ".join(console.export_text().split())
-    assert 'onnxruntime and openvino not installed: pip install "pliant[openvino]"' in told
+    assert 'onnxruntime and openvino not installed: pip install ".[openvino]"' in told
 
 
 def test_patience_lifts_the_limits_and_threads_are_passed_on(

@@ -244,9 +244,9 @@ def test_rows_of_other_experiments_are_left_out():
     assert own.scores == (row,)
     assert gather(RUNS, [row, row], [])[0].scores == (row,)
     with pytest.raises(
-        ValueError, match=r"two rows of plain, seed 0, have test accuracies of 88\.0 and 80\.0 %"
+        ValueError, match=r"two rows of plain, seed 0, have test accuracies of 0\.88 and 0\.8;"
     ):
-        gather(RUNS, [row, replace(row, test_accuracy=80.0)], [])
+        gather(RUNS, [row, replace(row, test_accuracy=0.8)], [])
 
 
 def test_networks_are_compared_on_one_device_and_a_seed_counts_once(tmp_path):
@@ -254,7 +254,7 @@ def test_networks_are_compared_on_one_device_and_a_seed_counts_once(tmp_path):
     on_gpu = [
         replace(row, gpu="a GPU", test_accuracy=accuracy)
         for row in scores_of({PLAIN: (0.0,), REMOVED: (0.0, 0.0, 0.0)})
-        for accuracy in [88.5 if row.label == PLAIN else 86.0]
+        for accuracy in [0.885 if row.label == PLAIN else 0.86]
     ]
     times = times_of({PLAIN: 1.0, REMOVED: 0.6, SCORE_ORDER: 0.8})
     times += [replace(row, device="cuda", time_ratio=row.time_ratio / 2) for row in times]

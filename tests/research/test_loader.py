@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from _images import make_folder
-from pliant.records import read_records
+from pliant.records import read_records, write_records
 from research.bench import loader
 from research.bench.loader import (
     PHOTOGRAPHS,
@@ -18,7 +18,6 @@ from research.bench.loader import (
     measure_loader,
     rates_markdown,
     run_loader_bench,
-    write_rates,
 )
 from research.commands import app
 
@@ -81,7 +80,7 @@ def test_wrong_numbers_are_refused(tmp_path):
 
 
 def test_rows_are_written_read_and_shown(rows, tmp_path):
-    write_rates(tmp_path / "rows.csv", rows)
+    write_records(tmp_path / "rows.csv", LoaderRate, rows)
     assert read_records(tmp_path / "rows.csv", LoaderRate) == rows
     table = rates_markdown([replace(rows[0], images_per_s=123.4, iqr=5.6, ratio=1.0, ratio_iqr=0.0)])
     assert "| decode | 0 | folder | 123 (6) | 1.00 (0.00) |" in table

@@ -77,11 +77,12 @@ def test_images_can_be_normalised_as_trained_weights_want_them(name, mean, std, 
         replace(DIGITS, mean_std="none")
 
 
-def test_a_saved_run_is_scored_with_its_own_mean_and_std(tmp_path):
+def test_a_run_is_scored_with_its_own_mean_and_std(tmp_path):
     recipe = replace(DIGITS, mean_std="inception", epochs=1, accelerator="cpu")
     run = fit(recipe, tmp_path / "run", progress=False)
     assert read_config(tmp_path / "run" / "best").mean == (0.5,)
-    assert evaluate(tmp_path / "run").top1 == pytest.approx(run.test_accuracy)
+    for network in (tmp_path / "run", run.model):
+        assert evaluate(network, "digits", device="cpu").top1 == pytest.approx(run.test_accuracy)
 
 
 def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone():

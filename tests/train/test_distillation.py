@@ -199,7 +199,7 @@ def test_features_of_each_depth_are_those_of_its_pass(objective):
         ({"features": -1}, "features must be greater than or equal to 0, not -1"),
         ({"match": "all"}, "match must be 'maps' or 'attention', not 'all'"),
         ({"alpha": 0}, "leaves nothing to learn from the teacher"),
-        ({"features": 1, "stages": (1, 1)}, "numbers from 0, each once"),
+        ({"features": 1, "stages": (1, 1)}, "give each number once"),
         ({"features": 1, "stages": ()}, r"stages=\(\) compares no features"),
         ({"stages": (1,)}, "set features=1"),
         ({"tau": 1}, "no option 'tau'; known: alpha, temperature, features, match, stages"),

@@ -179,7 +179,7 @@ def test_a_taught_run_that_stops_within_an_epoch_ends_in_the_same_bits(plain, tm
 def test_taught_runs_that_are_killed_end_in_the_same_bits(plain, tmp_path, changes):
     recipe = override(replace(TINY, teacher="plain", weights=plain), changes)
     whole = fit(recipe, tmp_path / "whole", progress=False)
-    killed(tmp_path / "run", recipe, "write_bytes", ".last-", 4)
+    killed((tmp_path / "run", recipe, ("write_bytes", ".last-", 4)))
     assert_same(fit(recipe, tmp_path / "run", resume=True, progress=False), whole)
 
 

@@ -479,7 +479,7 @@ def test_a_run_on_shards_goes_on_to_the_same_bits(root):
 def test_a_killed_run_on_shards_goes_on_to_the_same_bits(root, workers):
     recipe = shard_recipe(root / "shards", augmentation="rand-m9-mstd0.5", workers=workers, threads=1)
     whole = fit(replace(recipe, checkpoint_minutes=3 / 60), root / "whole", progress=False)
-    killed(root / "run", recipe, "on_train_batch_start", 10)
+    killed((root / "run", recipe, ("on_train_batch_start", 10)))
     run = fit(replace(recipe, checkpoint_minutes=3 / 60), root / "run", resume=True, progress=False)
     assert_same(run, whole)
 

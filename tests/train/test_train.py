@@ -82,6 +82,11 @@ def test_the_saved_network_is_the_best_one_and_scores_the_same(tiny):
     assert config.classes == tuple("0123456789")
     again = evaluate(tiny.folder, "digits", device="cpu")
     assert again.top1 == tiny.test_accuracy
+    assert evaluate(tiny.model, "digits", device="cpu").top1 == tiny.test_accuracy
+    assert tiny.model.default_cfg is tiny.model.pretrained_cfg
+    saved = load(tiny.folder / "best").pretrained_cfg
+    for name in ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation", "label_names"):
+        assert tiny.model.pretrained_cfg[name] == saved[name]
     assert evaluate(tiny.folder / "best", "digits", device="cpu", batch=7).top1 == pytest.approx(again.top1)
     held_out = evaluate(tiny.folder, "digits", part="val", device="cpu", batch=50)
     assert held_out.top1 == pytest.approx(tiny.val_accuracy)
@@ -163,7 +168,7 @@ def test_an_interrupted_run_says_so_and_continues(tiny, tmp_path):
     # A shell's background job ignores Ctrl-C, and so would this test there.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt, match="continued with resume"):
+        with pytest.raises(KeyboardInterrupt, match=r"pliant train command with --resume"):
             fit(TINY, tmp_path / "run", progress=False, callbacks=[CtrlC()])
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
@@ -173,7 +178,7 @@ def test_an_interrupted_run_says_so_and_continues(tiny, tmp_path):
 
 
 def test_folders_that_are_taken_are_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match="holds this run already; continue it with resume"):
+    with pytest.raises(ValueError, match=r"holds this run already; to continue it, .* with resume=True"):
         fit(TINY, tiny.folder, progress=False)
     with pytest.raises(ValueError, match=r"another recipe: epochs \(3 and 4\), seed \(0 and 5\)"):
         fit(override(TINY, ["epochs=4", "seed=5"]), tiny.folder, resume=True, progress=False)

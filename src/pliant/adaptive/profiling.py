@@ -62,9 +62,7 @@ class DepthProfile:
             )
         for row in self.rows:
             if row.accuracy is not None and math.isnan(row.accuracy):
-                raise ValueError(
-                    f"the accuracy of {row.label} is {row.accuracy}; give a number, in percent"
-                )
+                raise ValueError(f"the accuracy of {row.label} is {row.accuracy}; give a share, 0 to 1")
         if not any(row.median_ms is not None for row in self.rows):
             raise ValueError(
                 f"no depth has a time: {self.rows[0].error if self.rows else 'there is no row'}"
@@ -152,7 +150,7 @@ class DepthProfile:
         path = check_suffix(path)
         front = self.front
         rest = [row for row in self._timed() if row not in front]
-        scale = 1 if self.has_accuracy else 1e6
+        scale = 0.01 if self.has_accuracy else 1e6
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for rows, style, color, label in ((rest, "o", _OFF, "beaten"), (front, "o-", _ON, "front")):
@@ -249,7 +247,7 @@ def profile_depths(
             that it serves with.
         example: images [B, C, H, W] of the shape that it serves.
         engine: ``eager``, or ``compiled`` (`torch.compile`).
-        accuracy: accuracy of each depth in percent: a mapping from flags (``"TTFF"`` or
+        accuracy: accuracy of each depth, a share in [0, 1]: a mapping from flags (``"TTFF"`` or
             booleans), or a function that is called with `model` at each depth. None: depths are
             ranked by their multiply-accumulates.
         skips: which depths, such as ``["TTFF", "FFFF"]``; None: all.
@@ -338,9 +336,7 @@ def _accuracies(model: nn.Module, skips: Sequence[Skip], accuracy: Accuracy | No
         else:
             known = ", ".join(map(depth_name, given)) or "none"
             raise ValueError(f"accuracy has no value for depth {depth_name(skip)}; it has {known}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
-            raise ValueError(
-                f"the accuracy of depth {depth_name(skip)} is {value!r}; give percent, 0 to 100"
-            )
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"the accuracy of depth {depth_name(skip)} is {value!r}; give a share, 0 to 1")
         found[skip] = float(value)
     return found

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from pliant.methods.adaptive_depth.switch import (
     depth_role,
 )
 from pliant.provenance import provenance
-from pliant.records import Origin, write_records
+from pliant.records import Origin, percent, write_records
 from pliant.train.data import Part
 from pliant.train.evaluation import Scores, prepare
 
@@ -47,9 +47,8 @@ class DepthScore(Origin):
             network (super-net in the paper), ``"TTTT"`` the base network.
         parameters: number of parameters that this depth uses.
         macs: multiply-accumulates of one image.
-        top1: share of images whose class has the highest output, in percent.
-        top5: share of images whose class is among the five highest, in percent; None below ten
-            classes.
+        top1: share of images whose class has the highest output, in [0, 1]; percent in tables and files.
+        top5: share of images whose class is among the five highest; None below ten classes.
         loss: mean cross entropy.
         images: number of images scored.
         unreadable: number of images that could not be read, and are left out.
@@ -57,6 +56,8 @@ class DepthScore(Origin):
         part: ``"test"`` or ``"val"``.
         pixels: height and width of the images.
     """
+
+    PERCENT: ClassVar[tuple[str, ...]] = ("top1", "top5")
 
     network: str
     depth: str
@@ -150,8 +151,8 @@ def evaluate_depths(
                 depth=depth_name(skip),
                 parameters=costs[skip].parameters,
                 macs=macs,
-                top1=100 * found.top1,
-                top5=None if found.top5 is None else 100 * found.top5,
+                top1=found.top1,
+                top5=found.top5,
                 loss=found.loss,
                 images=found.images,
                 unreadable=len(ready.batches.unreadable),
@@ -167,8 +168,8 @@ def evaluate_depths(
 # Heading of a column, and the text of a row in it.
 _COLUMNS: dict[str, Callable[[DepthScore], str]] = {
     "depth": lambda r: f"{r.depth} ({r.role})" if r.role else r.depth,
-    "top-1, %": lambda r: f"{r.top1:.2f}",
-    "top-5, %": lambda r: "" if r.top5 is None else f"{r.top5:.2f}",
+    "top-1, %": lambda r: f"{percent(r.top1):.2f}",
+    "top-5, %": lambda r: "" if r.top5 is None else f"{percent(r.top5):.2f}",
     "loss": lambda r: f"{r.loss:.4f}",
     "MACs, M": lambda r: f"{r.macs / 1e6:.2f}",
     "parameters": lambda r: f"{r.parameters:,}",
@@ -244,7 +245,7 @@ def plot_depths(scores: Sequence[DepthScore], path: str | Path) -> Path:
         if own:
             axes.plot(
                 [r.macs / 1e6 for r in own],
-                [r.top1 for r in own],
+                [percent(r.top1) for r in own],
                 "o",
                 color=_COLOUR,
                 markerfacecolor=_COLOUR if filled else "white",
@@ -256,7 +257,7 @@ def plot_depths(scores: Sequence[DepthScore], path: str | Path) -> Path:
         for n, row in enumerate(r for r in rows if r.macs == macs):
             axes.annotate(
                 row.depth,
-                (macs / 1e6, row.top1),
+                (macs / 1e6, percent(row.top1)),
                 (-6 if n % 2 else 6, 0),
                 textcoords="offset points",
                 ha="right" if n % 2 else "left",

@@ -73,7 +73,7 @@ def network_of(name: str) -> Any:
 
 
 def built(name: str, device: str = "cpu") -> Any:
-    """The network in a folder, or a network of timm with random weights on `device`."""
+    """The network in a folder, or a network of timm with random weights, always the same, on `device`."""
     import timm
     import torch
 
@@ -83,7 +83,8 @@ def built(name: str, device: str = "cpu") -> Any:
     if not isinstance(found, str):
         return found
     check_network(found, ", and there is no such folder")
-    with torch.device(device):
+    with torch.device(device), torch.random.fork_rng():
+        torch.manual_seed(0)
         return timm.create_model(found)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pliant.commands._common import Network, Pixels, built
+from pliant.commands._common import Network, Pixels, built, going_on, progress_of
 
 
 def export(
@@ -59,6 +60,12 @@ def export(
     from pliant.methods.adaptive_depth.depth import subnet
 
     network = built(model)
+    if not Path(model).is_dir():
+        logging.getLogger(__name__).warning(
+            "%s is the name of a network, so the file will hold random weights; to export trained weights, "
+            "give the folder that pliant train or pliant.save wrote",
+            model,
+        )  # fmt: skip
     options: dict[str, Any] = {
         "dynamic_batch": batch is None,
         "precision": precision,
@@ -80,7 +87,11 @@ def export(
             )
         skips = None if depths == "all" else depths.split(",")
         format_name: Any = format_
-        made = export_depths(network, path, skips, format=format_name, threads=threads, **options)
+        advice = f"the finished depths are in {path}; run the same command again for the others"
+        with going_on(advice), progress_of("exporting") as step:
+            made = export_depths(
+                network, path, skips, format=format_name, threads=threads, progress=step, **options
+            )
         for one in made.depths:
             ms = "not timed" if one.latency_ms is None else f"{one.latency_ms:.2f} ms"
             typer.echo(f"{one.file}: {one.macs / 1e6:.1f} M MACs, {ms}, error {one.max_rel_error:.1e}")
@@ -95,7 +106,8 @@ def export(
         )
     if depth is not None:
         network = subnet(network, depth)
-    written = run(network, path, **options)
+    with going_on(f"{path} was not written; run the same command again"), progress_of("exporting") as step:
+        written = run(network, path, progress=step, **options)
     typer.echo(f"{written}: {read_report(written).parity}")
 
 

@@ -14,24 +14,24 @@ def models(
     pattern: Annotated[str, typer.Argument(help="Part of the names to list; by default all")] = "",
 ) -> None:
     """List the networks that pliant adds to timm."""
-    from rich.table import Table
-
+    from pliant import tables
     from pliant.anatomy import input_size
     from pliant.counting import count_macs, count_parameters
     from pliant.models import list_networks
 
-    table = Table("network", "input", "parameters", "MACs")
+    rows = []
     for name in list_networks():
         if pattern in name:
             model = built(name, "meta")
             size = input_size(model)
             assert size is not None
             shape = "x".join(map(str, size))
-            macs = f"{count_macs(model, size) / 1e9:.3f} G"
-            table.add_row(name, shape, f"{count_parameters(model):,}", macs)
-    if not table.row_count:
+            rows.append(
+                (name, shape, f"{count_parameters(model):,}", f"{count_macs(model, size) / 1e9:.3f}")
+            )
+    if not rows:
         raise ValueError(f"no network of pliant has {pattern!r} in its name; `pliant models` lists all")
-    show(table)
+    show(tables.terminal(("network", "input", "parameters", "MACs, G"), rows, ("network", "input")))
 
 
 def plan(

@@ -13,7 +13,10 @@ from pliant.commands._common import Device, Network, Pixels, Threads, built, net
 
 def measure(
     models: Annotated[
-        list[str], typer.Argument(help="Networks of timm, or folders that `train` or `pliant.save` wrote")
+        list[str],
+        typer.Argument(
+            help="Networks of timm, folders that `train` or `pliant.save` wrote, or exported files"
+        ),
     ],
     against: Annotated[str | None, typer.Option(help="Baseline of all ratios, a network too")] = None,
     batch: Annotated[

@@ -53,7 +53,9 @@ def train(
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder that `train` or `pliant.save` wrote")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder that `train` or `pliant.save` wrote, or file that `export` did")
+    ],
     data: Data = None,
     path: Annotated[Path | None, typer.Option(help="Folder of the data; digits need none")] = None,
     part: Annotated[str, typer.Option(help="test or val")] = "test",

@@ -6,7 +6,8 @@ Shapes: images [B, C, H, W] as the file takes them; outputs as the network gives
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,15 +20,16 @@ from pliant import anatomy
 from pliant._version import __version__
 from pliant.deploy import onnx_file, onnx_native, openvino_file, placing, program
 from pliant.deploy.extras import require
-from pliant.deploy.facts import ExportReport, Facts, digest_of, report_path
+from pliant.deploy.facts import PREPARATION, ExportReport, Facts, digest_of, report_path
 from pliant.deploy.folding import fold_norms
 from pliant.deploy.inputs import Preparation, Prepared, Takes
 from pliant.deploy.parity import TOLERANCE, ParityError, check_parity
-from pliant.deploy.selections import Run, rankings, run_eager
-from pliant.parts import Target, parts, replace_parts
+from pliant.deploy.selections import Result, Run, rankings
+from pliant.parts import Part, Target, hooked, parts, replace_parts
 from pliant.surgery import conversions
 
 Precision = Literal["float32", "float16", "bfloat16"]
+Progress = Callable[[int, int, str], None]
 
 FORMATS: dict[str, Target] = {".pt2": "program", ".onnx": "onnx", ".xml": "openvino"}
 # OpenVINO computes in bfloat16 by a hint to the engine; ONNX Runtime's CPU cannot convolve in it.
@@ -62,6 +64,7 @@ def export(
     check_images: str | Path | None = None,
     tolerance: float | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a network as a file that an engine runs, after comparing the file with the network.
 
@@ -98,9 +101,10 @@ def export(
             not compiled.
         batches: batch sizes to check at; a file of a fixed batch is checked at that alone.
         check_images: folder of images to check with; by default scikit-learn's digits.
-        tolerance: largest relative error; by default 1e-4 in float32, 2e-2 in float16, 1e-1 in
-            bfloat16.
+        tolerance: largest relative error. By default 1e-4 in float32, 2e-2 in float16, 1e-1 in
+            bfloat16; four times what rounding alone moves the network by, where that is more.
         seed: seed of the random images.
+        progress: called with steps done, steps in all, and what comes next: writing, then each check.
 
     Returns:
         `path`.
@@ -142,7 +146,7 @@ def export(
     # Of one image, torch.export would make a program for one image.
     images = preparation.random(2 if dynamic_batch else count, torch.Generator().manual_seed(seed))
     truth = Prepared(network, preparation).eval()
-    outputs = _outputs(truth, images)
+    outputs = _outputs(network, preparation, images)
     batch = None if dynamic_batch else count
     names = classes if classes is not None else config.get("label_names")
     facts = Facts(
@@ -162,6 +166,7 @@ def export(
         compiled=compiled,
         machine=onnx_native.machine() if compiled and target == "onnx" else "",
         versions=_versions(target),
+        preparation={name: config[name] for name in PREPARATION if config.get(name) is not None},
     )
     sizes = sorted(set(batches)) if dynamic_batch else [count]
     generator = torch.Generator().manual_seed(seed + 1)
@@ -174,16 +179,26 @@ def export(
         dtype = torch.float64 if precision == "float32" else getattr(torch, precision)
         return Prepared(copy.deepcopy(network).to(dtype), preparation, dtype).eval()
 
+    steps = 1 + len(checks)
+    tell = progress or (lambda _done, _total, _what: None)
+    tell(0, steps, f"writing {path.name}")
     with placing.workshop(path, _weight(network, facts)) as place:
-        files, run = _write(place / path.name, facts, network, preparation, images, portable)
+        files, run, facts = _write(place / path.name, facts, network, preparation, images, portable)
+        done = iter(range(1, steps))
+
+        def watched(images: Tensor) -> Result:
+            tell(next(done, steps - 1), steps, f"checking {path.name} on {len(images)} images")
+            return run(images)
+
         admitted = TOLERANCE[precision] if tolerance is None else tolerance
-        parity = check_parity(truth, run, checks, admitted, otherwise)
+        parity = check_parity(truth, watched, checks, admitted, otherwise, follow=tolerance is None)
         if not parity.holds:
             raise ParityError(f"{path} is not written: it is not the network: {parity}", parity)
         report = ExportReport(facts, parity, {file.name: digest_of(file) for file in files})
         files.append(report_path(place / path.name))
         files[-1].write_text(report.to_json(), encoding="utf-8")
         placing.put_in_place(files, path.parent)
+    tell(steps, steps, "done")
     return path
 
 
@@ -239,15 +254,48 @@ def _stated(given: Sequence[float] | None, known: Sequence[float] | None, channe
     return tuple(known) if known is not None and len(known) in (1, channels) else None
 
 
-def _outputs(network: nn.Module, images: Tensor) -> int:
-    """How many outputs the network has for `images`."""
+def _outputs(network: nn.Module, preparation: Preparation, images: Tensor) -> int:
+    """How many outputs the network has for `images`.
+
+    Raises:
+        ValueError: it does not take them, or gives what no file can give or nobody could compare.
+    """
+    name = type(network).__name__
     try:
-        found = run_eager(network, images).outputs
+        with torch.no_grad():
+            given = network(_as_seen(preparation, images))
     except Exception as error:  # the network's own
         raise ValueError(f"the network takes no images of shape {tuple(images.shape)}: {error}") from error
-    if not all(isinstance(y, Tensor) for y in found):
-        raise ValueError("the network must give a tensor, or several in a tuple or list")
-    return len(found)
+    if isinstance(given, Mapping):
+        keys = ", ".join(map(repr, given))
+        raise ValueError(
+            f"the {name} gives a {type(given).__name__} with {keys}; a file gives a tensor, or several in "
+            f"a tuple: export a module whose forward returns model(x)[{next(iter(given), '...')!r}], say"
+        )
+    several = given if isinstance(given, (tuple, list)) else (given,)
+    for n, y in enumerate(several):
+        if not isinstance(y, Tensor):
+            raise ValueError(
+                f"output {n} of the {name} is a {type(y).__name__}; a file gives a tensor, or several in a "
+                f"tuple: export a module whose forward returns that"
+            )
+        if not y.is_floating_point():
+            raise ValueError(
+                f"output {n} of the {name} is {y.dtype}: a decision (argmax, say) that rounding may turn, "
+                f"so no file can be compared with it; export a module that returns the scores"
+            )
+        if y.dim() == 0 or len(y) != len(images):
+            raise ValueError(
+                f"output {n} of the {name} has shape {tuple(y.shape)} for {len(images)} images; export a "
+                f"module whose outputs have the images as their first dimension"
+            )
+    return len(several)
+
+
+def _as_seen(preparation: Preparation, images: Tensor) -> Tensor:
+    """What reaches the network of `images`."""
+    x: Tensor = Prepared(nn.Identity(), preparation)(images)
+    return x
 
 
 def _weight(network: nn.Module, facts: Facts) -> int:
@@ -260,19 +308,23 @@ def _weight(network: nn.Module, facts: Facts) -> int:
 
 def _write(
     path: Path, facts: Facts, network: nn.Module, preparation: Preparation, images: Tensor, portable: bool
-) -> tuple[list[Path], Run]:
-    """Write the files, the main one first, and say how they are run for the check.
+) -> tuple[list[Path], Run, Facts]:
+    """Write the files, the main one first; how they are run for the check, and their facts.
 
     `images` are as the file takes them, two or more for an open batch; the network stays as it is.
     """
     target = FORMATS[path.suffix]
     dtype: torch.dtype = getattr(torch, facts.precision)
     shapes = ({0: torch.export.Dim("batch", min=1)},) if facts.batch is None else None
+
+    def form(_path: str, part: Part) -> nn.Module:  # hooks of a user's run in the file too
+        return part if hooked(part) else part.export_form(target, facts.batch)
+
     with torch.no_grad():
-        network = fold_norms(network, Prepared(nn.Identity(), preparation)(images))
+        network = fold_norms(network, _as_seen(preparation, images))
         native = onnx_native.take_parts(network) if target == "onnx" and facts.compiled else None
         ranking = list(rankings(network))
-        formed = replace_parts(network.to(dtype), lambda _, part: part.export_form(target, facts.batch))
+        formed = replace_parts(network.to(dtype), form)
         prepared = Prepared(formed, preparation, dtype).eval().requires_grad_(False)
         try:
             made = torch.export.export(prepared, (images,), dynamic_shapes=shapes)
@@ -283,19 +335,21 @@ def _write(
             program.package(made, path, facts.to_metadata())
         else:
             program.write(made, path, facts)
-        return [path], program.runner(path, ranking, facts.compiled)
+        return [path], program.runner(path, ranking, facts.compiled), facts
     assert facts.opset is not None
     places = () if native is None else native.operators
     graph = onnx_file.build(made, facts.outputs, facts.opset, ranking, places)
     if native is not None:
-        return onnx_native.write(graph, native, path, facts), onnx_native.runner(path, native, ranking)
+        facts = replace(facts, library_sha256=digest_of(native.library))
+        files = onnx_native.write(graph, native, path, facts)
+        return files, onnx_native.runner(path, native, ranking), facts
     if target == "onnx":
         if portable:
             onnx_file.check_portable(graph)
-        return onnx_file.write(graph, path, facts), onnx_file.runner(path, ranking)
+        return onnx_file.write(graph, path, facts), onnx_file.runner(path, ranking), facts
     between = path.with_suffix(".onnx")
     onnx_file.write(graph, between, None)
-    return openvino_file.write(between, path, facts), openvino_file.runner(path, ranking)
+    return openvino_file.write(between, path, facts), openvino_file.runner(path, ranking), facts
 
 
 def _versions(target: Target) -> dict[str, str]:

@@ -14,6 +14,16 @@ EXTRA_OF = {
 }
 
 
+def install_line(name: str) -> str:
+    """How to install an optional package, and what pliant needs beside it.
+
+    Example:
+        >>> install_line("onnxruntime")
+        'pip install ".[onnx]" in a checkout of pliant'
+    """
+    return f'pip install ".[{EXTRA_OF[name]}]" in a checkout of pliant'
+
+
 class MissingExtraError(ImportError, ValueError):
     """A package that an extra of pliant installs is not there; the message has the install line."""
 
@@ -34,7 +44,7 @@ def require(name: str) -> ModuleType:
         if importlib.util.find_spec(name) is not None:  # it is there, and something else is wrong
             raise MissingExtraError(f"{name} cannot be imported: {error}") from error
         raise MissingExtraError(
-            f'this needs {name}, which is not installed: pip install "pliant[{EXTRA_OF[name]}]"'
+            f"this needs {name}, which is not installed: {install_line(name)}"
         ) from error
 
 

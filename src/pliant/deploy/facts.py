@@ -9,12 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from pliant.deploy.parity import Parity
+
+# Of timm's `pretrained_cfg`: what says how test images are prepared, beside size, mean and deviation.
+PREPARATION = ("interpolation", "crop_pct", "crop_mode")
+_LATE = ("preparation", "library_sha256")  # fields that files of earlier versions have not
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Facts:
         machine: that machine, where the file is tied to it more than by its code: of a compiled
             ONNX file the processor, and the channels in a block of its layout; else empty.
         versions: of pliant, and of what wrote the file.
+        preparation: how images of a data set become those that the network expects, as far as timm says it
+            (`PREPARATION`); for `pliant.evaluate`.
+        library_sha256: of ``FILE.so``, the library of a compiled ONNX file; else empty.
     """
 
     format: str
@@ -58,6 +65,8 @@ class Facts:
     compiled: bool
     machine: str
     versions: Mapping[str, str]
+    preparation: Mapping[str, float | str] = field(default_factory=dict)
+    library_sha256: str = ""
 
     def to_metadata(self) -> dict[str, str]:
         """Each field as JSON text, under ``pliant.FIELD``."""
@@ -65,13 +74,14 @@ class Facts:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Facts:
-        """What `to_metadata` wrote.
+        """What `to_metadata` wrote; fields that earlier versions had not are at their defaults.
 
         Raises:
             ValueError: it is not there.
         """
         try:
-            values = {f.name: json.loads(metadata[f"pliant.{f.name}"]) for f in fields(cls)}
+            there = [f.name for f in fields(cls) if f.name not in _LATE or f"pliant.{f.name}" in metadata]
+            values = {name: json.loads(metadata[f"pliant.{name}"]) for name in there}
             return TypeAdapter(cls).validate_python(values)
         except (KeyError, ValueError) as error:
             raise ValueError(f"this is no file that pliant exported: it says nothing of {error}") from error
@@ -121,10 +131,15 @@ def read_report(path: str | Path) -> ExportReport:
         report = TypeAdapter(ExportReport).validate_python(json.loads(place.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(f"{place} is no report of an exported file: {error}") from error
+    if path.name not in report.sha256:
+        raise ValueError(
+            f"{place} is the report of {', '.join(report.sha256)}, not of {path.name}: keep the name that "
+            f"the file was exported under, or export it again"
+        )
     for name, digest in report.sha256.items():
-        file = path.with_name(name)
+        file = path.parent / Path(name).name
         if not file.is_file() or digest_of(file) != digest:
-            raise ValueError(f"{file} is not the file that was checked: export it again")
+            raise ValueError(f"{file} is not the file that was checked: it is damaged, so export it again")
     return report
 
 

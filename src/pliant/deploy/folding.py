@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
-from pliant.parts import Network, Part, parts
-from pliant.threaded import passes_along, take_over
+from pliant.parts import Network, Part, as_defined, hooked, parts
+from pliant.threaded import take_over
 
 # By exact type: a subclass may do something to its weight first (weight standardisation).
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Conv2dSameExport, nn.Linear)
@@ -129,11 +129,10 @@ class _Seen(Watching):
 
     def hooks(self, network: nn.Module) -> Iterator[RemovableHandle]:
         for module in network.modules():
-            if hooked(module):
-                continue  # what its hooks do to inputs and outputs is not known
-            if type(module) in _PLAIN or (isinstance(module, Part) and not is_parametrized(module)):
+            part = isinstance(module, Part) and not (hooked(module) or is_parametrized(module))
+            if part or as_defined(module, *_PLAIN):  # what hooks do to inputs and outputs is not known
                 yield module.register_forward_hook(self._after_layer)
-            elif type(module) in _NORMS:
+            elif as_defined(module, *_NORMS):
                 yield module.register_forward_pre_hook(self._before_norm)
 
     def _after_layer(self, module: nn.Module, _args: Any, output: Any) -> None:
@@ -145,12 +144,6 @@ class _Seen(Watching):
     def _before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
             self.norms.append((module, args[0], args[0]._version))
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks of a user's, which may do anything to inputs and outputs."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return not all(map(passes_along, hooks))
 
 
 def _pairs(model: nn.Module, seen: _Seen) -> list[tuple[_BatchNorm, nn.Module]]:

@@ -170,7 +170,7 @@ def _read(folder: Path, count: int, size: Size) -> Tensor:
             image = decoded(file, 1 if size[0] == 1 else 3)
         except Exception as error:  # decoders raise anything for damaged files
             raise ValueError(
-                f"{file} cannot be read ({error}); remove it, or check with images of another folder"
+                f"{file}, an image to check with, cannot be read: {error}; remove it"
             ) from error
         pixels = to_tensor(image.resize((size[2], size[1]), Resampling.BILINEAR))
         # Networks of other than 1 or 3 channels get these in turn.

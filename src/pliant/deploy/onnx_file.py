@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from pliant.deploy import tensorrt
+from pliant.deploy import opsets, tensorrt
 from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts
 from pliant.deploy.selections import Result, Run, told_beside
@@ -32,7 +32,7 @@ from pliant.deploy.selections import Result, Run, told_beside
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OLDEST_OPSET = 18  # that PyTorch's exporter writes
+_WRITTEN = 18  # the oldest opset that PyTorch's exporter writes
 DEFAULT_OPSET = 18
 LARGEST_FILE = 2**31 - 2**20  # bytes of weights that one protobuf message can hold, and some room
 INPUT = "images"
@@ -47,10 +47,14 @@ def check_opset(opset: int) -> None:
     """
     from torch.onnx._constants import ONNX_MAX_OPSET
 
-    if not isinstance(opset, int) or isinstance(opset, bool) or not OLDEST_OPSET <= opset <= ONNX_MAX_OPSET:
+    if (
+        not isinstance(opset, int)
+        or isinstance(opset, bool)
+        or not opsets.OLDEST <= opset <= ONNX_MAX_OPSET
+    ):
         raise ValueError(
-            f"opset {opset!r} is not supported: PyTorch {torch.__version__} writes {OLDEST_OPSET} to "
-            f"{ONNX_MAX_OPSET}"
+            f"opset {opset!r} is not supported: with PyTorch {torch.__version__}, {opsets.OLDEST} to "
+            f"{ONNX_MAX_OPSET} are"
         )
 
 
@@ -73,6 +77,7 @@ def build(
     Raises:
         ValueError: an operator of the program has no ONNX form, or not in this opset.
     """
+    written = max(opset, _WRITTEN)
     _drop_idle_dtypes(program)
     try:
         # The exporter prints and logs its steps.
@@ -81,24 +86,29 @@ def build(
                 program,
                 (),
                 dynamo=True,
-                opset_version=opset,
+                opset_version=written,
                 input_names=[INPUT],
                 output_names=list(outputs),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ValueError(f"PyTorch could not write the network as ONNX, opset {opset}: {error}") from error
+        raise ValueError(
+            f"PyTorch could not write the network as ONNX, opset {written}: {error}"
+        ) from error
     assert made is not None
     model = made.model
-    if model.opset_imports.get("") != opset:
+    if model.opset_imports.get("") != written:
         raise ValueError(
-            f"opset {opset} is not supported for this network: PyTorch wrote {model.opset_imports.get('')}"
+            f"opset {written} is not supported for this network: PyTorch wrote "
+            f"{model.opset_imports.get('')}"
         )
     _name_selections(model, ranking)
     _name_places(model, places)
     _simplify(model)
     _name_batch(model)
     _strip(model)
+    if opset < written:
+        opsets.lower(model, opset)
     return model
 
 
@@ -167,13 +177,19 @@ def load(
     return run
 
 
-def runner(path: Path, ranking: list[str], tell: Callable[[Any], None] | None = None) -> Run:
+def runner(
+    path: Path,
+    ranking: list[str],
+    tell: Callable[[Any], None] | None = None,
+    library: Path | None = None,
+) -> Run:
     """Runs the file, its selections as further outputs; these change nothing else in it.
 
     Args:
         path: path of the file.
         ranking: paths of the parts that rank; where the graph lacks a tensor of one, nothing is told.
         tell: makes nodes of the model give more of what they compute.
+        library: as of `open_session`.
     """
     import onnx
 
@@ -187,7 +203,7 @@ def runner(path: Path, ranking: list[str], tell: Callable[[Any], None] | None = 
     probe = path.with_name(f"check-{path.name}")  # beside it, where its external data is found
     probe.write_bytes(model.SerializeToString())
     try:
-        call = load(probe, 1, library_path(path))
+        call = load(probe, 1, library)
     finally:
         probe.unlink()
 
@@ -211,7 +227,7 @@ def open_session(
     Args:
         path: path of the file.
         threads: for each operator; None: as many as ONNX Runtime takes.
-        library: of operators that the file has; None: the one beside it (`library_path`), if any.
+        library: of operators that the file has. It is code, so never one that merely stands there.
         optimised: file to write the optimised graph to.
 
     Raises:
@@ -226,8 +242,7 @@ def open_session(
         options.intra_op_num_threads = threads
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
-    library = library_path(path) if library is None else library
-    if library.exists():
+    if library is not None:
         try:
             options.register_custom_ops_library(str(library))
         except Exception as error:  # ONNX Runtime's own

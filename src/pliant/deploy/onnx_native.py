@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from pliant.deploy import onnx_file
 from pliant.deploy.extras import onnx_runtime, require
-from pliant.deploy.facts import Facts
+from pliant.deploy.facts import Facts, digest_of
 from pliant.deploy.selections import Run
-from pliant.parts import OnnxOperator, Part, named_operators, replace_parts
+from pliant.parts import OnnxOperator, Part, hooked, named_operators, replace_parts
 from pliant.provenance import cpu_model
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def take_parts(network: nn.Module) -> Native:
     libraries: set[str] = set()
 
     def place(path: str, part: Part) -> nn.Module | None:
-        operator = part.onnx_operator()
+        operator = hooked(part) or part.onnx_operator()
         if isinstance(operator, OnnxOperator):
             taken[path] = operator
             libraries.add(part.operators)
@@ -180,8 +180,8 @@ def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Pat
     return [path, library]
 
 
-def check_here(path: Path, facts: Facts) -> None:
-    """Refuse a compiled file whose library is missing, or that another ONNX Runtime made.
+def check_here(path: Path, facts: Facts) -> Path:
+    """The library of a compiled file, if it is the file's own and this is the ONNX Runtime that made it.
 
     Raises:
         ValueError: it cannot be run here; says why.
@@ -189,11 +189,17 @@ def check_here(path: Path, facts: Facts) -> None:
     library = onnx_file.library_path(path)
     if not library.is_file():
         raise ValueError(f"{path.name} was compiled, and its library {library.name} is not beside it")
+    if digest_of(library) != facts.library_sha256:
+        raise ValueError(
+            f"{library.name} is not the library that {path.name} was compiled with, so it is not loaded: "
+            f"export it again"
+        )
     made, here = facts.versions.get("onnxruntime"), str(onnx_runtime().__version__)
     if made != here:
         raise ValueError(
             f"{path.name} was compiled by and for onnxruntime {made}, and this is {here}: export it again"
         )
+    return library
 
 
 def runner(path: Path, native: Native, others: list[str]) -> Run:
@@ -208,7 +214,8 @@ def runner(path: Path, native: Native, others: list[str]) -> Run:
             if node.domain == DOMAIN and node.name in native.rankings:
                 node.output.extend(onnx_file.selection_names(native.rankings[node.name]))
 
-    return onnx_file.runner(path, [*native.rankings.values(), *others], tell)
+    library = onnx_file.library_path(path)
+    return onnx_file.runner(path, [*native.rankings.values(), *others], tell, library)
 
 
 def _put(model: onnx.ModelProto, operators: Mapping[str, OnnxOperator], size: int) -> None:

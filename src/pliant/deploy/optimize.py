@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pliant.deploy.folding import Watching, fold_norms, hooked
-from pliant.parts import Network, Part, named_operators, parts, replace_parts
+from pliant.deploy.folding import Watching, fold_norms
+from pliant.parts import Network, Part, hooked, named_operators, parts, replace_parts
 
 
 def optimize(model: Network, example: Tensor, *, fused: bool = True, channels_last: bool = True) -> Network:
@@ -56,7 +56,7 @@ def optimize(model: Network, example: Tensor, *, fused: bool = True, channels_la
     operators: set[str] = set()
 
     def fast(_path: str, part: Part) -> nn.Module | None:
-        form = None if _hooked(part) else part.fast_form()
+        form = None if hooked(part) else part.fast_form()
         if not isinstance(form, nn.Module):
             return None
         operators.add(part.operators)
@@ -86,13 +86,8 @@ def unfused(model: nn.Module) -> dict[str, str]:
     for path, part in parts(model).items():
         form = part.fast_form()
         if form is not None:
-            found[path] = _hooked(part) or (form if isinstance(form, str) else "")
+            found[path] = hooked(part) or (form if isinstance(form, str) else "")
     return found
-
-
-def _hooked(part: Part) -> str:
-    """Why hooks forbid a part's fast form; empty if they do not."""
-    return "it has hooks, which a fused block would not run" if any(map(hooked, part.modules())) else ""
 
 
 def _change_in_place(network: nn.Module, example: Tensor) -> None:

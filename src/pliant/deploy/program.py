@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,49 @@ def _blame_a_full_disk(error: Exception) -> None:
         raise clear from error
 
 
+# What `torch.export.save` writes for a program of tensors. PyTorch runs whatever machine code it finds
+# beside them, and unpickles what it finds elsewhere.
+_OF_A_PROGRAM = re.compile(
+    r"version|byteorder|archive_format|archive_version|\.format_version|\.storage_alignment|\.data/.*"
+    r"|models/model\.json|extra/.*|data/extra/.*|data/weights/(model_weights_config\.json|weight_\d+)"
+    r"|data/constants/(model_constants_config\.json|tensor_\d+)|data/sample_inputs/model\.pt"
+)
+_PAYLOADS = {
+    "data/weights/": "model_weights_config.json",
+    "data/constants/": "model_constants_config.json",
+}
+
+
+def check_harmless(path: Path) -> None:
+    """Refuse a program that is more than a graph and tensors: loading it could run any code.
+
+    Raises:
+        ValueError: it is no archive, or holds a file that no program has, or a pickle of anything else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        root = names[0].partition("/")[0]
+        inside = [name.removeprefix(f"{root}/") for name in names]
+        odd = [n for n in inside if not _OF_A_PROGRAM.fullmatch(n)] + [
+            n for n, count in Counter(names).items() if count > 1 or not n.startswith(f"{root}/")
+        ]
+        if odd:
+            raise ValueError(f"{path} holds {odd[0]}, which no program of tensors has: it is not opened")
+        # By PyTorch's own reader: what it would load is what is looked at.
+        reader = torch._C.PyTorchFileReader(str(path))
+        pickled = ["data/sample_inputs/model.pt"]
+        for folder, config in _PAYLOADS.items():
+            known = json.loads(reader.get_record(folder + config))["config"].values()
+            pickled += [folder + Path(one["path_name"]).name for one in known if one["use_pickle"]]
+        for name in pickled:
+            torch.load(io.BytesIO(reader.get_record(name)), map_location="cpu", weights_only=True)
+    except ValueError:
+        raise
+    except Exception as error:  # of the archive, of JSON, of the unpickler: of no common type
+        raise ValueError(f"{path} is not opened, because it holds more than tensors: {error}") from error
+
+
 def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], Any]:
     """A function that runs the program in `path`, compiled or not.
 
@@ -92,9 +137,8 @@ def load(path: str | Path, threads: int | None = None) -> Callable[[Tensor], Any
 
         network = aoti_load_package(str(path))
     else:
+        check_harmless(Path(path))
         network = torch.export.load(str(path)).module()
-    if threads is None:
-        return network
 
     def run(images: Tensor) -> Any:
         with torch_threads(threads):

@@ -120,8 +120,9 @@ def errors(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> list[tupl
     for wanted, seen in zip(expected, found, strict=True):
         if wanted.shape != seen.shape:
             raise ValueError(f"the file gives {tuple(seen.shape)}, the network {tuple(wanted.shape)}")
-        off = (seen - wanted).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).flatten(1).amax(1)
-        both.append((off, off / wanted.abs().flatten(1).amax(1).clamp(min=1e-30)))
+        off = (seen - wanted).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+        off = off.reshape(len(off), -1).amax(1)
+        both.append((off, off / wanted.abs().reshape(len(off), -1).amax(1).clamp(min=1e-30)))
     return both
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,14 +13,15 @@ import torch
 from torch import nn
 
 from pliant import anatomy
+from pliant.deploy.loading import engine_of, is_export, read_facts
 from pliant.measuring.clock import Clock
-from pliant.measuring.rows import AS_BUILT, AS_IS, LOWER_RESOLUTION, NATIVE, OF_PARTS, OPTIMIZED, PLAIN
+from pliant.measuring.rows import AS_BUILT, AS_IS, LOWER_RESOLUTION, NATIVE, OF_PARTS, OPTIMIZED, PLAIN_FORM
 from pliant.models._build import check_network
 from pliant.parts import parts
 from pliant.surgery import conversions
 
 Size = tuple[int, int, int]
-Model = str | nn.Module  # a name that timm knows, or a network
+Model = str | nn.Module  # a name that timm knows, the path of an exported file, or a network
 
 
 class EngineError(RuntimeError):
@@ -33,6 +35,9 @@ class Candidate:
     Attributes:
         network: the network, until it is prepared.
         size: channels, height, width of its images.
+        file: exported file in the place of a network.
+        engine: engine of that file; empty for a network, which the run's engine gets.
+        precision: precision of that file.
         clock: times the network, once it is prepared.
         calls: forwards in each round.
         seconds: time of one forward, a value for each round.
@@ -51,6 +56,9 @@ class Candidate:
     seconds: list[float] = field(default_factory=list)
     note: str = ""
     error: str = ""
+    file: Path | None = None
+    engine: str = ""
+    precision: str = ""
 
     @property
     def label(self) -> str:
@@ -61,7 +69,7 @@ class Candidate:
     @property
     def reference_form(self) -> str:
         """Form of the baseline and the control that this one is compared with."""
-        return PLAIN if self.form in OF_PARTS else self.form
+        return PLAIN_FORM if self.form in OF_PARTS else self.form
 
 
 def by_name(models: Model | Iterable[Model] | Mapping[str, Model]) -> dict[str, Model]:
@@ -100,7 +108,7 @@ def _name(model: Model) -> str:
 
 
 def _check_known(model: Model) -> None:
-    if isinstance(model, str):
+    if isinstance(model, str) and not is_export(model):
         check_network(model)
 
 
@@ -112,11 +120,13 @@ def variants(
     tax: bool,
     forms: Sequence[str] = (AS_BUILT,),
 ) -> list[Candidate]:
-    """A network in its forms, and what is timed beside it: its lower resolution, its control.
+    """A network in its forms, and what is timed beside it: its lower resolution, its controls.
 
     A network whose parts have no optimized or native form is plain where that is asked for.
     """
-    plain = list(dict.fromkeys(PLAIN if form in OF_PARTS else form for form in forms))
+    if isinstance(model, str) and is_export(model):
+        return [_of_file(name, Path(model))]
+    plain = list(dict.fromkeys(PLAIN_FORM if form in OF_PARTS else form for form in forms))
     first = Candidate(name, AS_IS, plain[0])
     attempt(first, lambda e: setattr(e, "network", fresh(model) if isinstance(model, str) else model))
     network = first.network
@@ -124,12 +134,11 @@ def variants(
         return [replace(first, form=form) for form in plain]
     size = channels, height, _ = _size(name, network, input_size)
     own: list[str] = []
-    controls: list[tuple[str, nn.Module]] = []
+    controls: dict[str, nn.Module] = {}
 
     def ask(_: Candidate) -> None:
-        own.extend(dict.fromkeys(form if _has_form(network, form) else PLAIN for form in forms))
-        control = control_of(network) if tax else None
-        controls.extend([control] if control else [])
+        own.extend(dict.fromkeys(form if _has_form(network, form) else PLAIN_FORM for form in forms))
+        controls.update(controls_of(network) if tax else {})
 
     attempt(first, ask)
     if first.error:  # a part or a method failed to answer
@@ -141,8 +150,17 @@ def variants(
         candidates += [
             Candidate(name, LOWER_RESOLUTION, form, network, (channels, low, low)) for form in plain
         ]
-    candidates += [Candidate(name, label, form, bare, size) for label, bare in controls for form in plain]
+    candidates += [
+        Candidate(name, label, form, bare, size) for label, bare in controls.items() for form in plain
+    ]
     return candidates
+
+
+def _of_file(name: str, path: Path) -> Candidate:
+    facts = read_facts(path)
+    return Candidate(
+        name, AS_IS, file=path, engine=engine_of(facts), precision=facts.precision, size=facts.input_size
+    )
 
 
 def _has_form(network: nn.Module, form: str) -> bool:
@@ -153,20 +171,16 @@ def _has_form(network: nn.Module, form: str) -> bool:
     return form != NATIVE or any(p.onnx_operator() is not None for p in found)
 
 
-def control_of(network: nn.Module) -> tuple[str, nn.Module] | None:
-    """What a network's control is called, and the control: the network without a method's parts.
-
-    Of several methods, that of the first that has a control. None: none has.
+def controls_of(network: nn.Module) -> dict[str, nn.Module]:
+    """The controls of a network by name: the network without the parts of one method, for each method.
 
     Example:
-        >>> control_of(timm.create_model("resnet20_cifar_mod"))[0]
-        'without MoD blocks'
+        >>> list(controls_of(timm.create_model("resnet20_cifar_mod")))
+        ['without MoD blocks']
     """
-    for module in network.modules():
-        for conversion in conversions(module):
-            if (control := conversion.method.without(network)) is not None:
-                return conversion.method.without_label, control
-    return None
+    methods = [c.method for module in network.modules() for c in conversions(module)]
+    found = {method.without_label: method.without(network) for method in methods}
+    return {label: control for label, control in found.items() if control is not None}
 
 
 def fresh(name: str, **options: Any) -> nn.Module:

@@ -20,7 +20,7 @@ Quantity = Literal["accuracy", "macs", "parameters"]
 
 # What is drawn upwards: axis label, and the unit the value is divided by.
 QUANTITIES: dict[str, tuple[str, float]] = {
-    "accuracy": ("top-1 accuracy, %", 1.0),
+    "accuracy": ("top-1 accuracy, %", 0.01),
     "macs": ("multiply-accumulates an image, G", 1e9),
     "parameters": ("parameters, M", 1e6),
 }

@@ -23,12 +23,21 @@ from typing import Any
 
 import torch
 
-from pliant.deploy.engines import named
+from pliant.deploy.engines import ENGINES, named
 from pliant.measuring.candidates import Candidate, Model, Size, add_baseline, attempt, by_name, variants
-from pliant.measuring.rows import AS_BUILT, AS_IS, FORMS, NATIVE, OPTIMIZED, PLAIN, Measurement, is_control
+from pliant.measuring.rows import (
+    AS_BUILT,
+    AS_IS,
+    FORMS,
+    NATIVE,
+    OPTIMIZED,
+    PLAIN_FORM,
+    Measurement,
+    is_control,
+)
 from pliant.measuring.running import Limits, Setting, count, run, setting_of
 from pliant.measuring.writing import Files
-from pliant.provenance import Provenance, provenance
+from pliant.provenance import provenance
 
 Progress = Callable[[int, int, str], None]
 
@@ -77,7 +86,8 @@ def measure(
     (``native``).
 
     Args:
-        models: names that ``timm.create_model`` knows (random weights), or networks,
+        models: names that ``timm.create_model`` knows (random weights), paths of files that
+            `pliant.export` wrote (each runs in its own engine), or networks,
             or a mapping of names to either.
         against: the baseline, in the same form, or the name of one of `models`; it is
             timed too. None: no ratios.
@@ -107,7 +117,8 @@ def measure(
             a network, or for one round of one.
         write_timeout: seconds that it may take there to write the file of a network: to export
             or compile it. AOTInductor takes some 10 s for a ResNet-50, and minutes for large networks.
-        tax: time the control of each converted network too (`Method.without`), for its tax.
+        tax: time the controls of each converted network too (`Method.without`), one for each method that
+            has one. The tax is over the first.
         lower_resolution: pixels at which the baseline is timed too, for comparison.
         seed: seed of random weights and images; the caller's generators are left alone.
         progress: called with steps done, steps in all, and what comes next.
@@ -132,7 +143,8 @@ def measure(
     """
     deployed = engines is not None
     last = deployed if channels_last is None else channels_last
-    wanted = tuple(forms) if forms is not None else (PLAIN, OPTIMIZED, NATIVE) if deployed else (AS_BUILT,)
+    usual = (PLAIN_FORM, OPTIMIZED, NATIVE) if deployed else (AS_BUILT,)
+    wanted = usual if forms is None else tuple(forms)
     limits = Limits(rounds, min_run_time, max_run_time, max_prepare_time, timeout, write_timeout)
     # An engine's batches stand together: what it compiled for one is at hand for the next.
     settings = [
@@ -155,7 +167,11 @@ def measure(
         for name, model in models_by_name.items():
             low = lower_resolution if name == base else None
             lineup += variants(name, model, input_size, low, tax, wanted)
-        for candidate in lineup:
+        if deployed and (opened := [c.model for c in lineup if c.file is not None]):
+            raise ValueError(
+                f"{opened[0]} is an exported file, which has its own engine; leave out engines="
+            )
+        for candidate in (c for c in lineup if c.file is None):
             attempt(candidate, count)
         steps = len(lineup) * (1 + rounds)
         total = len(settings) * steps
@@ -207,9 +223,10 @@ def _row(
     candidates: list[Candidate],
     base: str | None,
     setting: Setting,
-    origin: Provenance,
+    origin: Mapping[str, Any],
 ) -> Measurement:
     """All that is known of one candidate beside the others."""
+    engine = ENGINES[candidate.engine] if candidate.engine else setting.engine
     beside = [c for c in candidates if c.form == candidate.reference_form]
     baseline = next((c for c in beside if (c.model, c.variant) == (base, AS_IS)), None)
     control = next((c for c in beside if is_control(c.variant) and c.model == candidate.model), None)
@@ -231,9 +248,9 @@ def _row(
         input_size=candidate.size,
         batch=setting.batch,
         device=setting.device.type,
-        engine=setting.engine.name,
-        dtype=setting.precision,
-        channels_last=setting.channels_last,
+        engine=engine.name,
+        dtype=candidate.precision or setting.precision,
+        channels_last=setting.channels_last and candidate.file is None,
         threads=setting.threads,
         rounds=len(ms),
         median_ms=median(ms),
@@ -249,7 +266,7 @@ def _row(
         note="; ".join(notes),
         error=candidate.error,
         form=candidate.form,
-        runtime=setting.engine.version,
+        runtime=engine.version,
         **origin,
     )
 

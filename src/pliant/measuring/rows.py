@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pliant import tables
-from pliant.records import Origin, appending, read_records, write_records
+from pliant.records import Origin, appending, percent, read_records, write_records
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,10 +26,10 @@ LOWER_RESOLUTION = "lower resolution"
 
 # Forms: what was done to a network before an engine got it.
 AS_BUILT = "as built"
-PLAIN = "plain"
+PLAIN_FORM = "plain"
 OPTIMIZED = "optimized"
 NATIVE = "native"
-FORMS = (AS_BUILT, PLAIN, OPTIMIZED, NATIVE)
+FORMS = (AS_BUILT, PLAIN_FORM, OPTIMIZED, NATIVE)
 OF_PARTS = (OPTIMIZED, NATIVE)  # which only networks have whose parts have such forms
 
 
@@ -73,9 +73,10 @@ class Measurement(Origin):
         time_ratio: time over the baseline's.
         time_ratio_iqr: its spread.
         mac_ratio: multiply-accumulates over the baseline's.
-        tax: time over that of the control, minus one.
+        tax: time over that of the control, minus one; of several controls, the first.
         tax_iqr: its spread.
-        accuracy: top-1 in percent, where somebody has measured it (`dataclasses.replace`).
+        accuracy: top-1, a share in [0, 1] (percent in tables and files), where somebody has measured it
+            (`dataclasses.replace`).
         note: what a reader must know, for example that operations fell and time did not.
         error: why there are no times.
         form: ``as built``; ``plain``: its norms folded into the layers before them;
@@ -84,6 +85,7 @@ class Measurement(Origin):
         runtime: the engine and its version, where it is not PyTorch.
     """
 
+    PERCENT: ClassVar[tuple[str, ...]] = ("accuracy",)
     LATE: ClassVar[tuple[str, ...]] = ("form", "runtime")
 
     model: str
@@ -187,7 +189,7 @@ COLUMNS: dict[str, tuple[str, Text]] = {
     "mac_ratio": ("MAC ratio", lambda r: tables.with_spread(r.mac_ratio, None, 2)),
     "speedup": ("speed-up", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
     "tax": ("tax", lambda r: _percent(r.tax, r.tax_iqr)),
-    "accuracy": ("top-1, %", lambda r: "" if r.accuracy is None else f"{r.accuracy:.2f}"),
+    "accuracy": ("top-1, %", lambda r: "" if r.accuracy is None else f"{percent(r.accuracy):.2f}"),
     "note": ("note", lambda r: f"not measured: {r.error}" if r.error else r.note),
 }
 
@@ -251,28 +253,15 @@ def terminal_table(
 ) -> Table:
     """As `markdown_table`, for `rich.print`, and narrower: notes stand below, speed-ups do not.
 
-    Figures stay whole down to a terminal of 80 characters; names break between words.
+    It fits a terminal of 80 characters.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text as Plain
-
     notes = [f"{r.label}: {text}" for r in rows if (text := COLUMNS["note"][1](r))] if not columns else []
     if columns is None:
         told = [n for n, (_, text) in COLUMNS.items() if any(map(text, rows))]
         columns = [n for n in told if n not in ("speedup", "note")]
     shared, headings, body = layout(rows, columns, leave_out)
-    caption = Plain("\n".join([*notes, shared]))
-    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
-    for i, heading in enumerate(headings):
-        if heading in _LEFT:
-            longest = max((len(word) for cells in body for word in cells[i].split()), default=1)
-            table.add_column(heading, width=max(24, longest))
-        else:
-            table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
-    for row in body:
-        table.add_row(*map(Plain, row))
-    return table
+    headings = [heading.replace(" ", "\n") for heading in headings]
+    return tables.terminal(headings, body, _LEFT, caption="\n".join([*notes, shared]))
 
 
 _LEFT = {heading for name in ("label", "note") for heading in [COLUMNS[name][0]]}
@@ -312,7 +301,8 @@ def layout(
     if any(r.iqr_ms is not None for r in rows):
         shared.append(LEGEND)
     if any(r.tax is not None for r in rows):
-        shared.append(f"tax: time over that {' or '.join(controls(rows)) or 'of the control'}")
+        first = {r.model: r for r in reversed(rows) if is_control(r.variant)}.values()
+        shared.append(f"tax: time over that {' or '.join(controls(first)) or 'of the control'}")
     wanted = columns or [n for n, (_, text) in COLUMNS.items() if n == "label" or any(map(text, rows))]
     chosen = [COLUMNS[n] for n in wanted]
     at = list(wanted).index("label") + 1 if "label" in wanted else 0

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import PRECISIONS, Engine, FileEngine, named
 from pliant.deploy.folding import fold_norms
-from pliant.measuring.candidates import Candidate, attempt
+from pliant.deploy.loading import open_export
+from pliant.measuring.candidates import Candidate, EngineError, attempt
 from pliant.measuring.clock import calls_within, clock, warm
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.rows import AS_BUILT, NATIVE, OPTIMIZED
@@ -213,6 +215,8 @@ def _begin(
 
     What comes back does the rest: it sets the clock, warms up, and gives the seconds of one call.
     """
+    if candidate.file is not None:
+        return partial(_open, candidate, candidate.file, setting)
     assert candidate.network is not None
     assert candidate.size is not None
     original, candidate.network = candidate.network, None
@@ -236,6 +240,15 @@ def _begin(
         return seconds
 
     return load
+
+
+def _open(candidate: Candidate, file: Path, setting: Setting) -> float:
+    """An exported file, in its own engine."""
+    if setting.device.type != "cpu":
+        raise EngineError(f"an exported file runs on the CPU here, not on {setting.device.type}")
+    opened = open_export(file, threads=setting.threads)
+    candidate.clock = clock(opened, opened.example(setting.batch), setting.threads)
+    return warm(candidate.clock)
 
 
 def _formed(network: nn.Module, candidate: Candidate, setting: Setting, images: Tensor) -> nn.Module:

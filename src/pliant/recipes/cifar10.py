@@ -8,7 +8,7 @@ from typing import Any
 
 from pliant.models._build import base_of
 from pliant.recipes._networks import cifar_network, objective_of, start_arguments
-from pliant.train.recipe import PLAIN, Recipe
+from pliant.train.recipe import PLAIN_TEACHER, Recipe
 
 SHARED: dict[str, Any] = {"data": "cifar10", "path": "data/cifar10"}
 network_of = cifar_network
@@ -84,7 +84,7 @@ def recover(network: str = "resnet20_mod") -> Recipe:
         note="ours; mends a trained network after its conversion",
         model_args=start_arguments(whole.model),
         weights=f"runs/{short(plain).name}-s0",
-        teacher=PLAIN,
+        teacher=PLAIN_TEACHER,
         epochs=3,
         lr=0.02,
         warmup=0.25,

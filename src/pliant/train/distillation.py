@@ -16,7 +16,7 @@ Shapes in this file::
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from pliant import anatomy
 from pliant._options import NotNegative, Positive, Probability, check, refuse_unknown
 from pliant.evaluating import evaluating
-from pliant.objectives import Feature, ManyPasses, channel_dim, divergence, stage_numbers
+from pliant.objectives import Feature, ManyPasses, Seen, StageNumbers, divergence, stage_outputs
 
 Match = Literal["maps", "attention"]
-Seen = dict[int, list[Feature]]  # by number of the stage, one feature for each forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +61,9 @@ class Distillation:
     temperature: Positive = 4.0
     features: NotNegative = 0.0
     match: Match = "maps"
-    stages: tuple[int, ...] | None = None
+    stages: StageNumbers | None = None
 
     def __post_init__(self) -> None:
-        if self.stages is not None:
-            object.__setattr__(self, "stages", stage_numbers(self.stages))
         check(self)
         if not (self.alpha or self.features):
             raise ValueError(
@@ -145,7 +142,16 @@ class Teaching:
         if not self.rule.features:
             yield {}
             return
-        with _outputs(network, self.rule.stages) as seen:
+        found = anatomy.stages(network)
+        if not found:
+            raise ValueError(
+                f"features of {type(network).__name__} cannot be compared, as its stages are unknown; set "
+                f"features=0"
+            )
+        ends = {
+            n: (stage.blocks[-1].module, stage.blocks[-1].out_channels) for n, stage in enumerate(found)
+        }
+        with stage_outputs(network, ends, self.rule.stages) as seen:
             yield seen
 
     def terms(
@@ -261,40 +267,6 @@ def digest(network: nn.Module) -> str:
         else:  # extra state of a module
             found.update(f"{name} {value!r}".encode())
     return found.hexdigest()
-
-
-@contextmanager
-def _outputs(network: nn.Module, stages: Iterable[int] | None) -> Iterator[Seen]:
-    """Hook the last block of each stage while the block runs."""
-    ends = [stage.blocks[-1] for stage in anatomy.stages(network)]
-    if not ends:
-        raise ValueError(
-            f"features of {type(network).__name__} cannot be compared, as its stages are unknown; set "
-            f"features=0"
-        )
-    numbers = range(len(ends)) if stages is None else stages
-    seen: Seen = {}
-    handles = []
-    try:
-        for n in numbers:
-            if n >= len(ends):
-                raise ValueError(f"no stage {n} in {type(network).__name__}; it has 0 to {len(ends) - 1}")
-            seen[n] = []
-            handles.append(ends[n].module.register_forward_hook(_keep(seen[n], ends[n].out_channels)))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-    lost = [n for n, found in seen.items() if not found]
-    if lost:
-        raise ValueError(f"the forward of {type(network).__name__} does not reach stage {lost[0]}")
-
-
-def _keep(found: list[Feature], channels: int) -> Callable[..., None]:
-    def hook(_block: nn.Module, _args: Any, h: Tensor) -> None:
-        found.append(Feature(h, channel_dim(h, channels)))
-
-    return hook
 
 
 def _shape(feature: Feature) -> tuple[int, ...]:

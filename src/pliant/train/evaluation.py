@@ -22,6 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 from pliant._config import some
 from pliant.anatomy import input_size
 from pliant.checkpoint import load
+from pliant.deploy.loading import FileNetwork, is_export, open_export
 from pliant.evaluating import evaluating
 from pliant.train.batches import Batches, make_batches
 from pliant.train.data import Part, load_part, normalisation
@@ -80,7 +81,8 @@ def evaluate(
     in memory gets those in its ``pretrained_cfg``, as far as it names them.
 
     Args:
-        model: a network, or the folder of a saved one or of a run.
+        model: a network, the folder of a saved one or of a run, or a file that `pliant.export` wrote, which
+            runs in its own engine on the CPU.
         data: as `Recipe.data`. None: the kind of data of the run in the folder `model`; else digits.
         path: as `Recipe.path`. None: the place of the run's data.
 
@@ -145,7 +147,7 @@ def prepare(
     Arguments and errors are those of `evaluate`.
     """
     folder = None if isinstance(model, nn.Module) else Path(model)
-    network = model if isinstance(model, nn.Module) else load(network_folder(Path(model)))
+    network = model if isinstance(model, nn.Module) else _read(Path(model))
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in network.parameters()):
         network = copy.deepcopy(network).float()
     config = getattr(network, "pretrained_cfg", None) or {}
@@ -301,6 +303,11 @@ class Scores:
             per_class=dict(zip(self.classes, (right / counts).tolist(), strict=True)),  # 0 / 0 is NaN
             images=int(counts.sum()),
         )
+
+
+def _read(path: Path) -> nn.Module:
+    """The network in the folder of a run or of a saved network, or an exported file in its place."""
+    return FileNetwork(open_export(path)) if is_export(path) else load(network_folder(path))
 
 
 def _renumbered(labels: Tensor, names: tuple[str, ...], known: tuple[str, ...]) -> Tensor:

@@ -51,7 +51,7 @@ from pliant.train.run import (
     write_json,
     write_run,
 )
-from pliant.train.saved import ADVICE, LAST, PREVIOUS, newest
+from pliant.train.saved import ADVICE, AGAIN, LAST, PREVIOUS, newest
 from pliant.train.seeds import mixed_seed, seeded
 from pliant.train.sharding import of_the_first, strategy_of
 from pliant.train.tasks import LOG_EVERY, Classification
@@ -94,6 +94,10 @@ def fit(
             ``recipe.teacher``. It sees the same images as the student.
         callbacks: further callbacks of Lightning. In ``on_train_epoch_end`` the row of the epoch is
             ``pl_module.history[-1]``.
+
+    Returns:
+        The run. The ``pretrained_cfg`` of its network has the size, normalisation, crop and classes of the
+        images, so that `evaluate` and `export` prepare images as in training.
 
     Raises:
         ValueError: the folder holds something else, another process trains in it, or all its
@@ -171,13 +175,18 @@ def _check_objective(objective: Objective, network: nn.Module) -> None:
 
 
 def _about(recipe: Recipe, data: Data, network: nn.Module) -> dict[str, Any]:
-    """Arguments of `save` that describe the images; the crop goes into ``pretrained_cfg``."""
+    """Arguments of `save` that describe the images. They and the crop go into ``pretrained_cfg``, too.
+
+    So `evaluate` and `export` prepare images for the network in memory as for the saved one.
+    """
+    size = (len(data.mean), recipe.pixels, recipe.pixels)
+    images = {"mean": data.mean, "std": data.std, "input_size": size}
     config = getattr(network, "pretrained_cfg", None)
     if isinstance(config, Mapping):
         crop = {"crop_pct": recipe.pixels / eval_size(data.val, recipe), "crop_mode": "center"}
-        vars(network).update(pretrained_cfg={**config, **crop, "interpolation": "bilinear"})
-    size = (len(data.mean), recipe.pixels, recipe.pixels)
-    return {"classes": data.classes, "mean": data.mean, "std": data.std, "input_size": size}
+        told = {**config, **images, **crop, "interpolation": "bilinear", "label_names": data.classes}
+        vars(network).update(pretrained_cfg=told, default_cfg=told)  # one under two names, as timm has it
+    return {"classes": data.classes, **images}
 
 
 def _train(
@@ -238,13 +247,13 @@ def _train(
             raise
         raise clear from error
     except SIGTERMException as stop:  # uncaught, it would end the process with status 0
-        raise Terminated(f"terminated; {folder} can be continued with resume") from stop
+        raise Terminated(f"terminated; to continue the run in {folder}, {AGAIN}") from stop
     except SystemExit as stop:
         # Lightning turns Ctrl-C into this, and leaves the process deaf to the next Ctrl-C.
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt(f"interrupted; {folder} can be continued with resume") from stop
+        raise KeyboardInterrupt(f"interrupted; to continue the run in {folder}, {AGAIN}") from stop
     return task
 
 

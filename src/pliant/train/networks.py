@@ -13,7 +13,7 @@ from torch import nn
 from pliant.models._build import check_network, plain_form
 from pliant.train.data import Data
 from pliant.train.distillation import Teaching, make_distillation
-from pliant.train.recipe import PLAIN, Recipe
+from pliant.train.recipe import PLAIN_TEACHER, Recipe
 from pliant.train.weights import load_weights
 
 
@@ -77,7 +77,8 @@ def before_conversion(recipe: Recipe, data: Data) -> nn.Module:
         >>> bool((again.fc.weight == plain.fc.weight).all())
         True
     """
-    place = recipe.teacher_weights if recipe.teacher == PLAIN and recipe.teacher_weights else recipe.weights
+    own = recipe.teacher_weights if recipe.teacher == PLAIN_TEACHER else None
+    place = own or recipe.weights
     if place is None:
         raise ValueError("the network before its conversion needs weights; set weights=... in the recipe")
     network, _ = plain_form(recipe.model, **_arguments(recipe.model_args, recipe, len(data.classes)))
@@ -112,7 +113,7 @@ def teaching_of(
     if teacher is not None:
         config: Any = getattr(teacher, "pretrained_cfg", None) or {}
         chosen, name = copy.deepcopy(teacher), str(config.get("architecture") or type(teacher).__name__)
-    elif recipe.teacher == PLAIN:
+    elif recipe.teacher == PLAIN_TEACHER:
         chosen, name = before_conversion(recipe, data), f"{recipe.model} before its conversion"
     else:
         assert recipe.teacher is not None

@@ -31,7 +31,7 @@ AUGMENTATIONS = ("none", "crop", "flip_crop")
 # The starts of timm's configuration strings, each with its own options after a dash.
 AUTO_AUGMENTATIONS = ("rand", "original", "originalr", "v0", "v0r", "3a", "augmix")
 
-PLAIN = "plain"  # the teacher that is the recipe's own network before its conversion
+PLAIN_TEACHER = "plain"  # the teacher that is the recipe's own network before its conversion
 
 # These may change between a run and its continuation, because they say where it runs rather than what
 # is run. A run that stopped at an unreadable image may go on without that image. A teacher is known by
@@ -242,7 +242,7 @@ class Recipe:
             for name in ("teacher_args", "teacher_weights"):
                 if getattr(self, name):
                     raise ValueError(f"{name} needs a teacher; set teacher=..., or remove {name}")
-        elif self.teacher == PLAIN:
+        elif self.teacher == PLAIN_TEACHER:
             if self.teacher_args:
                 raise ValueError(
                     "teacher=plain takes model_args; remove teacher_args, or name another teacher"

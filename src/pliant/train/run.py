@@ -27,7 +27,7 @@ from pliant.provenance import provenance
 from pliant.train.division import Division
 from pliant.train.processes import device_of
 from pliant.train.recipe import WHERE, Recipe, differences
-from pliant.train.saved import ADVICE, DAMAGED, LAST, newest
+from pliant.train.saved import ADVICE, AGAIN, DAMAGED, LAST, newest
 
 RECIPE, ENVIRONMENT, IMAGES = "recipe.json", "environment.json", "images.json"
 METRICS, RESULT = "metrics.csv", "run.json"
@@ -80,7 +80,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     if not (folder / RESULT).is_file():
         if (folder / RECIPE).is_file():
             raise FileNotFoundError(
-                f"{folder} holds an unfinished run (no {RESULT}); continue it with resume"
+                f"{folder} holds an unfinished run (no {RESULT}); to continue it, {AGAIN}"
             )
         raise FileNotFoundError(f"{folder} holds no run; give the folder that fit wrote")
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
@@ -183,7 +183,9 @@ def check_claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
     before = read_recipe(folder)
     if before is None:
         if resume:
-            raise ValueError(f"{folder} holds no run to resume; start it without resume")
+            raise ValueError(
+                f"{folder} holds no run to resume; to start one, leave out resume=True or --resume"
+            )
         ours = {folder / LOCK, *_left(folder)}  # left by a process that was killed at its very start
         if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - ours):
             raise ValueError(f"{folder} is not empty and holds no run; choose another folder")
@@ -194,7 +196,7 @@ def check_claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
         )
     if not resume:
         raise ValueError(
-            f"{folder} holds this run already; continue it with resume, or choose another folder"
+            f"{folder} holds this run already; to continue it, {AGAIN}; or choose another folder"
         )
 
 

@@ -26,7 +26,9 @@ LAST = Path("checkpoints", "last.ckpt")
 PREVIOUS = LAST.with_name("previous.ckpt")
 DAMAGED = LAST.with_name("damaged.ckpt")
 OURS = "pliant"
-ADVICE = "the checkpoints written so far are kept; mend the cause, then continue with resume"
+# How a run is continued, from Python and from the command line.
+AGAIN = "call pliant.fit again with resume=True, or repeat the pliant train command with --resume"
+ADVICE = f"the checkpoints written so far are kept; mend the cause, then {AGAIN}"
 
 # Facts of the environment that may change the last bits of a result.
 _WATCHED = ("python", "torch", "timm", "lightning", "pliant", "commit", "cpu", "gpu", "threads")

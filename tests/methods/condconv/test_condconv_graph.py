@@ -9,13 +9,11 @@ import threading
 import pytest
 import timm
 import torch
-from timm.models._efficientnet_builder import decode_arch_def
-from timm.models.efficientnet import EfficientNet
 from torch import nn
 
 from _copies import copies_of
 from _processes import run_two
-from _small import VARIANTS, images
+from _small import VARIANTS, images, separable
 from pliant import CondConv, convert
 
 # Variants of a network whose experts and routers are random, so that routings matter.
@@ -28,11 +26,7 @@ EACH = [pytest.param(v, marks=() if v in KINDS else pytest.mark.slow) for v in A
 
 
 def network(variant: str) -> nn.Module:
-    """A stem, three depthwise-separable blocks and a classifier; all but the stem conditional."""
-    torch.manual_seed(0)
-    stages = decode_arch_def([["dsa_r1_k3_s2_c8"], ["dsa_r2_k3_s2_c16"]])
-    model = EfficientNet(stages, num_classes=5, num_features=0, stem_size=8)
-    return convert(model, CondConv(experts=3, upcycle=False, begin=2, **ALL[variant])).eval()
+    return separable(**ALL[variant])
 
 
 @pytest.fixture(autouse=True)

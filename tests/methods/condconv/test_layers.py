@@ -18,7 +18,6 @@ from pliant.methods.condconv.layers import (
     Router,
     SharedRouting,
     check_experts,
-    check_form,
 )
 from pliant.methods.condconv.mixing import ROUTING
 from pliant.threaded import thread, threaded
@@ -333,8 +332,6 @@ def test_padding_that_there_is_not() -> None:
 def test_an_activation_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="activation must be one of sigmoid, softmax; not 'relu'"):
         Router(8, 4, activation="relu")
-    with pytest.raises(ValueError, match="form must be one of"):
-        check_form(None)
 
 
 def test_inputs_that_do_not_fit() -> None:

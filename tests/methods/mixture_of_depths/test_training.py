@@ -18,7 +18,7 @@ from torch import nn
 from pliant import MixtureOfDepths, convert
 from pliant.methods.mixture_of_depths import Fusion, MoDBlock, Order, Selection
 from pliant.methods.mixture_of_depths.ops import building
-from pliant.methods.mixture_of_depths.training import added, replaced, taken
+from pliant.methods.mixture_of_depths.training import joined, taken
 
 FUSIONS, ORDERS = get_args(Fusion), get_args(Order)
 DRAWN = tuple(s for s in get_args(Selection) if s != "none")
@@ -162,7 +162,7 @@ def test_a_plain_forward_builds_nothing(monkeypatch):
 def test_gathering_and_adding_leave_their_inputs():
     x, y = torch.zeros(1, 3, 1, 1), torch.ones(1, 1, 1, 1)
     at = torch.tensor([[2]])
-    assert added(x, y, at).flatten().tolist() == [0, 0, 1]
-    assert replaced(x + 5, y, 1).flatten().tolist() == [5, 1, 5]
+    assert joined(x, y, at).flatten().tolist() == [0, 0, 1]
+    assert joined(x + 5, y, 1, replace=True).flatten().tolist() == [5, 1, 5]
     assert taken(x, 0, 2).shape == (1, 2, 1, 1)
     assert not x.any()

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pliant.deploy.extras import EXTRA_OF
+from pliant.deploy.extras import install_line
 
 Runner = Callable[[Tensor], Any]
 
@@ -58,7 +58,7 @@ class Engine(ABC):
         absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if not absent:
             return ""
-        return f'{" and ".join(absent)} not installed: pip install "pliant[{EXTRA_OF[self.packages[-1]]}]"'
+        return f"{' and '.join(absent)} not installed: {install_line(self.packages[-1])}"
 
     @property
     def version(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pliant.deploy import onnx_file
+from pliant.deploy import onnx_file, onnx_native
 from pliant.deploy.engines.files import ONNXEngine
 
 
@@ -32,4 +32,7 @@ class ONNXRuntime(ONNXEngine):
     def _open(
         self, path: Path, example: Tensor, precision: str, threads: int
     ) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        return onnx_file.load(path, threads)
+        # Of the files here only a compiled one has a library beside it.
+        compiled = onnx_file.library_path(path).exists()
+        library = onnx_native.check_here(path, onnx_file.facts_of(path)) if compiled else None
+        return onnx_file.load(path, threads, library)

@@ -9,14 +9,13 @@ Shapes in this file::
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pliant.anatomy import Block
+from pliant.anatomy import Block, learnable_norm
 from pliant.methods.adaptive_depth.switch import Depth, Switched
 from pliant.parts import Part
 from pliant.threaded import Bound, between, thread, threaded
@@ -37,7 +36,7 @@ class SwitchableNorm(Part):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.full = norm
-        self.base = copy.deepcopy(norm).requires_grad_(True)
+        self.base = learnable_norm(norm)
 
     def forward(self, x: Tensor, skip: bool = False) -> Tensor:
         """Normalise `x`, of any shape that the norm takes, for one of the two depths."""
@@ -52,10 +51,9 @@ class AdaptiveBlock(Block, Switched):
     one forward has one depth, whatever is switched meanwhile.
 
     Args:
-        block: what runs.
+        block: what runs, with `SwitchableNorm` in place of the norms that the flag chooses.
         flag: number of the stage's flag.
         skippable: the flag skips this block; otherwise it chooses its norms.
-        norms: paths of the block's switchable norms.
         shape: channels in and out, stride.
     """
 
@@ -64,15 +62,15 @@ class AdaptiveBlock(Block, Switched):
         block: nn.Module,
         flag: int,
         skippable: bool,
-        norms: Sequence[str],
         shape: tuple[int, int, int],
     ) -> None:
         super().__init__(*shape)
         self.block, self.flag, self.skippable = block, flag, skippable
         self.first = False
         self._depth: tuple[Depth, ...] = ()
-        self._norms = frozenset(norms)
-        self._between = between(norms)
+        everywhere = block.named_modules(remove_duplicate=False)
+        self._norms = frozenset(path for path, m in everywhere if isinstance(m, SwitchableNorm))
+        self._between = between(self._norms)
 
     def read_from(self, depth: Depth, *, owner: bool, first: bool) -> None:
         """Say where the flags are; `owner` registers `depth`, `first` is a stage's first block."""
@@ -81,16 +79,19 @@ class AdaptiveBlock(Block, Switched):
         if owner:
             self.depth = depth
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's output for `x`, or `x` itself where the block is skipped."""
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The block's output for `x`, or `x` itself where the block is skipped.
+
+        What else the block takes, such as a mask, goes through.
+        """
         flags = self._read(x)
         skip = flags[self.flag]
         if self.skippable and skip:
             return x
         if skip and self._norms:
-            y = Bound(self.block, self._norms, self._between, _run_base)(x)
+            y = Bound(self.block, self._norms, self._between, _run_base)(x, *args, **options)
         else:
-            y = self.block(x)
+            y = self.block(x, *args, **options)
         result: Tensor = thread(y, DEPTH, flags)
         return result
 

@@ -157,27 +157,17 @@ def depths(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
 
 
 class CompiledDepths(nn.Module):
-    """All depths of a network, each compiled for itself; `set_depth` and `at_depth` choose.
+    """Depths of a network, each compiled for itself; `set_depth` and `at_depth` choose (`compile_depths`).
 
     Args:
-        model: a network converted by `AdaptiveDepth`; the depths share its weights.
-        skips: which depths; None: all.
-        compile_options: of `torch.compile`.
-
-    Raises:
-        ValueError: the network has no adaptive depth.
+        model: a network converted by `AdaptiveDepth`.
+        runners: what runs at each depth, on the weights of `model`.
     """
 
-    def __init__(
-        self, model: nn.Module, skips: Iterable[SkipLike] | None = None, **compile_options: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, runners: dict[Skip, nn.Module]) -> None:
         super().__init__()
         self.model = model
-        # In a dict they are no submodules: their weights are the model's.
-        self._runners: dict[Skip, nn.Module] = {}
-        for skip in check_skips(skips, len(find_depth(model).skip)):
-            cut = subnet(model, skip, share=True)
-            self._runners[skip] = cast("nn.Module", torch.compile(cut, **compile_options))
+        self._runners = runners  # in a dict they are no submodules: their weights are the model's
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if any(fn(t) is not t for t in (*self.parameters(), *self.buffers())):
@@ -236,10 +226,14 @@ def compile_depths(
         ...     fast(torch.randn(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
-    compiled = CompiledDepths(model, skips, **compile_options)
+    runners = {}
+    for skip in check_skips(skips, len(find_depth(model).skip)):
+        cut = subnet(model, skip, share=True)
+        runners[skip] = cast("nn.Module", torch.compile(cut, **compile_options))
+    compiled = CompiledDepths(model, runners)
     statistics = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
     with room_to_compile():  # depths share their classes' code
-        for skip in compiled._runners:
+        for skip in runners:
             with at_depth(model, skip):
                 compiled(example)
     for buffer, before in statistics:

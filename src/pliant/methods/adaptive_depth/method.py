@@ -12,7 +12,7 @@ Shapes in this file::
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from pliant import anatomy
+from pliant._options import Count, Numbers, check
 from pliant.anatomy import BlockInfo, RemovedBlock, stages
 from pliant.counting import count_parameters
 from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
@@ -33,11 +34,11 @@ from pliant.methods.adaptive_depth.switch import (
     Skip,
     SkipLike,
     check_skip,
-    depth_name,
     depth_role,
     find_depth,
 )
 from pliant.objectives import Objective
+from pliant.parts import copied, substitute
 from pliant.surgery import convert, record_conversion
 from pliant.threaded import borrowed
 
@@ -54,7 +55,8 @@ class AdaptiveDepth(Method):
             paper (ResNet-50's 3 4 6 3 blocks can skip 1 2 3 1), of those that add their
             input to their output.
         groups: stages that a transformer's blocks are divided into, which are one run of
-            blocks otherwise (ViT in the paper: 12 blocks in 4 groups of 3).
+            blocks otherwise. None: 4, as in the paper (ViT's 12 blocks are 4 groups of 3), or as many
+            below as divide the blocks, two and more in a group.
         switchable_norms: the norms of the blocks that stay exist twice, and the stage's
             flag chooses. Off: Table 3 without them.
 
@@ -78,26 +80,14 @@ class AdaptiveDepth(Method):
     paper: ClassVar[Mapping[str, str]] = {"imagenet": "adn"}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = ABLATIONS
 
-    skippable: tuple[int, ...] | None = None
-    groups: int = 4
+    skippable: Numbers | None = None
+    groups: Count | None = None
     switchable_norms: bool = True
 
     def __post_init__(self) -> None:
-        if self.skippable is not None:
-            if not isinstance(self.skippable, (tuple, list)) or not all(
-                _whole(n, 0) for n in self.skippable
-            ):
-                raise ValueError(
-                    f"skippable must hold a number of blocks for each stage, or be None; not "
-                    f"{self.skippable!r}"
-                )
-            object.__setattr__(self, "skippable", tuple(self.skippable))  # JSON knows lists only
-            if not any(self.skippable):
-                raise ValueError(f"skippable={self.skippable} lets no stage skip a block")
-        if not _whole(self.groups, 1):
-            raise ValueError(f"groups must be a whole number of at least 1, not {self.groups!r}")
-        if not isinstance(self.switchable_norms, bool):
-            raise ValueError(f"switchable_norms must be True or False, not {self.switchable_norms!r}")
+        check(self)
+        if self.skippable is not None and not any(self.skippable):
+            raise ValueError(f"skippable={self.skippable} lets no stage skip a block")
 
     @classmethod
     def comparisons(cls) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
@@ -119,6 +109,7 @@ class AdaptiveDepth(Method):
             )
         sites: list[Site] = []
         passed_over: list[PassedOver] = []
+        single: list[str] = []
         flag = 0
         for n, blocks in enumerate(stages):
             skipped = self._skipped(n, blocks)
@@ -130,23 +121,36 @@ class AdaptiveDepth(Method):
                 detail: dict[str, Any] = {"flag": flag, "part": part}
                 if part == "mandatory" and self.switchable_norms:
                     detail["norms"] = len(anatomy.norms(block.module))
+                    single += [f"{block.path}.{path}" for path in anatomy.unknown_norms(block.module)]
                 sites.append(Site(block.path, detail))
             flag += 1
         _check_borrowed(model, sites)
-        note = f"{flag} flags: {2**flag} depths; train it so that all work (the base network is new)"
-        return Survey(tuple(sites), tuple(passed_over), (note,) if sites else ())
+        _check_tied(model, sites)
+        notes = [f"{flag} flags: {2**flag} depths; train it so that all work (the base network is new)"]
+        if single:
+            kinds = {anatomy.type_name(model.get_submodule(path)) for path in single}
+            notes.append(
+                f"both depths share {len(single)} norms of a kind that cannot be switched, {single[0]} to "
+                f"{single[-1]}: {', '.join(sorted(kinds))}"
+            )
+        return Survey(tuple(sites), tuple(passed_over), tuple(notes) if sites else ())
 
     def _stages(self, model: nn.Module) -> list[tuple[BlockInfo, ...]]:
-        """The blocks of each stage; a transformer's one run is divided into groups."""
+        """The blocks of each stage; a transformer's runs of blocks are divided into groups."""
         result: list[tuple[BlockInfo, ...]] = []
         for stage in anatomy.stages(model):
             blocks = stage.blocks
             if not anatomy.is_transformer(blocks[0].module):
                 result.append(blocks)
                 continue
-            if len(blocks) % self.groups:
-                raise ValueError(f"{len(blocks)} blocks of {stage.path} make no {self.groups} equal groups")
-            size = len(blocks) // self.groups
+            groups = _most_groups(len(blocks)) if self.groups is None else self.groups
+            if len(blocks) % groups:
+                fit = [str(n) for n in range(1, len(blocks) + 1) if len(blocks) % n == 0]
+                raise ValueError(
+                    f"{len(blocks)} blocks of {stage.path} make no {groups} equal groups; take groups="
+                    f"{' or '.join(fit)}, or leave groups out for what fits each run of blocks"
+                )
+            size = len(blocks) // groups
             result += [blocks[i : i + size] for i in range(0, len(blocks), size)]
         return result
 
@@ -177,8 +181,9 @@ class AdaptiveDepth(Method):
         norms = anatomy.norms(module) if self.switchable_norms and not skippable else []
         shape = anatomy.shape_of(module)
         for path in norms:
-            module.set_submodule(path, SwitchableNorm(module.get_submodule(path)))
-        return AdaptiveBlock(module, site.detail["flag"], skippable, norms, shape)
+            norm = module.get_submodule(path)
+            substitute(module, norm, SwitchableNorm(norm))
+        return AdaptiveBlock(module, site.detail["flag"], skippable, shape)
 
     def finish(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
         """Give all blocks one depth to read; see `Method.finish`."""
@@ -209,7 +214,8 @@ class AdaptiveDepth(Method):
     def networks(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """The two depths that are trained: the super-net and the base-net; see `Method.networks`."""
         flags = len(find_depth(model).skip)
-        return _cut(model, [(False,) * flags, (True,) * flags])
+        skips = ((False,) * flags, (True,) * flags)
+        return {f"{depth_role(skip)}-net": subnet(model, skip) for skip in skips}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +226,7 @@ class Subnet(Method):
     individual base network is ``AdaptiveDepth(), Subnet(skip=...)``) and for checkpoints.
 
     Args:
-        skip: the depth, a flag for each stage that can skip.
+        skip: the depth, as of `pliant.set_depth`: ``"TTFF"``, or booleans; kept as booleans.
 
     Raises:
         ValueError: no flags. When applied: the network has no adaptive depth, or another
@@ -229,7 +235,7 @@ class Subnet(Method):
     Example:
         >>> import timm
         >>> from pliant import convert
-        >>> base = Subnet(skip=(True,) * 4)
+        >>> base = Subnet(skip="TTTT")
         >>> model = convert(timm.create_model("resnet50"), AdaptiveDepth(), base)
         >>> sum(p.numel() for p in model.parameters())
         17112360
@@ -240,8 +246,8 @@ class Subnet(Method):
 
     skip: Skip
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "skip", check_skip(self.skip))
+    def __init__(self, *, skip: SkipLike) -> None:
+        object.__setattr__(self, "skip", check_skip(skip))
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the blocks; see `Method.survey`."""
@@ -263,9 +269,9 @@ class Subnet(Method):
         if skip and module.skippable:
             return RemovedBlock(module.channels)
         plain: nn.Module = module.block
-        for path, norm in list(plain.named_modules()):
+        for norm in list(plain.modules()):
             if isinstance(norm, SwitchableNorm):
-                plain.set_submodule(path, norm.base if skip else norm.full)
+                substitute(plain, norm, norm.base if skip else norm.full)
         return plain
 
 
@@ -295,32 +301,13 @@ def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
     memo: dict[int, Any] = {}
     if share:
         memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    cut = copy.deepcopy(model, memo)
+    cut = copied(model, memo)
     # Not by `convert`, which may copy weights, and lays them out in one memory format.
     for site in (method := Subnet(skip=flags)).survey(cut).sites:
-        cut.set_submodule(site.path, method.replace(cut.get_submodule(site.path), site))
+        block = cut.get_submodule(site.path)
+        substitute(cut, block, method.replace(block, site))
     record_conversion(cut, method, ())
     return cut
-
-
-def last_stages_first(model: nn.Module) -> dict[str, nn.Module]:
-    """Sub-networks by name, from the whole network to the base network: each skips one stage more.
-
-    Empty for a network without adaptive depth.
-
-    Example:
-        >>> import timm
-        >>> list(last_stages_first(timm.create_model("resnet20_cifar_adn")))
-        ['super-net', 'FFT', 'FTT', 'base-net']
-    """
-    flags = next((len(m.skip) for m in model.modules() if isinstance(m, Depth)), -1)
-    return _cut(model, [tuple(n >= flags - skipped for n in range(flags)) for skipped in range(flags + 1)])
-
-
-def _cut(model: nn.Module, skips: Sequence[Skip]) -> dict[str, nn.Module]:
-    """Sub-networks by role, or by depth where they have none."""
-    names = [f"{role}-net" if (role := depth_role(skip)) else depth_name(skip) for skip in skips]
-    return {name: subnet(model, skip) for name, skip in zip(names, skips, strict=True)}
 
 
 def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -376,9 +363,24 @@ def _check_borrowed(model: nn.Module, sites: Sequence[Site]) -> None:
             )
 
 
+def _check_tied(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse norms that share a tensor with another layer: their second form would not."""
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    for site in sites:
+        block = model.get_submodule(site.path)
+        for path in anatomy.norms(block) if site.detail.get("norms") else ():
+            for name, p in block.get_submodule(path).named_parameters():
+                if owners[id(p)] > 1:
+                    raise ValueError(
+                        f"{site.path}.{path}.{name} is another layer's tensor too, and that of the base "
+                        f"network's norm would not be; set switchable_norms=False, or share them afterwards"
+                    )
+
+
 def _sizes(stages: Sequence[Sequence[object]]) -> str:
     return " ".join(str(len(stage)) for stage in stages) + " blocks"
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _most_groups(blocks: int) -> int:
+    """The largest number of groups, up to the paper's 4, of two blocks or more each."""
+    return next((n for n in (4, 3, 2) if blocks % n == 0 and blocks >= 2 * n), 1)

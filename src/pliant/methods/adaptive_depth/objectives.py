@@ -12,13 +12,15 @@ Shapes in this file::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
+from pliant._options import check
 from pliant.methods.adaptive_depth.passes import BothPasses, run_both
 from pliant.methods.adaptive_depth.switch import find_depth
-from pliant.objectives import CrossEntropy, Feature, ManyPasses, divergence, stage_numbers
+from pliant.objectives import CrossEntropy, Feature, ManyPasses, StageNumbers, divergence
 
 Positions = Literal["each", "pooled"]
 
@@ -40,17 +42,11 @@ class Joint(ManyPasses):
 
     endings: ClassVar[tuple[str, ...]] = ("", "_base")
 
-    alpha: float = 0.5
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5  # at an end, one network would not be trained
     smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
-            raise ValueError(f"alpha must be a number, not {self.alpha!r}")
-        if not 0 < self.alpha < 1:
-            raise ValueError(
-                f"alpha must be between 0 and 1, not {self.alpha}: at either end one of the two networks "
-                f"would not be trained"
-            )
+        check(self)
 
     @property
     def taught(self) -> dict[str, float]:
@@ -120,21 +116,13 @@ class Specialization(Joint):
     """
 
     detach: bool = True
-    stages: tuple[int, ...] | None = None
+    stages: StageNumbers | None = None
     positions: Positions = "each"
     logits: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("detach", "logits"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        if self.positions not in get_args(Positions):
-            raise ValueError(f"positions must be each or pooled, not {self.positions!r}")
-        if self.stages is None:
-            return
-        object.__setattr__(self, "stages", stage_numbers(self.stages))
-        if not (self.stages or self.logits):
+        if self.stages == () and not self.logits:
             raise ValueError("stages=() with logits off leaves nothing that trains the base network")
 
     @property
@@ -177,13 +165,7 @@ class Specialization(Joint):
         return terms
 
     def _divergence(self, teacher: Feature, student: Feature) -> Tensor:
-        p, q = (
-            _pooled(f.h.float(), f.dim) if self.positions == "pooled" else f.h.float().movedim(f.dim, 1)
-            for f in (teacher, student)
-        )
+        p, q = (f.h.float().movedim(f.dim, 1) for f in (teacher, student))
+        if self.positions == "pooled":
+            p, q = (h.flatten(2).mean(2) if h.dim() > 2 else h for h in (p, q))
         return divergence(p.detach() if self.detach else p, q)
-
-
-def _pooled(h: Tensor, dim: int) -> Tensor:
-    """Mean over all positions: [B, C]."""
-    return h.movedim(dim, 1).flatten(2).mean(2) if h.dim() > 2 else h

@@ -9,16 +9,14 @@ Shapes in this file::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from pliant.methods.adaptive_depth.block import AdaptiveBlock
 from pliant.methods.adaptive_depth.switch import find_depth
-from pliant.objectives import Feature, channel_dim
+from pliant.objectives import Feature, stage_outputs
 
 
 @dataclass(frozen=True)
@@ -58,49 +56,12 @@ def run_both(network: nn.Module, x: Tensor, stages: Iterable[int] | None = None)
         [(2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
     """
     depth = find_depth(network)
-    flags = len(depth.skip)
-    wanted = tuple(range(flags)) if stages is None else tuple(stages)
-    results = []
-    for skip in (False, True):
-        with depth.hold((skip,) * flags), stage_outputs(network, wanted) as features:
-            logits: Tensor = network(x)
-        lost = [n for n in wanted if n not in features]
-        if lost:
-            raise ValueError(f"the forward of {type(network).__name__} does not reach stage {lost[0]}")
-        results.append((logits, features))
-    (logits, whole), (base_logits, base) = results
-    return BothPasses(logits, base_logits, whole, base)
-
-
-@contextmanager
-def stage_outputs(network: nn.Module, stages: Iterable[int]) -> Iterator[dict[int, Feature]]:
-    """Collect what stages give while the block runs; the last forward counts.
-
-    The network is hooked meanwhile, and as it was afterwards.
-
-    Args:
-        network: an adaptive network.
-        stages: numbers of their flags.
-
-    Raises:
-        ValueError: the network has no such flag.
-    """
-    ends = {m.flag: m for m in network.modules() if isinstance(m, AdaptiveBlock)}  # a stage's last
-    found: dict[int, Feature] = {}
-    handles = []
-    try:
-        for n in stages:
-            if n not in ends:
-                raise ValueError(f"no stage {n}; the stages that can skip are 0 to {len(ends) - 1}")
-            handles.append(ends[n].register_forward_hook(_keep(found, n)))
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keep(found: dict[int, Feature], n: int) -> Any:
-    def hook(block: AdaptiveBlock, _args: Any, h: Tensor) -> None:
-        found[n] = Feature(h, channel_dim(h, block.out_channels))
-
-    return hook
+    blocks = [m for m in network.modules() if isinstance(m, AdaptiveBlock)]
+    ends = {block.flag: (block, block.out_channels) for block in blocks}  # a stage's last
+    logits = []
+    with stage_outputs(network, ends, stages) as seen:
+        for skip in (False, True):
+            with depth.hold((skip,) * len(depth.skip)):
+                logits.append(network(x))
+    whole, base = ({n: found[i] for n, found in seen.items()} for i in range(2))
+    return BothPasses(logits[0], logits[1], whole, base)

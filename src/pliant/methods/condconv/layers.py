@@ -169,7 +169,8 @@ class _Conditional(Part):
     ) -> None:
         super().__init__()
         check_experts(experts)
-        check_form(form)
+        if form not in get_args(Form):
+            raise ValueError(f"form must be one of {', '.join(get_args(Form))}; not {form!r}")
         if bias not in (None, *get_args(Bias)):
             raise ValueError(f"bias must be None, 'shared' or 'experts', not {bias!r}")
         outputs, given = getattr(router, "outputs", None), getattr(router, "experts", experts)
@@ -412,7 +413,7 @@ class CondLinear(_Conditional):
         )
 
 
-def check_experts(experts: object, active: object = None) -> None:
+def check_experts(experts: Any, active: Any = None) -> None:
     """Refuse numbers of experts that make no sense.
 
     Raises:
@@ -421,19 +422,8 @@ def check_experts(experts: object, active: object = None) -> None:
     for name, value, most in (("experts", experts, MOST_EXPERTS), ("active", active, experts)):
         if value is None and name == "active":
             continue
-        assert isinstance(most, int)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        if not _whole(value, 1) or value > most:
             raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
-
-
-def check_form(form: object) -> None:
-    """Refuse a form that there is not.
-
-    Raises:
-        ValueError: names it.
-    """
-    if form not in get_args(Form):
-        raise ValueError(f"form must be one of {', '.join(get_args(Form))}; not {form!r}")
 
 
 def _check_whole(name: str, value: object) -> None:

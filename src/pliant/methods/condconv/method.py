@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Any, ClassVar, Literal, get_args
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, Literal
 
 import timm.layers
 import torch
@@ -26,7 +26,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant.anatomy import Block, BlockInfo, Convolution, convolutions
+from pliant._options import Count, NotNegative, Positive, check
+from pliant.anatomy import Block, BlockInfo, Convolution, UnknownBlock, convolutions
 from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
 from pliant.methods.condconv.layers import (
     Activation,
@@ -35,16 +36,10 @@ from pliant.methods.condconv.layers import (
     Router,
     SharedRouting,
     check_experts,
-    check_form,
 )
 from pliant.methods.condconv.mixing import ROUTING, Form
-from pliant.methods.condconv.recipes import (
-    ABLATIONS,
-    CONTROLS,
-    check_ablation,
-    condconv,
-    regularized,
-)
+from pliant.methods.condconv.recipes import ABLATIONS, CONTROLS, condconv, regularized
+from pliant.parts import substitute
 from pliant.threaded import Bound, between, pass_along, passes_along, thread
 
 Routing = Literal["block", "layer", "single", "shared", "hierarchical"]
@@ -116,41 +111,22 @@ class CondConv(Method):
     }
 
     experts: int = 8
-    begin: int | None = None
+    begin: Count | None = None
     features: bool = True
     classifier: bool = True
     layers: Layers = "all"
     routing: Routing = "block"
     activation: Activation = "sigmoid"
-    hidden: float | None = None
+    hidden: Positive | None = None
     per_channel: bool = False
     active: int | None = None
     form: Form = "auto"
     upcycle: bool = True
-    noise: float = 0.1
+    noise: NotNegative = 0.1
 
     def __post_init__(self) -> None:
         check_experts(self.experts, self.active)
-        check_form(self.form)
-        for name, kind in (("layers", Layers), ("routing", Routing), ("activation", Activation)):
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
-        for name in ("features", "classifier", "per_channel", "upcycle"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        begin = 1 if self.begin is None else self.begin
-        if not isinstance(begin, int) or isinstance(begin, bool) or begin < 1:
-            raise ValueError(f"begin must be a whole number of at least 1, not {self.begin!r}")
-        for name, value in (("hidden", 1.0 if self.hidden is None else self.hidden), ("noise", self.noise)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value < float("inf") or (name == "hidden" and value == 0):
-                right = "a positive number" if name == "hidden" else "a number of at least 0"
-                raise ValueError(f"{name} must be {right}, not {value!r}")
-        self._agree()
-
-    def _agree(self) -> None:
-        """Refuse options that contradict one another."""
+        check(self)
         if not (self.features or self.classifier):
             raise ValueError("features=False with classifier=False leaves nothing to replace")
         if self.per_channel and self.routing in THREADED:
@@ -180,16 +156,22 @@ class CondConv(Method):
 
     @classmethod
     def check_ablation(cls, data: str, network: str) -> Mapping[str, Any]:
-        """32 experts, as in the tables, on ImageNet; see `Method.check_ablation`."""
-        return check_ablation(data, network)
+        """32 experts on ImageNet, as in the tables; else the network's; see `Method.check_ablation`."""
+        if data == "digits" or not network.startswith("cc_mobilenetv1_"):
+            raise ValueError(
+                f"the ablations are of cc_mobilenetv1_* networks, not of {network!r}, and of larger images "
+                f"than digits"
+            )
+        return {"experts": 32} if data == "imagenet" else {}
 
     def survey(self, model: nn.Module) -> Survey:
         """Find the units to replace; see `Method.survey`."""
-        found = anatomy.stages(model)
-        stem, head = anatomy.stem_and_head(model) if found else ([], [])
-        blocks = [block for stage in found for block in stage.blocks]
+        blocks = anatomy.blocks(model)
+        known = any(isinstance(block, BlockInfo) for block in blocks)
+        stem, head = anatomy.stem_and_head(model) if known else ([], [])
         last = 1 + len(blocks) + len(head) + 1
-        between = [(n, conv) for n, conv in anatomy.outside_blocks(model) if 0 < n < len(blocks)]
+        units = {conv.path for conv in (*stem, *head)}
+        between = [(n, c) for n, c in anatomy.outside_blocks(model) if known and c.path not in units]
         begin = _lowest_resolutions(blocks, between) if self.begin is None else self.begin
         if begin > last:
             raise ValueError(
@@ -197,73 +179,88 @@ class CondConv(Method):
             )
         sites: list[Site] = []
         passed_over: list[PassedOver] = []
+        seen: set[int] = set()
 
         def unit(number: int, path: str, kind: str, layers: list[Convolution], odd: str = "") -> None:
-            why = self._why_not(number, begin, layers, odd)
-            if why:
-                passed_over.append(PassedOver(path, why))
+            if not self.features:
+                odd = "features=False"
+            elif number < begin:
+                odd = f"unit {number}; begin={begin}"
+            wanted, unwanted = self._divided(layers)
+            if not (odd or wanted):
+                none = "no convolution" if self.layers == "all" else f"no {self.layers} convolution"
+                odd = next((f"{c.path} {reason}" for c, reason in unwanted), none)
+            if odd:
+                passed_over.append(PassedOver(path, odd))
                 return
+            detail = {"unit": number, "kind": kind, "experts": self.experts}
             if kind == "block":
-                left = [PassedOver(f"{path}.{c.path}", reason) for c, reason in self._unwanted(layers)]
-                passed_over.extend(left)
-            if kind == "block" and self.routing == "layer":
-                inner = [f"{path}.{layer.path}" for layer in self._wanted(layers)]
-                sites.extend(Site(p, self._detail(number, "convolution")) for p in inner)
-            else:
-                detail = self._detail(number, kind) | _count(kind, self._wanted(layers))
-                sites.append(Site(path, detail))
+                passed_over.extend(PassedOver(f"{path}.{c.path}", reason) for c, reason in unwanted)
+                if self.routing == "layer":
+                    detail["kind"] = "convolution"
+                    new = [c for c in wanted if id(c.module) not in seen]  # two blocks may share one
+                    seen.update(id(c.module) for c in new)
+                    sites.extend(Site(f"{path}.{c.path}", detail) for c in new)
+                    return
+                detail["convolutions"] = len(wanted)
+            sites.append(Site(path, detail))
 
         for conv in stem:
             odd = "" if len(stem) == 1 else f"one of {len(stem)} convolutions of the stem"
             unit(1, conv.path, "convolution", [conv], odd)
         for number, block in enumerate(blocks, 2):
-            made = isinstance(block.module, Block)
-            odd = f"already another method's {type(block.module).__name__}" if made else ""
-            unit(number, block.path, "block", convolutions(block.module), odd)
-        passed_over += [PassedOver(conv.path, "between the blocks, in no unit") for _, conv in between]
+            if isinstance(block, UnknownBlock):
+                passed_over.append(PassedOver(block.path, block.reason))
+            else:
+                unit(number, block.path, "block", convolutions(block.module), _odd(block.module))
+        for n, conv in between:
+            where = "between the blocks" if 0 < n < len(blocks) else "beside blocks of no known family"
+            passed_over.append(PassedOver(conv.path, f"{where}, in no unit"))
         for number, conv in enumerate(head, 2 + len(blocks)):
             unit(number, conv.path, "convolution", [conv])
-        if self.features and begin < last and not sites:
-            return Survey((), tuple(passed_over))
         path = anatomy.classifier(model)
-        odd = "" if path is None else _unmixable(model.get_submodule(path))
-        if self.classifier and path is not None and odd:
+        of_blocks = range(2, 2 + len(blocks))
+        behind = self.begin is not None and self.begin >= of_blocks.stop
+        if self.features and not behind and not any(s.detail["unit"] in of_blocks for s in sites):
+            if self.classifier and path is not None:
+                ask = f"for the classifier alone, set features=False or begin={last}"
+                passed_over.append(PassedOver(path, f"no block is converted; {ask}"))
+            return Survey((), tuple(passed_over))
+        if path is None:
+            if self.classifier and (known or not self.features):
+                passed_over.append(PassedOver("(classifier)", "no linear classifier found"))
+        elif odd := _unmixable(model.get_submodule(path)) if self.classifier else "classifier=False":
             passed_over.append(PassedOver(path, odd))
-        elif self.classifier and path is not None:
-            sites.append(Site(path, self._detail(last, "classifier")))
-        elif path is not None:
-            passed_over.append(PassedOver(path, "classifier=False"))
-        elif self.classifier and (found or not self.features):
-            passed_over.append(PassedOver("(classifier)", "no linear classifier found"))
-        return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (self._note(),))
+        else:
+            sites.append(Site(path, {"unit": last, "kind": "classifier", "experts": self.experts}))
+        if self.routing in THREADED:
+            self._check_places(model, sites)
+        note = "experts and routers start at random; biases and norms are the network's"
+        if self.upcycle:
+            note = "starts as the given network: experts are copies of its layers (upcycle=False: afresh)"
+        return Survey(tuple(self._with_sources(sites)), tuple(passed_over), (note,))
 
-    def _why_not(self, number: int, begin: int, layers: list[Convolution], odd: str) -> str:
-        """Why a unit stays as it is; empty if it does not."""
-        if not self.features:
-            return "features=False"
-        if number < begin:
-            return f"unit {number}; begin={begin}"
-        if odd:
-            return odd
-        if not self._wanted(layers):
-            for layer, reason in self._unwanted(layers):
-                return f"{layer.path} {reason}"
-            return "no convolution" if self.layers == "all" else f"no {self.layers} convolution"
-        return ""
+    def _check_places(self, model: nn.Module, sites: list[Site]) -> None:
+        """Refuse units that run at several places: each has one source of its routing."""
+        everywhere = list(model.named_modules(remove_duplicate=False))
+        for site in sites:
+            module = model.get_submodule(site.path)
+            if others := [path for path, m in everywhere if m is module and path != site.path]:
+                raise ValueError(
+                    f"{site.path} stands at {', '.join(others)} too, and routing={self.routing!r} gives a "
+                    f"unit one source of its routing; take routing='block' or 'layer', or begin later"
+                )
 
-    def _kind(self, layer: Convolution) -> bool:
-        return self.layers in ("all", layer.kind)
-
-    def _wanted(self, layers: list[Convolution]) -> list[Convolution]:
-        return [c for c in layers if self._kind(c) and not _unmixable(c.module)]
-
-    def _unwanted(self, layers: list[Convolution]) -> list[tuple[Convolution, str]]:
-        """Layers of the kind asked for that cannot be mixed, with the reason."""
-        reasons = [(c, _unmixable(c.module)) for c in layers if self._kind(c)]
-        return [(c, reason) for c, reason in reasons if reason]
-
-    def _detail(self, number: int, kind: str) -> dict[str, Any]:
-        return {"unit": number, "kind": kind, "experts": self.experts}
+    def _divided(
+        self, layers: list[Convolution]
+    ) -> tuple[list[Convolution], list[tuple[Convolution, str]]]:
+        """Layers of the kind asked for: those that can be mixed, and the others, with the reason."""
+        reasons = [
+            (c, f"lies in a {c.inside}" if c.inside else _unmixable(c.module))
+            for c in layers
+            if self.layers in ("all", c.kind)
+        ]
+        return [c for c, why in reasons if not why], [(c, why) for c, why in reasons if why]
 
     def _with_sources(self, sites: list[Site]) -> list[Site]:
         """Say of each site where its routing comes from, and whether the next one gets it."""
@@ -278,11 +275,6 @@ class CondConv(Method):
             passes_on = {} if sources[n + 1 : n + 2] in ([], ["own"]) else {"passes_on": True}
             result.append(Site(site.path, {**site.detail, "routing": sources[n], **passes_on}))
         return result
-
-    def _note(self) -> str:
-        if self.upcycle:
-            return "starts as the given network: experts are copies of its layers (upcycle=False: afresh)"
-        return "experts and routers start at random; biases and norms are the network's"
 
     def replace(self, module: nn.Module, site: Site) -> nn.Module:
         """Build what stands at one site; see `Method.replace`."""
@@ -317,12 +309,13 @@ class CondConv(Method):
         return "this one's experts start at random; let them start as its copies: model_args.upcycle=true"
 
     def _block(self, block: nn.Module, site: Site) -> CondConvBlock:
-        layers = self._wanted(convolutions(block))
+        layers, _ = self._divided(convolutions(block))
         channels, out_channels, stride = anatomy.shape_of(block)
         widths = [_channels(layer.module)[1] for layer in layers]
         router = self._router(channels, sum(widths), site).to(layers[0].module.weight.dtype)
         for layer in layers:
-            block.set_submodule(layer.path, self._layer(layer.module, None).train(block.training))
+            new = self._layer(layer.module, None).train(block.training)
+            substitute(block, layer.module, new)
         return CondConvBlock(
             block,
             router,
@@ -409,17 +402,21 @@ class CondConvBlock(Block):
     ) -> None:
         super().__init__(*shape)
         self.block, self.router, self.passes_on = block, router, passes_on
-        self._leaves = frozenset(widths)
-        self._between = between(widths)
-        ends = [0]
-        for width in widths.values():
-            ends.append(ends[-1] + width)
-        self._parts = dict(zip(widths, pairwise(ends), strict=True))
+        slices = dict(zip(widths, pairwise(accumulate(widths.values(), initial=0)), strict=True))
+        # A layer may stand at several paths of the block, and is called by any of them.
+        of = {id(block.get_submodule(path)): part for path, part in slices.items()}
+        everywhere = block.named_modules(remove_duplicate=False)
+        self._parts = {path: of[id(module)] for path, module in everywhere if id(module) in of}
+        self._leaves, self._between = frozenset(self._parts), between(self._parts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block on `x` [B, C, H, W], with kernels for each of the B examples."""
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Run the block on `x` [B, C, H, W], with kernels for each of the B examples.
+
+        What else the block takes goes through.
+        """
         routing = self.router(x)
-        y: Tensor = Bound(self.block, self._leaves, self._between, partial(self._call, routing))(x)
+        block = Bound(self.block, self._leaves, self._between, partial(self._call, routing))
+        y: Tensor = block(x, *args, **options)
         return thread(y, ROUTING, routing) if self.passes_on else y
 
     def _call(self, routing: Tensor, path: str, layer: nn.Module, x: Tensor) -> Any:
@@ -429,11 +426,30 @@ class CondConvBlock(Block):
         return layer(x, routing)
 
 
-def _lowest_resolutions(blocks: list[BlockInfo], between: list[tuple[int, Convolution]]) -> int:
+def _odd(block: nn.Module) -> str:
+    """Why a block is not converted, though it may hold convolutions; or empty."""
+    if isinstance(block, Block):
+        return f"already another method's {type(block).__name__}"
+    if anatomy.computes_mixtures(block):
+        return f"{anatomy.type_name(block)} mixes its kernels for each example already"
+    return ""
+
+
+def _lowest_resolutions(
+    blocks: list[BlockInfo | UnknownBlock], between: list[tuple[int, Convolution]]
+) -> int:
     """Number of the first unit of the two lowest resolutions."""
     before = {n for n, conv in between if _stride(conv.module) > 1}
-    strided = [n for n, block in enumerate(blocks) if block.stride > 1 or n in before]
+    strided = [n for n, block in enumerate(blocks) if _strides(block) or n in before]
     return 2 if len(strided) < 2 else 2 + strided[-2]
+
+
+def _strides(block: BlockInfo | UnknownBlock) -> bool:
+    """Whether a block lowers the resolution; of an unknown one, whether a convolution in it does."""
+    if isinstance(block, BlockInfo):
+        return block.stride > 1
+    keeps = getattr(block.module, "has_skip", False)  # attention may stride inside, as MobileNetV4's does
+    return not keeps and any(_stride(layer) > 1 for layer in block.module.modules())
 
 
 def _stride(layer: nn.Module) -> int:
@@ -449,7 +465,7 @@ def _unmixable(layer: nn.Module) -> str:
         return f"is a {type(layer).__name__} that cannot be mixed"
     hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
     if not all(passes_along(hook) for hook in hooks):
-        return "has forward hooks (spectral_norm has), which a mixture would lose"
+        return "has forward hooks (pruning and spectral_norm have), which a mixture would lose"
     return ""
 
 
@@ -459,18 +475,16 @@ def _channels(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
     return layer.in_channels, layer.out_channels
 
 
-def _count(kind: str, layers: list[Convolution]) -> dict[str, int]:
-    return {"convolutions": len(layers)} if kind == "block" else {}
-
-
 def _outside(model: nn.Module, sites: list[str]) -> list[nn.Module]:
     """All modules after the first site that lie in no block and no site."""
-    blocks = [b.path for stage in anatomy.stages(model) for b in stage.blocks]
-    own = set(sites)
+    units = [model.get_submodule(path) for path in sites]
+    own = {id(unit) for unit in units}
+    closed = (*units, *(block.module for block in anatomy.blocks(model)))
+    inside = {id(module) for outer in closed for module in outer.modules() if module is not outer}
+    skipped = own | inside
     found, begun = [], False
-    for path, module in model.named_modules():
-        begun = begun or path in own
-        inside = any(path.startswith(f"{p}.") for p in (*own, *blocks))
-        if begun and path not in own and not inside:
+    for module in model.modules():
+        begun = begun or id(module) in own
+        if begun and id(module) not in skipped:
             found.append(module)
     return found

@@ -7,7 +7,6 @@ network that the recipe trains; ``begin`` counts MobileNetV1's units as Table 7 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 NOTE = (
@@ -74,17 +73,3 @@ def regularized(network: str) -> dict[str, Any]:
         "augmentation": "original",
         "model_args": {"drop_rate": 0.2},
     }
-
-
-def check_ablation(data: str, network: str) -> Mapping[str, Any]:
-    """Options that all ablations share: 32 experts on ImageNet, as in the tables; else the network's.
-
-    Raises:
-        ValueError: the tables have no such network.
-    """
-    if data == "digits" or not network.startswith("cc_mobilenetv1_"):
-        raise ValueError(
-            f"the ablations are of cc_mobilenetv1_* networks, not of {network!r}, and of larger images "
-            f"than digits"
-        )
-    return {"experts": 32} if data == "imagenet" else {}

@@ -2,9 +2,8 @@
 
 from pliant.methods.mixture_of_depths import networks as networks
 from pliant.methods.mixture_of_depths.block import MoDBlock, without_mod_blocks
-from pliant.methods.mixture_of_depths.layers import Fusion
 from pliant.methods.mixture_of_depths.method import MixtureOfDepths, Selection
-from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Order, RandomSelector
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Fusion, Order, RandomSelector
 
 __all__ = [
     "ChannelSelector",

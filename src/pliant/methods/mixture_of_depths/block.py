@@ -10,27 +10,35 @@ Shapes in this file::
 
 from __future__ import annotations
 
-import copy
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.anatomy import RemovedBlock
-from pliant.methods.mixture_of_depths.exported import GraphMoD, ProgramMoD
-from pliant.methods.mixture_of_depths.layers import MoDLayers
+from pliant.anatomy import Block, RemovedBlock
+from pliant.methods.mixture_of_depths.exported import GraphMoD
 from pliant.methods.mixture_of_depths.ops.fused import FusedMoDBlock, fusable
-from pliant.methods.mixture_of_depths.selectors import ChannelSelector, RandomSelector
-from pliant.methods.mixture_of_depths.training import At, fuse, gather, pool, usual
-from pliant.parts import OnnxOperator, Target
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Fusion, RandomSelector
+from pliant.methods.mixture_of_depths.training import At, Fuse, Gather, Pool, everywhere, usual
+from pliant.parts import OnnxOperator, Target, copied, substitute
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-class MoDBlock(MoDLayers):
+class MoDBlock(Block):
     """One Mixture-of-Depths block: select, process, scale, fuse (sections 3.1 to 3.3).
 
-    Its arguments are those of `MoDLayers`.
+    Args:
+        core: the narrow block, [B, k, H, W] to [B, k, H, W].
+        selector: gives scores [B, k] or None, and index [B, k] or [k], for a feature map or its
+            means; None processes the first k channels, without scores.
+        channels: C.
+        k: number of channels that are processed.
+        fusion: where the core's output goes; see `pliant.MixtureOfDepths`.
+        inner_shortcut: add the core's input to its output.
+        last_act: activation behind that sum; None: none.
+        drop_path: drops whole samples of the core's output in training; None: none.
 
     Example:
         >>> selector = ChannelSelector(channels=8, k=2, hidden=4)
@@ -38,6 +46,28 @@ class MoDBlock(MoDLayers):
         >>> block(torch.rand(1, 8, 5, 5)).shape
         torch.Size([1, 8, 5, 5])
     """
+
+    operators: ClassVar[str] = FusedMoDBlock.operators
+    selector: nn.Module | None
+
+    def __init__(
+        self,
+        core: nn.Module,
+        selector: nn.Module | None,
+        channels: int,
+        k: int,
+        *,
+        fusion: Fusion = "first",
+        inner_shortcut: bool = False,
+        last_act: nn.Module | None = None,
+        drop_path: nn.Module | None = None,
+    ) -> None:
+        super().__init__(channels)
+        self.k, self.fusion, self.inner_shortcut = k, fusion, inner_shortcut
+        self.selector = selector
+        self.core = core
+        self.last_act = nn.Identity() if last_act is None else last_act
+        self.drop_path = nn.Identity() if drop_path is None else drop_path
 
     def forward(self, x: Tensor) -> Tensor:
         """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
@@ -48,7 +78,7 @@ class MoDBlock(MoDLayers):
         if self.selector is None:
             return self._fuse(x, self._process(x[:, : self.k]), None)
         scores, index = self.selector(x)
-        picked = x.index_select(1, index) if index.dim() == 1 else x.gather(1, _spread(index, x))
+        picked = x.index_select(1, index) if index.dim() == 1 else x.gather(1, everywhere(index, x))
         y = self._process(picked)
         if scores is not None:
             y = y * scores.to(y.dtype)[:, :, None, None]
@@ -59,15 +89,16 @@ class MoDBlock(MoDLayers):
         at: At = 0
         scores, means = None, x
         if isinstance(self.selector, ChannelSelector):
-            means, x = pool(x)
+            means, x = Pool.apply(x)
         if self.selector is not None:
             scores, index = self.selector(means)
             at = index.expand(x.shape[0], self.k)
-        picked, x = gather(x, at, self.k)
+        picked, x = Gather.apply(x, at, self.k)
         y = self._process(picked)
         if self.fusion in ("first", "last"):
             at = 0 if self.fusion == "first" else self.channels - self.k
-        return fuse(x, y, scores, at, self.fusion == "replace")
+        fused: Tensor = Fuse.apply(x, y, scores, at, self.fusion == "replace")
+        return fused
 
     def _process(self, picked: Tensor) -> Tensor:
         y = self.core(picked)
@@ -77,13 +108,15 @@ class MoDBlock(MoDLayers):
 
     def _fuse(self, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
         k, y = self.k, y.to(x.dtype)
-        if self.fusion == "first":
-            return torch.cat((x[:, :k] + y, x[:, k:]), 1)
-        if self.fusion == "last":
-            return torch.cat((x[:, :-k], x[:, -k:] + y), 1)
+        if self.fusion in ("first", "last"):
+            first = self.fusion == "first"
+            if torch.compiler.is_exporting():  # Inductor fuses an addition of padded channels
+                rest = self.channels - k
+                return x + F.pad(y, (0, 0, 0, 0, *((0, rest) if first else (rest, 0))))
+            return torch.cat((x[:, :k] + y, x[:, k:]) if first else (x[:, :-k], x[:, -k:] + y), 1)
         if index is None:
             index = torch.arange(k, device=x.device)
-        where = _spread(index.expand(x.shape[0], k), x)
+        where = everywhere(index.expand(x.shape[0], k), x)
         return x.scatter_add(1, where, y) if self.fusion == "original" else x.scatter(1, where, y)
 
     def no_export(self) -> str:
@@ -97,7 +130,7 @@ class MoDBlock(MoDLayers):
 
     def export_form(self, target: Target, batch: int | None) -> nn.Module:
         """The form for what runs the file; see `Part.export_form`."""
-        return ProgramMoD(self) if target == "program" else GraphMoD(self, batch)
+        return self if target == "program" else GraphMoD(self, batch)
 
     def fast_form(self) -> nn.Module | str:
         """The block as one operator, or why not; see `Part.fast_form`."""
@@ -106,6 +139,10 @@ class MoDBlock(MoDLayers):
     def onnx_operator(self) -> OnnxOperator | str:
         """The operator of the fast form; see `Part.onnx_operator`."""
         return fusable(self) or FusedMoDBlock(self).onnx_operator()
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"channels={self.channels}, k={self.k}, fusion={self.fusion!r}"
 
 
 def without_mod_blocks(model: Network) -> Network:
@@ -121,15 +158,10 @@ def without_mod_blocks(model: Network) -> Network:
         >>> without_mod_blocks(timm.create_model("resnet20_cifar_mod")).layer1[1]
         RemovedBlock(channels=16)
     """
-    model = copy.deepcopy(model)
-    blocks = [(path, m) for path, m in model.named_modules() if isinstance(m, MoDBlock)]
+    model = copied(model)
+    blocks = [m for m in model.modules() if isinstance(m, MoDBlock)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no Mixture-of-Depths block to remove")
-    for path, block in blocks:
-        model.set_submodule(path, RemovedBlock(block.channels))
+    for block in blocks:
+        substitute(model, block, RemovedBlock(block.channels))
     return model
-
-
-def _spread(index: Tensor, x: Tensor) -> Tensor:
-    """`index` [B, k] as [B, k, H, W], to gather and scatter whole channels of `x`."""
-    return index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])

@@ -9,16 +9,16 @@ Shapes: a core takes and gives [B, k, H, W]; k is at most the block's C channels
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 from timm.models import resnet
 from torch import nn
 
-from pliant.anatomy import BlockInfo
+from pliant.anatomy import BlockInfo, type_name
+from pliant.parts import Part
 
-Layers = list[tuple[str, nn.Module]]
+# Another family: its layers in `narrow_core`, its shape in `anatomy`.
+BLOCKS = (resnet.Bottleneck, resnet.BasicBlock)
 
 
 def narrow_core(block: nn.Module, channels: int, k: int, *, zero_init_last: bool = False) -> nn.Sequential:
@@ -35,9 +35,20 @@ def narrow_core(block: nn.Module, channels: int, k: int, *, zero_init_last: bool
         >>> list(dict(narrow_core(block, 64, 4).named_children()))
         ['conv1', 'bn1', 'act1', 'conv2', 'bn2']
     """
-    layers = _CORES[type(block)](block, channels, k, zero_init_last)
-    kept = [(name, layer) for name, layer in layers if not isinstance(layer, nn.Identity)]
-    return nn.Sequential(OrderedDict(kept))
+    last = "bn3" if isinstance(block, resnet.Bottleneck) else "bn2"
+    core, inner, width = nn.Sequential(), core_width(block, channels, k), k
+    layer: Any
+    for name, layer in block.named_children():  # timm's blocks have them in the order in which they run
+        if name.startswith("conv"):
+            before, width = width, k if name[-1] == last[-1] else inner
+            core.add_module(name, _narrow_conv(layer, before, width))
+        elif name.startswith("bn"):
+            core.add_module(name, _narrow_norm(layer, width, zero=zero_init_last and name == last))
+        elif not isinstance(layer, nn.Identity):
+            core.add_module(name, copy.deepcopy(layer))
+        if name == last:
+            break
+    return core
 
 
 def last_activation(block: nn.Module) -> nn.Module:
@@ -49,9 +60,9 @@ def last_activation(block: nn.Module) -> nn.Module:
 def unfit(block: BlockInfo) -> str:
     """Say why no core can take the place of this block; empty when one can."""
     m: Any = block.module
-    if type(m) not in _CORES:
-        known = ", ".join(f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in _CORES)
-        return f"no Mixture-of-Depths core for a {block.kind} (there is one for {known})"
+    if type(m) not in BLOCKS:
+        known = ", ".join(f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}" for cls in BLOCKS)
+        return f"no Mixture-of-Depths core for a {block.kind} (there is one for timm's {known})"
     if block.stride != 1 or block.in_channels != block.out_channels:
         return f"stride {block.stride}, {block.in_channels} to {block.out_channels} channels"
     if any(conv.groups != 1 for conv in m.modules() if isinstance(conv, nn.Conv2d)):
@@ -60,6 +71,14 @@ def unfit(block: BlockInfo) -> str:
         return f"channel attention ({type(m.se).__name__}) has no narrow form here"
     if not isinstance(m.aa, nn.Identity):
         return f"anti-aliasing ({type(m.aa).__name__}) has no narrow form here"
+    named = [(n, layer) for n, layer in m.named_children() if n.startswith("conv")]
+    for name, layer in named:  # what another method put there is refused as an overlap
+        if not isinstance(layer, (nn.Conv2d, Part)):
+            return f"{name} is a {type_name(layer)}: a core needs plain convolutions"
+    if "Frozen" in type(m.bn1).__name__:
+        return (
+            f"{type(m.bn1).__name__}: a core needs batch norm that learns; convert first, freeze afterwards"
+        )
     if not isinstance(m.bn1, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         return f"{type(m.bn1).__name__}: a core needs batch norm"
     return ""
@@ -70,41 +89,6 @@ def core_width(block: nn.Module, channels: int, k: int) -> int:
     if isinstance(block, resnet.Bottleneck):
         return int(k * block.conv1.out_channels // channels)
     return k
-
-
-def _bottleneck_core(block: resnet.Bottleneck, channels: int, k: int, zero_init_last: bool) -> Layers:
-    """1x1 k -> k // 4, norm, act, 3x3, norm, act, 1x1 -> k, norm."""
-    width = core_width(block, channels, k)
-    return [
-        ("conv1", _narrow_conv(block.conv1, k, width)),
-        ("bn1", _narrow_norm(block.bn1, width)),
-        ("act1", copy.deepcopy(block.act1)),
-        ("conv2", _narrow_conv(block.conv2, width, width)),
-        ("bn2", _narrow_norm(block.bn2, width)),
-        ("drop_block", copy.deepcopy(block.drop_block)),
-        ("act2", copy.deepcopy(block.act2)),
-        ("conv3", _narrow_conv(block.conv3, width, k)),
-        ("bn3", _narrow_norm(block.bn3, k, zero=zero_init_last)),
-    ]
-
-
-def _basic_core(block: resnet.BasicBlock, _channels: int, k: int, zero_init_last: bool) -> Layers:
-    """3x3 k -> k, norm, act, 3x3 k -> k, norm."""
-    return [
-        ("conv1", _narrow_conv(block.conv1, k, k)),
-        ("bn1", _narrow_norm(block.bn1, k)),
-        ("drop_block", copy.deepcopy(block.drop_block)),
-        ("act1", copy.deepcopy(block.act1)),
-        ("conv2", _narrow_conv(block.conv2, k, k)),
-        ("bn2", _narrow_norm(block.bn2, k, zero=zero_init_last)),
-    ]
-
-
-# A core for another family: its builder here, its shape in anatomy.
-_CORES: dict[type[nn.Module], Callable[..., Layers]] = {
-    resnet.Bottleneck: _bottleneck_core,
-    resnet.BasicBlock: _basic_core,
-}
 
 
 def _narrow_conv(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:

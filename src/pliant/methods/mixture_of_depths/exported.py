@@ -1,11 +1,8 @@
-"""Forms of a Mixture-of-Depths block for exported files: one function, in operators that engines run well.
+"""The form of a Mixture-of-Depths block for ONNX Runtime and OpenVINO, in operators that both run well.
 
-A `MoDBlock` gathers by broadcast indices, slices and concatenates. Engines run other operators
-faster (``docs/export.md`` has the measurements):
-
-- a PyTorch program: the fusion as an addition of padded channels, which Inductor fuses;
-- ONNX Runtime and OpenVINO: the selector as 1x1 convolutions, one flat gather of whole channels,
-  and the fusion as a constant convolution and an addition, without slices.
+A `MoDBlock` gathers by broadcast indices, slices and concatenates. These engines are faster with a
+selector of 1x1 convolutions, one flat gather of whole channels, and a fusion by a constant
+convolution and an addition, without slices (``docs/export.md`` has the measurements).
 
 Shapes in this file::
 
@@ -17,73 +14,25 @@ Shapes in this file::
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.anatomy import Block
-from pliant.methods.mixture_of_depths.layers import MoDLayers
-from pliant.methods.mixture_of_depths.selectors import ChannelSelector, RandomSelector
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector, RandomSelector, best
+from pliant.parts import as_defined
+from pliant.precision import linear
 
-
-class _ExportedMoD(Block):
-    """What the exported forms of a Mixture-of-Depths block share.
-
-    Args:
-        block: a block in evaluation mode, whose layers the form uses.
-    """
-
-    index: Tensor | None
-
-    def __init__(self, block: MoDLayers) -> None:
-        super().__init__(block.channels)
-        self.k, self.fusion, self.inner_shortcut = block.k, block.fusion, block.inner_shortcut
-        self.core, self.last_act = block.core, block.last_act
-        self.before = block.channels - block.k if block.fusion == "last" else 0
-        index = None if block.selector is not None else torch.arange(block.k)
-        if isinstance(block.selector, RandomSelector):
-            index = block.selector.index
-        # Constant channels; None where a selector picks them.
-        self.register_buffer("index", index)
-
-    def _process(self, picked: Tensor, dtype: torch.dtype) -> Tensor:
-        y = self.core(picked)
-        processed: Tensor = self.last_act(y + picked if self.inner_shortcut else y)
-        return processed.to(dtype)
-
-
-class ProgramMoD(_ExportedMoD):
-    """A Mixture-of-Depths block for PyTorch programs: the fusion adds padded channels.
-
-    Args:
-        block: a block in evaluation mode, whose layers the form uses.
-    """
-
-    def __init__(self, block: MoDLayers) -> None:
-        super().__init__(block)
-        self.selector = block.selector if self.index is None else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output for `x`, of the same shape and dtype."""
-        scores: Tensor | None = None
-        if self.selector is not None:
-            scores, chosen = self.selector(x)
-        else:
-            assert self.index is not None
-            chosen = self.index.expand(x.shape[0], self.k)
-        where = chosen[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])
-        picked = x.gather(1, where) if self.index is None else x.index_select(1, self.index)
-        y = self._process(picked, x.dtype)
-        if scores is not None:
-            y = y * scores.to(y.dtype)[:, :, None, None]
-        if self.fusion in ("first", "last"):
-            after = self.channels - self.k - self.before
-            return x + F.pad(y, (0, 0, 0, 0, self.before, after))
-        return x.scatter_add(1, where, y) if self.fusion == "original" else x.scatter(1, where, y)
+if TYPE_CHECKING:  # the block itself asks for this form
+    from pliant.methods.mixture_of_depths.block import MoDBlock
 
 
 class ConvSelector(nn.Module):
-    """A `ChannelSelector` in 1x1 convolutions, which keep the layout of a feature map.
+    """A `ChannelSelector` in 1x1 convolutions, which keep the layout of a feature map, where it can be.
+
+    A layer that is more than its weights (an adapter, say) is called as it is.
 
     Args:
         selector: the selector whose weights are copied.
@@ -91,19 +40,17 @@ class ConvSelector(nn.Module):
 
     def __init__(self, selector: ChannelSelector) -> None:
         super().__init__()
-        self.fc1, self.fc2 = _pointwise(selector.fc1.weight), _pointwise(selector.fc2.weight)
+        self.fc1, self.fc2 = _pointwise(selector.fc1), _pointwise(selector.fc2)
         self.k, self.order = selector.k, selector.order
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the k largest logits and their channels for `x`, both [B, k, 1, 1], best first."""
         wide = torch.promote_types(x.dtype, torch.float32)
         mean = x.to(wide).mean((2, 3), keepdim=True)
-        logits = self.fc2(F.relu(self.fc1(mean)))
-        top, index = logits.topk(self.k, dim=1, sorted=True)
-        return top, index
+        return best(self.fc2(F.relu(self.fc1(mean))), self.k, "score")
 
 
-class GraphMoD(_ExportedMoD):
+class GraphMoD(Block):
     """A Mixture-of-Depths block for ONNX: flat gather, and a fusion without slices.
 
     Args:
@@ -111,15 +58,21 @@ class GraphMoD(_ExportedMoD):
         batch: images of each call; None: any number.
     """
 
+    index: Tensor | None  # constant channels; None where a selector picks them
     place: Tensor | None
     source: Tensor | None
 
-    def __init__(self, block: MoDLayers, batch: int | None) -> None:
-        super().__init__(block)
-        self.batch = batch
-        self.first_channels = block.selector is None
+    def __init__(self, block: MoDBlock, batch: int | None) -> None:
+        super().__init__(block.channels)
+        self.k, self.fusion, self.inner_shortcut = block.k, block.fusion, block.inner_shortcut
+        self.core, self.last_act, self.batch = block.core, block.last_act, batch
         learned = block.selector if isinstance(block.selector, ChannelSelector) else None
         self.selector = None if learned is None else ConvSelector(learned)
+        self.first_channels = block.selector is None
+        index = torch.arange(self.k) if self.first_channels else None
+        if isinstance(block.selector, RandomSelector):
+            index = block.selector.index
+        self.register_buffer("index", index)
         self.register_buffer("place", self._place())
         self.register_buffer("source", self._source())
 
@@ -128,29 +81,32 @@ class GraphMoD(_ExportedMoD):
         if self.selector is None:
             assert self.index is not None
             picked = x[:, : self.k] if self.first_channels else x.index_select(1, self.index)
-            return self._fuse(x, self._process(picked, x.dtype))
+            return self._fuse(x, self._process(picked))
         top, index = self.selector(x)
         if self.selector.order == "index":
             top, index = _sorted_by_index(top, index)
-        picked = _gather(x, self._flat(x, index), self.k)
-        y = self._process(picked, x.dtype) * top.sigmoid().to(x.dtype)
-        return self._fuse_selected(x, y, picked, index)
+        rows = self._rows(x, index)
+        maps = x.reshape(-1, x.shape[2], x.shape[3])  # [B C, H, W]
+        picked = maps.index_select(0, rows).reshape(-1, self.k, x.shape[2], x.shape[3])
+        y = self._process(picked) * top.sigmoid().to(x.dtype)
+        if self.fusion in ("first", "last"):
+            return self._fuse(x, y)
+        if self.fusion == "original":
+            y = picked + y
+        maps = maps.index_put((rows,), y.reshape(-1, x.shape[2], x.shape[3]))
+        return maps.reshape(-1, self.channels, x.shape[2], x.shape[3])
 
-    def _flat(self, x: Tensor, index: Tensor) -> Tensor:
+    def _process(self, picked: Tensor) -> Tensor:
+        y = self.core(picked)
+        processed: Tensor = self.last_act(y + picked if self.inner_shortcut else y)
+        return processed.to(picked.dtype)
+
+    def _rows(self, x: Tensor, index: Tensor) -> Tensor:
         """The rows [B k] that `index` names in `x` as [B C, H, W]."""
         if self.batch == 1:
             return index.reshape(self.k)
         first = torch.arange(x.shape[0], device=x.device)[:, None] * self.channels
         return (index.reshape(-1, self.k) + first).reshape(-1)
-
-    def _fuse_selected(self, x: Tensor, y: Tensor, picked: Tensor, index: Tensor) -> Tensor:
-        if self.fusion in ("first", "last"):
-            return self._fuse(x, y)
-        if self.fusion == "original":
-            y = picked + y
-        rows = x.reshape(-1, x.shape[2], x.shape[3])
-        rows = rows.index_put((self._flat(x, index),), y.reshape(-1, x.shape[2], x.shape[3]))
-        return rows.reshape(-1, self.channels, x.shape[2], x.shape[3])
 
     def _fuse(self, x: Tensor, y: Tensor) -> Tensor:
         """Put `y` into constant channels of `x`."""
@@ -161,11 +117,12 @@ class GraphMoD(_ExportedMoD):
 
     def _place(self) -> Tensor | None:
         """The kernel [C, k, 1, 1] that puts the core's channels in their places."""
-        if self.fusion == "replace" or (self.fusion == "original" and self.index is None):
-            return None
-        where = torch.arange(self.k) + self.before
-        if self.fusion == "original":
-            assert self.index is not None
+        where = torch.arange(self.k)
+        if self.fusion == "last":
+            where += self.channels - self.k
+        elif self.fusion != "first":
+            if self.fusion == "replace" or self.index is None:
+                return None
             where = self.index.cpu()
         place = torch.zeros(self.channels, self.k, 1, 1)
         place[where, torch.arange(self.k)] = 1
@@ -180,21 +137,30 @@ class GraphMoD(_ExportedMoD):
         return source
 
 
-def _pointwise(weight: Tensor) -> nn.Conv2d:
-    """A linear layer without bias as a 1x1 convolution, at least float32."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False)
-    conv.weight = nn.Parameter(weight.detach()[:, :, None, None].to(dtype), requires_grad=False)
-    return conv
+class _Called(nn.Module):
+    """A layer that is more than its weights, as it is, on a feature map of one position."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.flatten(1), self.layer)[:, :, None, None]
+
+
+def _pointwise(layer: nn.Module) -> nn.Module:
+    """A linear layer as a 1x1 convolution, at least float32; as it is if it is more than its weights."""
+    if not (isinstance(layer, nn.Linear) and as_defined(layer, nn.Linear)):
+        return _Called(layer)
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    conv = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=layer.bias is not None)
+    conv.weight = nn.Parameter(layer.weight.detach()[:, :, None, None].to(dtype))
+    if layer.bias is not None:
+        conv.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return conv.requires_grad_(False)
 
 
 def _sorted_by_index(top: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Both [B, k, 1, 1], in the order of the channels. Engines rank; few of them sort."""
     falling, rank = (-index.to(torch.float32)).topk(index.shape[1], dim=1, sorted=True)
     return top.gather(1, rank), (-falling).to(torch.int64)
-
-
-def _gather(x: Tensor, flat: Tensor, k: int) -> Tensor:
-    """The channels `flat` [B k] of `x` as [B C, H, W], as [B, k, H, W]."""
-    size = x.shape[2], x.shape[3]
-    return x.reshape(-1, *size).index_select(0, flat).reshape(-1, k, *size)

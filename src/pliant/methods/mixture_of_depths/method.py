@@ -17,24 +17,44 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import PlainValidator
 from torch import nn
 
+from pliant._options import Count, Numbers, check
 from pliant.anatomy import BlockInfo, RemovedBlock, Stage, stages
 from pliant.method import Gone, Method, PassedOver, RecipeForms, Site, Survey
 from pliant.methods.mixture_of_depths.block import MoDBlock, without_mod_blocks
 from pliant.methods.mixture_of_depths.cores import core_width, last_activation, narrow_core, unfit
-from pliant.methods.mixture_of_depths.layers import Fusion
 from pliant.methods.mixture_of_depths.recipes import CONTROLS, cifar, imagenet
-from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Order, RandomSelector
+from pliant.methods.mixture_of_depths.selectors import ChannelSelector, Fusion, Order, RandomSelector
 
 Selection = Literal["learned", "random", "fixed", "first", "none"]
 
 NO_BLOCKS = "without MoD blocks"  # the control, in rows
 
 _TAG = "before-house"  # the last commit that has the variants below; see docs/variants.md
+
+
+def _one_or_each(c: Any) -> Any:
+    """Check `c`; the JSON of a checkpoint knows lists only."""
+    if isinstance(c, (tuple, list)):
+        if c and all(type(n) is int and n >= 0 for n in c):
+            return tuple(c)
+    elif c is None or (type(c) is int and c > 0):
+        return c
+    raise ValueError(f"give a whole number from 1, or one from 0 for each stage, not {c!r}")
+
+
+def _rule_or_paths(blocks: Any) -> Any:
+    """Check `blocks`."""
+    if blocks in ("odd", "all"):
+        return blocks
+    if isinstance(blocks, (tuple, list)) and all(isinstance(path, str) for path in blocks):
+        return tuple(blocks)
+    raise ValueError(f"give 'odd', 'all' or a tuple of paths, not {blocks!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +65,9 @@ class MixtureOfDepths(Method):
     reading that reproduces its parameter and MAC counts.
 
     Args:
-        c: k = C // c channels of C are processed (section 3.2). None: the width of the
-            network's first block, the largest that is legal (64 for ResNet-50). A tuple has one
-            value for each stage of the network; 0 removes that stage's blocks.
+        c: k = C // c channels of C are processed (section 3.2). None: the width of the network's
+            first block (64 for ResNet-50), or the largest c that leaves every block a channel. A
+            tuple has one value for each stage of the network; 0 removes that stage's blocks.
         reduction: r of the selector, C -> C // r -> C (section 3.1; 16 in the paper). A
             selector with one hidden unit ranks the channels alike for every input.
         selection: which channels are processed. ``"learned"``: the selector's choice;
@@ -107,48 +127,24 @@ class MixtureOfDepths(Method):
         Gone("selection", "learned", _TAG, values=("static",)),
     )
 
-    c: int | tuple[int, ...] | None = None
-    reduction: int = 16
+    c: Annotated[int | tuple[int, ...] | None, PlainValidator(_one_or_each)] = None
+    reduction: Count = 16
     selection: Selection = "learned"
     order: Order = "score"
     fusion: Fusion = "first"
-    blocks: Literal["odd", "all"] | tuple[str, ...] = "odd"
-    stages: tuple[int, ...] | None = None
+    blocks: Annotated[Literal["odd", "all"] | tuple[str, ...], PlainValidator(_rule_or_paths)] = "odd"
+    stages: Numbers | None = None
     inner_shortcut: bool = False
     last_act: bool = False
     zero_init_last: bool = False
 
     def __post_init__(self) -> None:
-        # A checkpoint's JSON knows lists only.
-        if isinstance(self.c, (tuple, list)):
-            if not _all_of(int, self.c) or min(self.c, default=-1) < 0:
-                raise ValueError(f"several c must be whole numbers of at least 0, not {self.c!r}")
-            object.__setattr__(self, "c", tuple(self.c))
-        one = 1 if self.c is None or isinstance(self.c, tuple) else self.c
-        for name, value in (("c", one), ("reduction", self.reduction)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        kinds = {"selection": Selection, "order": Order, "fusion": Fusion}
-        for name, kind in kinds.items():
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise ValueError(f"{name} must be one of {choices}; not {getattr(self, name)!r}")
-        for name in ("inner_shortcut", "last_act", "zero_init_last"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.blocks not in ("odd", "all"):
-            if not _all_of(str, self.blocks):
-                raise ValueError(f"blocks must be 'odd', 'all' or a tuple of paths, not {self.blocks!r}")
-            object.__setattr__(self, "blocks", tuple(self.blocks))
-            if self.stages is not None:
-                raise ValueError(
-                    f"blocks={self.blocks!r} says which already; stages={self.stages!r} goes with "
-                    f"blocks='odd' or 'all' only"
-                )
-        if self.stages is not None:
-            if not _all_of(int, self.stages):
-                raise ValueError(f"stages must be a tuple of whole numbers or None, not {self.stages!r}")
-            object.__setattr__(self, "stages", tuple(self.stages))
+        check(self)
+        if self.stages is not None and not isinstance(self.blocks, str):
+            raise ValueError(
+                f"blocks={self.blocks!r} says which already; stages={self.stages!r} goes with "
+                f"blocks='odd' or 'all' only"
+            )
         if self.last_act and self.zero_init_last and not self.inner_shortcut:
             raise ValueError(
                 "last_act with zero_init_last and without inner_shortcut gives the core and the "
@@ -164,18 +160,21 @@ class MixtureOfDepths(Method):
         """Find the blocks to replace; see `Method.survey`."""
         found = stages(model)
         for n in self.stages or ():
-            if not 0 <= n < len(found):
+            if n >= len(found):
                 raise ValueError(f"stages holds {n}, but {type(model).__name__} has {len(found)} stages")
         if not isinstance(self.blocks, str):
             _check_named(self.blocks, {block.path: block for stage in found for block in stage.blocks})
-        c = self._by_stage(found, type(model).__name__)
-        sites, passed_over = [], []
+        chosen: list[tuple[int, BlockInfo]] = []
+        passed_over = []
         for n, stage in enumerate(found):
             for i, block in enumerate(stage.blocks):
                 if why := self._left_out(n, i, block.path) or unfit(block):
                     passed_over.append(PassedOver(block.path, why))
                 else:
-                    sites.append(Site(block.path, self._detail(block, c[n])))
+                    chosen.append((n, block))
+        most = min((_largest_c(block) for _, block in chosen), default=1)
+        c = self._by_stage(found, type(model).__name__, most)
+        sites = [Site(block.path, self._detail(block, c[n], most)) for n, block in chosen]
         notes = []
         begins_without = self.zero_init_last and self.fusion != "replace" and not self.inner_shortcut
         if self.selection != "none" and not begins_without:
@@ -214,9 +213,8 @@ class MixtureOfDepths(Method):
 
     def without(self, model: nn.Module) -> nn.Module | None:
         """The network without its blocks, the base line of the MoD tax; see `Method.without`."""
-        if not any(isinstance(m, MoDBlock) for m in model.modules()):
-            return None
-        return without_mod_blocks(model)
+        found = any(isinstance(m, MoDBlock) for m in model.modules())
+        return without_mod_blocks(model) if found else None
 
     @property
     def without_label(self) -> str:
@@ -233,26 +231,26 @@ class MixtureOfDepths(Method):
             return "a stage's first block stays"
         return "" if self.blocks == "all" or position % 2 == 1 else "an even block stays"
 
-    def _by_stage(self, found: Sequence[Stage], network: str) -> tuple[int, ...]:
-        """The c of each stage; 0: no blocks."""
+    def _by_stage(self, found: Sequence[Stage], network: str, most: int) -> tuple[int, ...]:
+        """The c of each stage, unless told at most `most`; 0: no blocks."""
         if isinstance(self.c, tuple):
             if len(self.c) != len(found):
                 raise ValueError(f"c={self.c} is for {len(self.c)} stages, but {network} has {len(found)}")
             return self.c
-        first = found[0].blocks[0] if found else None
-        widest = min(first.in_channels, first.out_channels) if first else 0
-        return (widest if self.c is None else self.c,) * len(found)
+        if self.c is not None or not found:
+            return (self.c or most,) * len(found)
+        first = found[0].blocks[0]
+        return (min(first.in_channels, first.out_channels, most),) * len(found)
 
-    def _detail(self, block: BlockInfo, c: int) -> dict[str, int]:
+    def _detail(self, block: BlockInfo, c: int, most: int) -> dict[str, int]:
         channels = block.in_channels
         if self.selection == "none" or c == 0:
             return {"C": channels}
-        k = channels // c
-        narrowest = min(k, core_width(block.module, channels, k))
+        k, narrowest = _widths(block, c)
         if narrowest < 1:
             raise ValueError(
                 f"{block.path}: C = {channels} channels with c = {c} leave k = {k} for the selector "
-                f"and {narrowest} inside its core; choose a smaller c"
+                f"and {narrowest} inside its core; choose a c of at most {most}, or leave the block out"
             )
         detail = {"C": channels, "c": c, "k": k}
         if self.selection == "learned":
@@ -266,6 +264,17 @@ class MixtureOfDepths(Method):
         if self.selection == "learned":
             return ChannelSelector(channels, k, max(1, channels // self.reduction), self.order)
         return RandomSelector(channels, k, self.selection == "fixed", self.order)
+
+
+def _widths(block: BlockInfo, c: int) -> tuple[int, int]:
+    """K of a block for a given c, and the least number of channels in the selection and its core."""
+    k = block.in_channels // c
+    return k, min(k, core_width(block.module, block.in_channels, k))
+
+
+def _largest_c(block: BlockInfo) -> int:
+    """The largest c that leaves a block a channel everywhere."""
+    return next((c for c in range(block.in_channels, 1, -1) if _widths(block, c)[1] >= 1), 1)
 
 
 def _check_named(paths: Sequence[str], every: Mapping[str, BlockInfo]) -> None:
@@ -282,10 +291,3 @@ def _check_named(paths: Sequence[str], every: Mapping[str, BlockInfo]) -> None:
             )
         if why := unfit(block):
             raise ValueError(f"blocks names {path}, which cannot be replaced: {why}")
-
-
-def _all_of(kind: type, values: object) -> bool:
-    """Whether `values` is a tuple or list of `kind`; True and False are no numbers."""
-    return isinstance(values, (tuple, list)) and all(
-        isinstance(v, kind) and not isinstance(v, bool) for v in values
-    )

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from pliant.parts import Part, Ranking
 from pliant.precision import full_precision, linear, pooled
 
+# Options of `pliant.MixtureOfDepths`, which explains them.
 Order = Literal["score", "index"]
+Fusion = Literal["first", "last", "original", "replace"]
 
 
 class ChannelSelector(Part):

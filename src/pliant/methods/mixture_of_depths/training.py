@@ -47,50 +47,15 @@ def usual() -> bool:
     )
 
 
-def pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means over positions, [B, C] in at least float32; and `x` to go on with.
+class Pool(torch.autograd.Function):
+    """The means over positions, [B, C] in at least float32; and the map to go on with.
 
     Example:
-        >>> means, x = pool(torch.ones(1, 2, 4, 4, requires_grad=True))
+        >>> means, x = Pool.apply(torch.ones(1, 2, 4, 4, requires_grad=True))
         >>> (means.sum() + x.sum()).backward()
         >>> means
         tensor([[1., 1.]], grad_fn=<PoolBackward>)
     """
-    means, same = Pool.apply(x)
-    return means, same
-
-
-def gather(x: Tensor, at: At, k: int) -> tuple[Tensor, Tensor]:
-    """Return the `k` channels of `x` at `at`, [B, k, H, W]; and `x` to go on with.
-
-    Example:
-        >>> gather(torch.arange(3.0).view(1, 3, 1, 1), torch.tensor([[2, 0]]), 2)[0].flatten()
-        tensor([2., 0.])
-    """
-    picked, same = Gather.apply(x, at, k)
-    return picked, same
-
-
-def fuse(x: Tensor, y: Tensor, scores: Tensor | None, at: At, replace: bool = False) -> Tensor:
-    """Return a copy of `x` with `y` times its scores added to the channels at `at`.
-
-    Args:
-        x: feature map; the result has its dtype.
-        y: the core's output, of any floating dtype.
-        scores: [B, k]; None: all scores are one.
-        at: channels; a tensor names each channel at most once in a sample.
-        replace: overwrite the channels instead of adding to them.
-
-    Example:
-        >>> fuse(torch.ones(1, 2, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([[0.5]]), 1).flatten()
-        tensor([1.0000, 1.5000])
-    """
-    fused: Tensor = Fuse.apply(x, y, scores, at, replace)
-    return fused
-
-
-class Pool(torch.autograd.Function):
-    """See `pool`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +84,12 @@ class Pool(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """See `gather`."""
+    """The `k` channels of a map at `at`, [B, k, H, W]; and the map to go on with.
+
+    Example:
+        >>> Gather.apply(torch.arange(3.0).view(1, 3, 1, 1), torch.tensor([[2, 0]]), 2)[0].flatten()
+        tensor([2., 0.])
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: At, k: int) -> tuple[Tensor, Tensor]:
@@ -138,11 +108,20 @@ class Gather(torch.autograd.Function):
         if of_map is None:
             of_map = of_picked.new_zeros(ctx.shape)
         (at,) = _kept(ctx)
-        return added(of_map, of_picked, at), None, None
+        return joined(of_map, of_picked, at), None, None
 
 
 class Fuse(torch.autograd.Function):
-    """See `fuse`."""
+    """A copy of `x` with `y` times its scores added to the channels at `at`, or in their place (`replace`).
+
+    `y` may have any floating dtype; the result has that of `x`. Scores are [B, k]; None: all are one.
+    A tensor `at` names each channel at most once in a sample.
+
+    Example:
+        >>> x, y = torch.ones(1, 2, 1, 1), torch.ones(1, 1, 1, 1)
+        >>> Fuse.apply(x, y, torch.tensor([[0.5]]), 1, False).flatten()
+        tensor([1.0000, 1.5000])
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scores: Tensor | None, at: At, replace: bool) -> Tensor:
@@ -153,7 +132,7 @@ class Fuse(torch.autograd.Function):
         if scores is not None:
             y = y * scores.to(y.dtype)[:, :, None, None]
         y = y.to(x.dtype)
-        return replaced(x, y, at) if replace else added(x, y, at)
+        return joined(x, y, at, replace)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,7 +146,7 @@ class Fuse(torch.autograd.Function):
             of_scores = (of_y.to(scores.dtype) * y).sum((2, 3))
             of_y = of_y * scores.to(of_y.dtype)[:, :, None, None]
         if ctx.replace:
-            of_map = replaced(of_map, torch.zeros_like(of_y, dtype=of_map.dtype), at)
+            of_map = joined(of_map, torch.zeros_like(of_y, dtype=of_map.dtype), at, replace=True)
         return of_map, of_y, of_scores, None, None
 
 
@@ -176,32 +155,22 @@ def taken(x: Tensor, at: At, k: int) -> Tensor:
     if isinstance(at, int):
         return x.narrow(1, at, k).clone(memory_format=_format(x))
     if not _by_position(x):
-        return x.gather(1, _everywhere(at, x))
+        return x.gather(1, everywhere(at, x))
     positions, index = _positions(x), _per_position(at, x)
     return _as_map(positions.gather(2, index), x)
 
 
-def added(x: Tensor, y: Tensor, at: At) -> Tensor:
-    """Return a copy of `x` with `y` added to its channels at `at`."""
+def joined(x: Tensor, y: Tensor, at: At, replace: bool = False) -> Tensor:
+    """Return a copy of `x` with `y` added to its channels at `at`, or in their place."""
     out = x.clone()
     if isinstance(at, int):
-        out.narrow(1, at, y.shape[1]).add_(y)
-    elif not _by_position(out):
-        out.scatter_add_(1, _everywhere(at, out), y)
-    else:
-        _positions(out).scatter_add_(2, _per_position(at, out), _positions(y))
-    return out
-
-
-def replaced(x: Tensor, y: Tensor, at: At) -> Tensor:
-    """Return a copy of `x` with `y` in place of its channels at `at`."""
-    out = x.clone()
-    if isinstance(at, int):
-        out.narrow(1, at, y.shape[1]).copy_(y)
-    elif not _by_position(out):
-        out.scatter_(1, _everywhere(at, out), y)
-    else:
-        _positions(out).scatter_(2, _per_position(at, out), _positions(y))
+        here = out.narrow(1, at, y.shape[1])
+        here.copy_(y) if replace else here.add_(y)
+        return out
+    dim, target, index = 1, out, everywhere(at, out)
+    if _by_position(out):
+        dim, target, index, y = 2, _positions(out), _per_position(at, out), _positions(y)
+    target.scatter_(dim, index, y) if replace else target.scatter_add_(dim, index, y)
     return out
 
 
@@ -239,6 +208,6 @@ def _per_position(at: Tensor, x: Tensor) -> Tensor:
     return at[:, None, :].expand(-1, x.shape[2] * x.shape[3], -1)
 
 
-def _everywhere(at: Tensor, x: Tensor) -> Tensor:
+def everywhere(at: Tensor, x: Tensor) -> Tensor:
     """`at` [B, k] as [B, k, H, W], to gather and scatter whole channels of `x`."""
     return at[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])

@@ -5,16 +5,18 @@ Shapes in this file: those of `pliant.methods.mixture_of_depths.ops.mod_block`.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from pliant.anatomy import Block
-from pliant.methods.mixture_of_depths.layers import MoDLayers
 from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch, mod_block_
 from pliant.methods.mixture_of_depths.selectors import ChannelSelector
-from pliant.parts import OnnxOperator
+from pliant.parts import OnnxOperator, as_defined
+
+if TYPE_CHECKING:  # the block itself asks for this form
+    from pliant.methods.mixture_of_depths.block import MoDBlock
 
 _NATIVE = (torch.float32, torch.bfloat16)
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -53,12 +55,12 @@ class FusedMoDBlock(Block):
         True
     """
 
-    operators: ClassVar[str] = MoDLayers.operators
+    operators: ClassVar[str] = "pliant.methods.mixture_of_depths.ops.building"
     inplace: bool
     weight3: nn.Parameter | None
     bias3: nn.Parameter | None
 
-    def __init__(self, block: MoDLayers, *, inplace: bool = False) -> None:
+    def __init__(self, block: MoDBlock, *, inplace: bool = False) -> None:
         super().__init__(block.channels)
         if reason := fusable(block):
             raise ValueError(f"this block cannot be fused: {reason}")
@@ -79,8 +81,8 @@ class FusedMoDBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Process k channels of `x` [B, C, H, W]; the same shape and dtype come back."""
-        weights = self._parameters
-        arguments: Any = (*weights.values(), self.dilation, self.order, self.fusion)
+        weights: Any = self._parameters.values()
+        arguments = (*weights, self.dilation, self.order, self.fusion)
         kept = torch.channels_last
         differentiable = torch.is_grad_enabled() and (x.requires_grad or self.down.requires_grad)
         if differentiable or x.dtype not in _NATIVE or x.dtype != self.down.dtype:
@@ -90,7 +92,8 @@ class FusedMoDBlock(Block):
         if x.is_cuda:  # Triton is imported only where there is a GPU
             from pliant.methods.mixture_of_depths.ops.triton_mod import mod_block
 
-            return mod_block(x, *arguments, inplace=self.inplace)
+            how: Any = {"dilation": self.dilation, "order": self.order, "fusion": self.fusion}
+            return mod_block(x, *weights, **how, inplace=self.inplace)
         x = x.contiguous(memory_format=kept) if self.inplace else x.clone(memory_format=kept)
         mod_block_(x, *arguments)
         return x
@@ -113,7 +116,7 @@ class FusedMoDBlock(Block):
         )
 
 
-def fusable(block: MoDLayers) -> str:
+def fusable(block: MoDBlock) -> str:
     """Why this block has no fused form; empty if it has one.
 
     Example:
@@ -147,6 +150,12 @@ def fusable(block: MoDLayers) -> str:
         plain = conv.groups == 1 and conv.stride == (1, 1) and conv.padding_mode == "zeros"
         if not plain or (conv.dilation, conv.padding) != (dilation, padding) or dilation[0] != dilation[1]:
             return f"its core has a convolution of another padding, dilation or stride: {conv}"
+    linear = (block.selector.fc1, block.selector.fc2)
+    if any(getattr(layer, "bias", None) is not None for layer in linear):
+        return "a layer of its selector has a bias"
+    for layer in (*linear, *convs):
+        if not as_defined(layer, nn.Linear, nn.Conv2d):
+            return f"a {type(layer).__name__} in it does more than its weights say, so it has to be called"
     return ""
 
 

@@ -16,6 +16,7 @@ Shapes in this file::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -24,13 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from pliant.methods.mixture_of_depths.selectors import Fusion, Order, best
+from pliant.methods.mixture_of_depths.training import everywhere
 from pliant.precision import full_precision, pooled
 
+# What follows the feature map, in the schemas of all forms.
+ARGUMENTS = (
+    "Tensor down, Tensor up, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? weight3, "
+    "Tensor? bias3, int dilation, str order"
+)
 _LIBRARY = cast("Any", torch.library).Library("pliant", "FRAGMENT")
 _LIBRARY.define(
-    "mod_block_(Tensor(a!) x, Tensor down, Tensor up, Tensor weight1, Tensor bias1, Tensor weight2, "
-    "Tensor bias2, Tensor? weight3, Tensor? bias3, int dilation, str order, str fusion) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"mod_block_(Tensor(a!) x, {ARGUMENTS}, str fusion) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
 )
 mod_block_: Any = torch.ops.pliant.mod_block_.default
 
@@ -46,8 +52,8 @@ def in_pytorch(
     weight3: Tensor | None,
     bias3: Tensor | None,
     dilation: int,
-    order: str,
-    fusion: str,
+    order: Order,
+    fusion: Fusion,
 ) -> None:
     """The block in PyTorch's own operators, on any device: what the fused forms compute.
 
@@ -82,11 +88,8 @@ def in_pytorch(
     with full_precision(x):
         mean = pooled(x)
         logits = F.relu(mean @ down.to(mean.dtype)) @ up.to(mean.dtype)
-    top, index = logits.topk(k, dim=1, sorted=True)
-    if order == "index":
-        index, rank = index.sort(dim=1)
-        top = top.gather(1, rank)
-    where = index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3])
+    top, index = best(logits, k, order)
+    where = everywhere(index, x)
     # Autograd keeps what it gathers from, and x changes below.
     source = x.clone() if torch.is_grad_enabled() and x.requires_grad else x
     picked = source.gather(1, where)
@@ -106,10 +109,6 @@ def in_pytorch(
         x.scatter_(1, where, y)
 
 
-def _fake(x: Tensor, *_: Any) -> None:
-    """Do nothing: the operator works in place and returns nothing, so it has no shape to tell."""
-
-
 def _autograd(keyset: Any, x: Tensor, *args: Any) -> None:
     """Refuse to be differentiated, or go on below autograd."""
     tensors = (t for t in (x, *args) if isinstance(t, Tensor))
@@ -125,27 +124,17 @@ def _autograd(keyset: Any, x: Tensor, *args: Any) -> None:
 
 _LIBRARY.impl("mod_block_", in_pytorch, "CompositeExplicitAutograd")
 _LIBRARY.impl("mod_block_", _autograd, "Autograd", with_keyset=True)
-torch.library.register_fake("pliant::mod_block_", _fake, lib=_LIBRARY)
+# It works in place and returns nothing, so it has no shape to tell.
+torch.library.register_fake("pliant::mod_block_", lambda *_: None, lib=_LIBRARY)
 
 
-def flops(
-    x: Sequence[int],
-    down: Sequence[int],
-    _up: Sequence[int],
-    weight1: Sequence[int],
-    _bias1: Sequence[int],
-    weight2: Sequence[int],
-    _bias2: Sequence[int],
-    weight3: Sequence[int] | None,
-    *_: Any,
-    **_named: Any,
-) -> int:
+def flops(x: Sequence[int], down: Sequence[int], _up: Sequence[int], *rest: Any, **_named: Any) -> int:
     """Return the operations, twice the multiply-accumulates: as many as the plain form's.
 
     The arguments are the shapes of the operator's arguments.
     """
     batch, channels, height, width = x
-    kernels = [w[0] * w[1] * w[2] * w[3] for w in (weight1, weight2, weight3) if w is not None]
+    kernels: list[int] = [math.prod(weight) for weight in rest[:6:2] if weight is not None]
     return 2 * batch * (height * width * sum(kernels) + 2 * channels * down[1])
 
 

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from pliant.methods.mixture_of_depths.layers import Fusion
 from pliant.methods.mixture_of_depths.ops.mod_block import in_pytorch
-from pliant.methods.mixture_of_depths.selectors import Order
+from pliant.methods.mixture_of_depths.selectors import Fusion, Order
 
 INSTALLED = find_spec("triton") is not None
 if INSTALLED:
@@ -36,18 +35,10 @@ MOST_PRODUCTS = 1024
 
 def mod_block(
     x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    weight3: Tensor | None = None,
-    bias3: Tensor | None = None,
+    *weights: Any,
     dilation: int = 1,
     order: Order = "score",
     fusion: Fusion = "first",
-    *,
     inplace: bool = False,
 ) -> Tensor:
     """A Mixture-of-Depths block for inference, by the Triton kernels where they can run.
@@ -60,17 +51,10 @@ def mod_block(
 
     Args:
         x: feature map [B, C, H, W], contiguous or channels_last.
-        down: first layer of the selector [C, r].
-        up: second layer of the selector [r, C].
-        weight1: the core's first convolution, its batch norm folded into it; so the others.
-        bias1: its bias.
-        weight2: the 3x3 convolution.
-        bias2: its bias.
-        weight3: the last 1x1 convolution of a bottleneck; None: two 3x3 are all.
-        bias3: its bias.
+        weights: from `down` to `bias3`, as for `in_pytorch`, which explains the next three too.
         dilation: of the 3x3 convolutions, and their padding.
-        order: ``"score"`` or ``"index"``, as for `MixtureOfDepths`.
-        fusion: as for `MixtureOfDepths`; the kernels know ``"first"``.
+        order: in which order the channels reach the core.
+        fusion: where the core's output goes; the kernels know ``"first"``.
         inplace: write into `x` and return it: k channels are written instead of all C.
 
     Returns:
@@ -79,16 +63,17 @@ def mod_block(
     Example:
         >>> x, down, up = torch.rand(2, 8, 5, 5), torch.rand(8, 4), torch.randn(4, 8)
         >>> weight, bias = torch.randn(2, 2, 3, 3), torch.zeros(2)
-        >>> y = mod_block(x, down, up, weight, bias, weight, bias)
+        >>> y = mod_block(x, down, up, weight, bias, weight, bias, None, None)
         >>> y.shape, bool((y[:, 2:] == x[:, 2:]).all()), bool((y[:, :2] == x[:, :2]).all())
         (torch.Size([2, 8, 5, 5]), True, False)
     """
-    weights = (down, up, weight1, bias1, weight2, bias2, weight3, bias3)
-    tensors = [t for t in (x, *weights) if t is not None]
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if differentiable or unfit(x, weight1, fusion):
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *weights)
+    )
+    if differentiable or unfit(x, weights[2], fusion):
         out = x if inplace else x.clone()
-        in_pytorch(out, *weights, dilation, order, fusion)
+        arguments: Any = (*weights, dilation, order, fusion)
+        in_pytorch(out, *arguments)
         return out
     if inplace:
         torch.ops.pliant.mod_block_triton_(x, *weights, dilation, order)
@@ -117,7 +102,7 @@ def unfit(x: Tensor, weight1: Tensor, fusion: Fusion = "first") -> str:
     if x.device.type != where:
         return f"the input is on {x.device.type}, the kernels are for {where}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{_name(x.dtype)}: the kernels compute in float32"
+        return f"{str(x.dtype).removeprefix('torch.')}: the kernels compute in float32"
     channels, (inner, k) = x.shape[1], weight1.shape[:2]
     held = _triton_launch.power(k) * _triton_launch.power(inner)
     if channels > MOST_CHANNELS or held > MOST_PRODUCTS:
@@ -131,7 +116,3 @@ def unfit(x: Tensor, weight1: Tensor, fusion: Fusion = "first") -> str:
     if repeats or not _triton_launch.position_step(x):
         return f"the input's strides {x.stride()} repeat values or skip some between rows"
     return ""
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
