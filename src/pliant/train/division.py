@@ -54,9 +54,9 @@ class Division:
             named = parts[part] = {name: [] for name in classes}
             for i, label in enumerate(images.labels.tolist()):
                 named[classes[label]].append(images.name(i))
-            ((twice, times),) = Counter(chain(*named.values())).most_common(1)
-            if times > 1:
-                raise ValueError(f"{times} images are called {twice}; give each a name of its own")
+            for name, times in Counter(chain(*named.values())).most_common(1):
+                if times > 1:
+                    raise ValueError(f"{times} images are called {name}; give each a name of its own")
         return cls(data=data, path=resolved(path), classes=classes, parts=parts)
 
     @classmethod
