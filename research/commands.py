@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from pliant.cli import assemble
-from pliant.commands._common import Changes, Device, Threads, progress_of, show
+from pliant.commands._common import Changes, Device, Threads, going_on, progress_of, show
 
 
 def quickstart(
@@ -122,7 +122,9 @@ def recover(
 
     chosen = override(get_recipe(recipe), changes or [])
     options: Any = {"teacher": teacher, "control": control, "progress": progress}
-    found = recovery.recover(chosen, folder / recipe, finished=keep, **options)
+    typer.echo("scoring the plain and the converted network before training")
+    with going_on("run the same command again to go on: finished runs are kept"):
+        found = recovery.recover(chosen, folder / recipe, finished=keep, **options)
     if page is not None:
         assert rows is not None
         recovery.write_recovery_page(page, recovery.read_recoveries(rows))
@@ -219,9 +221,9 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="Networks in all engines (mod, mod-bfloat16, mod-int8, condconv), forms of a mixed "
-            "convolution (forms), training steps (steps), image loading (loader), depths (depths), or "
-            "switching the depth (switch)"
+            help="Networks in all engines (mod, mod-bfloat16, mod-int8, condconv-engines) or in PyTorch "
+            "(condconv), forms of a mixed convolution (forms), training steps (steps), image loading "
+            "(loader), depths (depths), or switching the depth (switch)"
         ),
     ] = "mod",
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch and of each engine")] = None,

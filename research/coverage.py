@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -53,24 +53,40 @@ class CoverageRow(Origin):
     reason: str = ""
 
 
-def default_names(rows: Iterable[CoverageRow] = ()) -> list[str]:
-    """The networks of `rows`, and of each further module of timm's the first two."""
-    given = list(dict.fromkeys(row.network for row in rows))
-    covered = {row.module for row in rows}
-    for module in timm.list_modules():
-        if module not in covered:
-            given += timm.list_models(module=module)[:2]
-    return given
-
-
-def module_of(name: str) -> str:
-    """Timm's module that a network is of.
+def networks_of_timm() -> dict[str, list[str]]:
+    """The names of timm's own networks, by the module that they are of.
 
     Example:
-        >>> module_of("wide_resnet50_2")
+        >>> networks_of_timm()["tresnet"][:2]
+        ['tresnet_l', 'tresnet_m']
+    """
+    found: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        package, _, module = timm.model_entrypoint(name).__module__.rpartition(".")
+        if package.startswith("timm"):
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def default_names(rows: Iterable[CoverageRow] = ()) -> list[str]:
+    """The networks of `rows`, and of each module so many more that it has two."""
+    given = {row.network: row.module for row in rows}
+    names = list(given)
+    for module, networks in networks_of_timm().items():
+        missing = 2 - list(given.values()).count(module)
+        names += [name for name in networks if name not in given][: max(missing, 0)]
+    return names
+
+
+def module_of(model: nn.Module) -> str:
+    """The module of timm that a network is of, also if it was built by a name that timm has renamed.
+
+    Example:
+        >>> module_of(build("wide_resnet50_2"))
         'resnet'
     """
-    return str(timm.model_entrypoint(name).__module__).rpartition(".")[2]
+    config: Any = model.pretrained_cfg
+    return str(timm.model_entrypoint(config["architecture"]).__module__).rpartition(".")[2]
 
 
 def cover(names: Sequence[str], path: Path, told: Callable[[str], None] = print) -> list[CoverageRow]:
@@ -112,7 +128,7 @@ def survey(name: str, methods: Iterable[Method] = METHODS) -> list[CoverageRow]:
         outcome, sites, reason = _outcome(model, method, plain)
         rows.append(
             CoverageRow(
-                module=module_of(name),
+                module=module_of(model),
                 network=name,
                 method=method.name,
                 outcome=outcome,

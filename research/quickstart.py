@@ -18,6 +18,7 @@ from pliant.compare import PLAIN, Score, compare, controls_by_name, write_scores
 from pliant.methods.adaptive_depth.method import subnet
 from pliant.methods.adaptive_depth.switch import Depth, depth_name, depth_role
 from pliant.report import FigureBlock, TableBlock, write_report
+from pliant.tables import WHY_UNDECIDED
 from research.marks import put_between
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ LARGE, LARGE_MOD, LOWER_PIXELS = "resnet50", "resnet50_mod", 176
 LEARNED = "MoD, score order"
 EXPERTS = "CondConv, 4 experts"
 DEPTHS = "ADN"
-WIDE = 96  # characters that all columns need
 VERSIONS = ("pliant", "torch", "timm", "python")
 BEGIN, END = "<!-- quickstart:begin -->", "<!-- quickstart:end -->"
 COLUMNS = ("label", "accuracy", "parameters", "macs", "time", "time_ratio", "tax")
@@ -98,9 +98,7 @@ def quickstart(
         write_scores(Path(results) / "quickstart-scores.csv", scores)
         write_rows(Path(results) / "quickstart-latency.csv", rows)
     page = _page(folder, done, rows)
-    # A narrow terminal gets ratios without times, rather than figures cut short.
-    shown = [c for c in COLUMNS if c != "time" or console.width >= WIDE]
-    console.print(terminal_table(rows, shown, LEAVE_OUT))
+    console.print(terminal_table(rows, COLUMNS, LEAVE_OUT, console.width))
     console.print(f"The page: {page}")
     if readme is not None:
         _into_readme(Path(readme), rows)
@@ -216,7 +214,7 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
         figures=blocks,
         provenance={
             "command": "python -m research quickstart",
-            "machine": f"{first.cpu}, {first.cores} cores, {first.os}",
+            "machine": f"{first.hardware}, {first.os}",
             "threads": first.threads,
             "versions": ", ".join(f"{name} {getattr(first, name)}" for name in VERSIONS),
             "commit": first.commit or "installed package",
@@ -270,6 +268,8 @@ def _findings(scores: Sequence[Score], large: Sequence[Measurement]) -> list[str
     ]
     mod = next((r for r in large if r.tax is not None and r.variant == AS_IS), None)
     smaller = next((r for r in large if r.variant == LOWER_RESOLUTION and r.time_ratio), None)
+    if any(row.undecided for row in large):
+        return [*said, f"{LARGE_MOD} beside {LARGE}: {WHY_UNDECIDED}."]
     if mod and mod.time_ratio and mod.tax is not None:
         said.append(
             f"{mod.model} takes {mod.time_ratio:.2f} of {mod.against}'s time (MACs: {mod.mac_ratio:.2f}) "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
@@ -87,3 +88,14 @@ def in_thread(work):
     """What `work` gives in another thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
+
+
+def dynamo_reads_contexts() -> bool:
+    """Whether `torch.compile` can read a `ContextVar`: torch 2.11 cannot."""
+    torch._dynamo.reset()
+    variable = contextvars.ContextVar("tried", default=1)
+    try:
+        torch.compile(lambda x: x * variable.get(), backend="eager", fullgraph=True)(torch.ones(1))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True

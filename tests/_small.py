@@ -13,6 +13,7 @@ from timm.models.efficientnet import EfficientNet
 from torch import nn
 
 from pliant import CondConv, convert
+from pliant.models._build import create
 
 NARROW = {"channels": (8, 16, 24, 32), "num_classes": 5}
 
@@ -96,8 +97,7 @@ def images(batch: int = 4, size: int = 32) -> torch.Tensor:
 
 def meta(name, **kwargs) -> nn.Module:
     """A network without weights."""
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs)
+    return create(name, "meta", **kwargs)
 
 
 def mobilenet(**kwargs) -> nn.Module:

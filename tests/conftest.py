@@ -112,11 +112,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that takes its times from `times(entrant, round)` and logs its calls.
 
-    Networks are told apart by what they are called with: each entrant's timer gets a number.
+    Networks are told apart by their order: each entrant's timer gets a number.
     """
     log = SimpleNamespace(calls=[], threads=[], timers=0, times=lambda entrant, turn: 1.0)
 
-    def fake(run: Callable[[Tensor], Any], images: Tensor, threads: int) -> Clock:
+    def fake(call: Callable[[], object], threads: int) -> Clock:
         number, turns = log.timers, itertools.count(-2)  # two times that warm up come before round 0
         log.timers += 1
         log.threads.append(threads)
@@ -124,7 +124,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         def seconds(calls: int) -> float:
             turn = next(turns)
             log.calls.append((number, turn, calls))
-            run(images)
+            call()
             return float(log.times(number, turn))
 
         return seconds

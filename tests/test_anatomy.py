@@ -84,10 +84,16 @@ def test_shapes(name, stage, expected):
         "mobilenetv2_100",
         "mobilenetv1_100",
         "efficientnetv2_rw_t",
+        "efficientnet_x_b3",  # folds pixels into channels
+        "efficientnet_blur_b0",  # a pool strides, not the convolution
+        "mobilenetv4_conv_blur_medium",
+        "hrnet_w18_small",
     ],
 )
 def test_shapes_are_those_of_a_forward(name):
     """What a block says of itself is what its input and output have."""
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
     model = meta(name)
     blocks = {b.module: b for stage in stages(model) for b in stage.blocks}
     seen = []
@@ -102,6 +108,8 @@ def test_shapes_are_those_of_a_forward(name):
     for module in blocks:
         module.register_forward_hook(look)
     model.eval()(torch.empty(1, 3, 64, 64, device="meta"))
+    if "hrnet" in name:  # its branches run side by side
+        seen, blocks = sorted(seen), {b.module: b for b in sorted(blocks.values(), key=lambda b: b.path)}
     assert seen == [b.path for b in blocks.values()], "and they are in the order of the forward"
 
 
@@ -169,10 +177,24 @@ def test_removed_block_says_its_shape():
         ("resnet20_cifar_mod", {"in_chans": 4}, (4, 32, 32)),
         ("vit_base_patch16_384", {}, (3, 384, 384)),
         ("resnet18", {"features_only": True}, (3, 224, 224)),
+        ("resnet18", {"features_only": True, "in_chans": 5}, (5, 224, 224)),
+        ("csatv2", {}, (3, 512, 512)),  # its first convolution takes 64 frequencies
+        ("tresnet_m", {}, (3, 224, 224)),  # and this one 48 folded pixels
+        ("cc_mobilenetv1_025", {"begin": 1, "in_chans": 2}, (2, 224, 224)),
     ],
 )
 def test_input_size(name, kwargs, size):
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
     assert input_size(meta(name, **kwargs)) == size
+
+
+def test_input_size_of_a_stem_put_in_by_hand():
+    model = meta("resnet18")
+    model.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3)
+    assert input_size(model) == (1, 224, 224)
+    model.conv1 = nn.Conv2d(6, 64, 7, stride=2, padding=3)
+    assert input_size(model) == (6, 224, 224)
 
 
 def test_input_size_unknown():
@@ -284,6 +306,29 @@ def test_a_classifier_behind_a_network_without_one(name):
 
 def test_two_classifiers_are_none():
     assert classifier(meta("deit_tiny_distilled_patch16_224")) is None
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = meta("resnet18", num_classes=0)
+            self.classes, self.boxes = nn.Linear(512, 3), nn.Linear(512, 12)
+
+    assert classifier(Heads()) is None, "of a detector, say"
+    assert classifier(nn.Sequential(meta("resnet18", num_classes=0), Attention())) is None
+
+
+def test_a_network_whose_classifier_was_deleted():
+    """As encoders of segmentation_models_pytorch are."""
+    encoder = meta("efficientnet_b0")
+    del encoder.classifier
+    net = nn.Sequential(encoder, Attention(1280), nn.Conv2d(1280, 2, 1))
+    assert classifier(net) is None
+    found = CondConv(experts=2).survey(net)
+    assert "0.blocks.6.0" in {site.path for site in found.sites}
+    left = {p.path: p.reason for p in found.passed_over}
+    assert left["(classifier)"] == "no linear classifier found"
+    assert left["2"] == "beside blocks of no known family, in no unit"
+    assert "Attention is no block" in left["1"]
 
 
 def test_a_block_that_cannot_be_read_is_named_and_left_alone():

@@ -155,6 +155,23 @@ def test_normalisation_is_timms_by_default(tmp_path):
     assert read_config(save(grey, tmp_path / "grey")).mean is None  # timm's three do not fit
 
 
+def test_all_that_timm_says_of_a_network_is_kept(tmp_path):
+    """Of its tag, not of the tag that its name has by default."""
+    model = timm.create_model("resnet18.tv_in1k")
+    assert model.pretrained_cfg["tag"] == "tv_in1k"
+    assert timm.create_model("resnet18").pretrained_cfg["tag"] != "tv_in1k"
+    before = {k: v for k, v in model.pretrained_cfg.items() if v is not None}
+    again = load(save(model, tmp_path / "net", verify=False))
+    assert {k: v for k, v in again.pretrained_cfg.items() if v is not None} == before
+    # Of other images or classes the rest holds no more.
+    model = timm.create_model("resnet18.a1_in1k", num_classes=2)
+    assert model.pretrained_cfg["test_input_size"] == (3, 288, 288)
+    place = save(model, tmp_path / "net", input_size=(3, 64, 96), classes=("a", "b"), verify=False)
+    config = load(place).pretrained_cfg
+    assert config.keys() & {"test_input_size", "test_crop_pct", "label_descriptions"} == set()
+    assert (config["input_size"], config["pool_size"], config["tag"]) == ((3, 64, 96), None, "a1_in1k")
+
+
 def test_shared_tensors(tmp_path):
     model = make("resnet20_cifar")
     model.layer2[1].bn1.weight = model.layer2[2].bn1.weight
@@ -221,7 +238,7 @@ def test_a_new_method_needs_no_change_here(tmp_path, monkeypatch):
 
 def test_golden_keys_of_resnet20_cifar_mod(saved):
     """Renaming a key orphans every checkpoint out there: raise FORMAT_VERSION if you must."""
-    assert FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 2
     keys = set(load_file(saved[0] / "model.safetensors"))
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     assert {k for k in keys if k.startswith("layer1.1.")} == {

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import resource
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -16,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import pliant
 from _checkpoint import assert_same_outputs, assert_same_state, make, outputs
-from pliant import checkpoint, load, save
+from pliant import _files, checkpoint, load, save
+from pliant._config import checksum
 from pliant.checkpoint import CheckpointError, read_config
 from pliant.methods import METHODS
 
@@ -32,8 +38,10 @@ def folder(saved, tmp_path):
 
 
 def edit(folder, **changes):
+    """Change the config as somebody does who also makes its checksum fit."""
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({**content, "config_sha256": checksum(content)}))
 
 
 # --- atomicity -------------------------------------------------------------------------
@@ -75,7 +83,7 @@ def test_a_link_stays_a_link(folder):
     assert load(folder).num_classes == 6
 
 
-@pytest.mark.parametrize("where", ["save_file", "_check_outputs", "_put", "rename"])
+@pytest.mark.parametrize("where", ["save_file", "_check_outputs", "replace_folder", "rename"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_failure_leaves_the_old_one(folder, monkeypatch, where, error):
     before = contents(folder.parent)
@@ -87,6 +95,7 @@ def test_a_failure_leaves_the_old_one(folder, monkeypatch, where, error):
 
     if where == "rename":
         path, real = type(folder), type(folder).rename
+        monkeypatch.setattr(_files, "_exchanged", lambda *_: False)
         monkeypatch.setattr(
             path, "rename", lambda p, new: fail() if p.suffix == ".tmp" and new == folder else real(p, new)
         )
@@ -97,12 +106,14 @@ def test_a_failure_leaves_the_old_one(folder, monkeypatch, where, error):
     assert contents(folder.parent) == before
 
 
-def test_a_killed_write_leaves_the_old_one(folder):
+def killed_save(folder):
+    """Save in a process that is killed while it writes."""
+
     def half(tensors, path, **_):
         path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    before, network = contents(folder), timm.create_model("resnet20_cifar")
+    network = timm.create_model("resnet20_cifar")
     child = os.fork()
     if not child:
         try:
@@ -112,8 +123,53 @@ def test_a_killed_write_leaves_the_old_one(folder):
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_killed_write_leaves_the_old_one(folder):
+    before = contents(folder)
+    killed_save(folder)
     assert contents(folder) == before
     assert load(folder).num_classes == 3
+
+
+def test_what_killed_saves_left_goes_with_the_next_and_what_others_write_stays(folder):
+    killed_save(folder)
+    older = folder.parent / ".net.0123abcd.old"
+    older.mkdir()
+    (older / "config.json").write_text("{}")
+    with _files.scratch_folder(folder) as living:
+        (living / "model.safetensors").write_bytes(b"half")
+        assert len(_files.leftovers(folder)) == 3
+        save(make(num_classes=6), folder)
+        assert _files.leftovers(folder) == [living]
+    assert _files.leftovers(folder) == []
+    assert load(folder).num_classes == 6
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_who_loads_while_others_save_gets_one_whole_version(tmp_path, monkeypatch, at_once):
+    if not at_once:  # as on systems that cannot exchange two folders
+        monkeypatch.setattr(_files, "_exchanged", lambda *_: False)
+    versions = [make("resnet20_cifar", num_classes=n, layers=(1, 1, 1)) for n in (3, 4)]
+    place = save(versions[0], tmp_path / "net", verify=False)
+    stop = threading.Event()
+
+    def write():
+        for model in itertools.cycle(reversed(versions)):
+            if stop.is_set():
+                return
+            save(model, place, verify=False)
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        try:
+            for _ in range(15):
+                again = load(place)
+                assert_same_state(again, versions[again.num_classes - 3])
+        finally:
+            stop.set()
+        writing.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 def test_a_kill_between_two_renames_is_explained(folder):
@@ -195,8 +251,8 @@ def test_wrong_class_count(folder):
 
 
 def test_newer_format(folder):
-    edit(folder, format_version=2)
-    refuse_load(folder, r"format version is 2, .* knows versions up to 1; upgrade pliant")
+    edit(folder, format_version=3)
+    refuse_load(folder, r"format version is 3, .* knows versions up to 2; upgrade pliant")
 
 
 @pytest.mark.parametrize(
@@ -239,9 +295,77 @@ def test_config_that_makes_no_sense(folder, changes, match):
 
 def test_a_field_that_is_missing(folder):
     content = json.loads((folder / "config.json").read_text())
-    del content["methods"], content["sha256"]
+    del content["methods"], content["sha256"], content["config_sha256"]
     (folder / "config.json").write_text(json.dumps(content))
-    refuse_load(folder, "it lacks methods, sha256")
+    refuse_load(folder, "it lacks methods, sha256, config_sha256")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"0.485", b"0.486"),
+        (b"bilinear", b"bilinfar"),
+        (b'"cat"', b'"cut"'),
+        (b'"crop_mode": "center"', b'"crop_mode": "border"'),
+        (b'"first_conv": "conv1"', b'"first_conv": "conv2"'),
+        (b'"format_version": 2', b'"format_version": 1'),
+    ],
+)
+def test_a_changed_byte_of_the_config_is_noticed(folder, old, new):
+    path = folder / "config.json"
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    refuse_load(folder, r"config\.json: it was changed after it was saved: its SHA-256 is .*; restore")
+
+
+def test_another_layout_of_the_config_is_no_change(folder):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(content.items()))))
+    assert load(folder).num_classes == 3
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_key_that_stands_twice_is_refused(folder, inside):
+    path = folder / "config.json"
+    text = path.read_text()
+    key = '"arguments": {' if inside else "{"
+    path.write_text(text.replace(key, f'{key}"num_classes": 3, "num_classes": 3,', 1))
+    refuse_load(folder, r"config\.json is damaged: .*the key 'num_classes' stands twice")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"num_classes": 10**7}, r"num_classes has 10000000, and the file has \d+ values in all"),
+        ({"channels": [16, 10**9, 64]}, r"channels has 1000000000, and the file has"),
+        ({"num_classes": 10**6}, r"fc\.bias is float \[3\] instead of float \[1000000\]"),
+        ({"layers": [10**6, 1, 1]}, r"cannot be built: it has far more layers than the file has tensors"),
+        ({"layers": [10**12, 1, 1]}, r"layers has 1000000000000, and the file has"),
+    ],
+)
+def test_a_small_file_that_asks_for_much_gets_nothing(folder, arguments, match):
+    before = json.loads((folder / "config.json").read_text())["arguments"]
+    edit(
+        folder, arguments={**before, **arguments}, num_classes=arguments.get("num_classes", 3), classes=None
+    )
+    started, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refuse_load(folder, match)
+    assert time.monotonic() - started < 60  # a second, on a machine with nothing else to do
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KiB
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 20])
+def test_a_number_beyond_64_bits_is_refused(folder, number):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"num_classes": 3', f'"num_classes": {number}', 1))
+    refuse_load(folder, r"config\.json is damaged: .*more than 64 bits hold")
+
+
+def test_no_weights_are_fetched_from_where_the_config_says(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *a, **k: pytest.fail("fetched"))
+    edit(folder, pretrained_cfg={"file": str(tmp_path / "x.pth"), "url": "file:///x", "custom_load": True})
+    assert load(folder).num_classes == 3
 
 
 ATTACK = "__import__('os').mkdir({!r})"
@@ -333,8 +457,8 @@ def test_any_value_in_the_config_is_refused_or_harmless(saved, tmp_path_factory,
     folder = tmp_path_factory.mktemp("strange")
     (folder / "model.safetensors").symlink_to(saved[0] / "model.safetensors")
     content = json.loads((saved[0] / "config.json").read_text())
-    content[data.draw(st.sampled_from(sorted(content)))] = data.draw(JSON)
     (folder / "config.json").write_text(json.dumps(content))
+    edit(folder, **{data.draw(st.sampled_from(sorted(content))): data.draw(JSON)})
     try:
         model = load(folder)
     except CheckpointError:

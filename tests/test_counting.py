@@ -119,11 +119,31 @@ def test_nothing_is_left_behind():
     assert all(p.grad is None for p in model.parameters())
 
 
+class Token(nn.Module):
+    """Hands a view of a parameter to a module, as CaiT does with its class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.norm = nn.Parameter(torch.zeros(1, 1, 8)), nn.LayerNorm(8)
+        self.project = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.project(self.norm(self.token.expand(len(x), -1, -1)))
+
+
+def test_a_view_of_a_parameter_is_counted():
+    model = Token()
+    model.norm.weight.requires_grad_(False)
+    assert count_macs(model, (3, 2, 2)) == 8 * 4
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["norm.weight"]
+
+
 def test_modes_come_back_after_an_error():
     model = timm.create_model("resnet20_cifar").train()
     with pytest.raises(RuntimeError):
         count_macs(model, (5, 32, 32))
     assert all(m.training for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_parameters_are_counted_once():
@@ -149,8 +169,6 @@ def by_layer(model: nn.Module, size, form: str) -> int:
             fused = convolution + layer.weight.numel()
             total += fused if form == "fused" else experts * (convolution + y.numel())
             total += layer.bias.numel() if layer.bias is not None and layer.bias.dim() == 2 else 0
-        elif isinstance(layer, Router):
-            total += sum(fc.weight.numel() for fc in (layer.fc1, layer.fc2) if fc is not None)
         elif isinstance(layer, (nn.Conv2d, nn.Linear)):
             total += layer.weight[0].numel() * y.numel()
 

@@ -128,4 +128,4 @@ def test_networks_are_registered_with_timm_whoever_imports_it(tmp_path):
     code += f"for code in {[each + REGISTERED for each in imports]!r}:\n"
     code += "    if not (child := os.fork()):\n        exec(code)\n        os._exit(0)\n"
     code += "    assert not os.waitpid(child, 0)[1], code\n"
-    child(code)
+    assert child(code).returncode == 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
 from pliant.measuring.rows import Measurement, read_rows
-from pliant.records import Origin, percent, read_records, write_records
+from pliant.records import Origin, columns, percent, read_records, write_records
+from pliant.records import cells as cells_of
 
 SCRIPTS = {
     "records": """
@@ -39,6 +41,28 @@ def test_four_processes_append_to_one_file_and_no_row_is_lost(kind, tmp_path):
         found = [(row.model, row.batch) for row in read_rows(path)]
     assert sorted(found) == [(f"process {k}", n) for k in range(4) for n in range(25)]
     assert [p.name for p in path.parent.iterdir()] == ["rows.csv"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Origin):
+    """A row of a kind that has no late columns of its own."""
+
+    network: str
+
+
+def test_rows_are_appended_to_a_file_of_before_a_column(tmp_path):
+    path, row = tmp_path / "rows.csv", Row(network="a", cpu="c", instructions="avx2", load=1.5)
+    for lacking in range(1, len(Origin.LATE) + 1):
+        header, cells = columns(Row)[:-lacking], cells_of(row)[:-lacking]
+        path.write_text(f"{','.join(header)}\n{','.join(cells)}\n")
+        (old,) = read_records(path, Row)
+        assert old.network == "a"
+        assert getattr(old, Origin.LATE[-1]) is None
+        write_records(path, Row, [old, row], append=True)  # a run that is repeated gives its row again
+        assert read_records(path, Row) == [old, row]
+    path.write_text("network,date\na,b\n")
+    with pytest.raises(ValueError, match="which are not those of a Row; name another file"):
+        write_records(path, Row, [row], append=True)
 
 
 def test_shares_are_in_percent_in_a_file_and_come_back_bit_by_bit(tmp_path):

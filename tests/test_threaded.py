@@ -238,6 +238,25 @@ def test_bound_on_methods_that_call_self():
         attrgetter("missing")(view)
 
 
+def test_bound_on_a_forward_that_calls_that_of_its_base():
+    class Scaled(Add):
+        def __init__(self):
+            super().__init__(1)
+            self.inner = Add(10)
+
+        def forward(self, x):
+            return self._base(x) * 100
+
+        def _base(self, x):
+            return self.inner(super().forward(x))
+
+    view, calls = bound(Scaled(), "inner")
+    assert view(torch.tensor(0.0)) == 2 * (1 + 10) * 100
+    assert calls == ["inner"]
+    again, _ = bound(view, "inner")
+    assert again(torch.tensor(0.0)) == 4 * (1 + 10) * 100
+
+
 def test_hooks_run_as_they_do_without_the_view():
     module = nn.Sequential(nn.Sequential(Add(1), Add(2)), Add(3))
     ran = []

@@ -266,7 +266,7 @@ def _decoded(images: ImageSet, workers: int) -> Iterable[int]:
 def rates_markdown(rows: Sequence[LoaderRate]) -> str:
     """Rows as a Markdown table, under a line of what was loaded where."""
     where = dict.fromkeys(
-        f"{r.cpu} ({r.cores} cores) · {r.images} images, {r.data}: {r.kilobytes} kB and {r.megapixels} "
+        f"{r.hardware} · {r.images} images, {r.data}: {r.kilobytes} kB and {r.megapixels} "
         f"megapixels in the median · to {r.pixels} pixels · {r.rounds} rounds · torch {r.torch} · commit "
         f"{r.short_commit} · measured {r.date[:10]}"
         for r in rows

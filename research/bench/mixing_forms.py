@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pliant.measuring.clock import clock, race
 from pliant.measuring.latency import median, spread
 from pliant.methods.condconv.mixing import (
     Form,
@@ -32,7 +33,6 @@ from pliant.methods.condconv.mixing import (
 )
 from pliant.provenance import provenance
 from pliant.records import Origin, read_records, write_records
-from research.bench.rounds import in_turn
 
 FORMS: tuple[Form, ...] = ("fused", "experts")
 KINDS = ("1x1", "3x3", "depthwise")
@@ -190,8 +190,9 @@ def measure_forms(
         gpus = [torch.device(device)] if device == "cuda" else []
         with torch.random.fork_rng(gpus):
             torch.manual_seed(0)
-            calls = {str(form): _call(case, form, device) for form in FORMS}
-        times = in_turn(calls, threads=threads, rounds=rounds, min_run_time=min_run_time)
+            calls = {form: _call(case, form, device) for form in FORMS}
+        clocks = {form: clock(call, threads, gradients=case.training) for form, call in calls.items()}
+        times = race(clocks, rounds, min_run_time)
         fused, experts = times["fused"], times["experts"]
         ratios = [b / a for a, b in zip(fused, experts, strict=True)]
         found.append(
@@ -217,7 +218,7 @@ def measure_forms(
     return found
 
 
-def _call(case: Case, form: Form, device: str) -> Callable[[], None]:
+def _call(case: Case, form: Form, device: str) -> Callable[[], object]:
     x = torch.randn(case.batch, case.channels, case.size, case.size, device=device)
     weight = torch.randn(case.weight, device=device)
     routing = torch.rand(case.batch, case.experts, device=device)
@@ -234,16 +235,12 @@ def _call(case: Case, form: Form, device: str) -> Callable[[], None]:
             return conditional_linear(*inputs, None, form)
         return conditional_conv2d(*inputs, None, geometry, form)
 
-    def infer() -> None:
-        with torch.inference_mode():
-            forward()
-
     def train() -> None:
         y = forward()
         torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     if not case.training:
-        return infer
+        return forward
     for tensor in inputs:
         tensor.requires_grad_()
     return train

@@ -17,8 +17,9 @@ from pliant.measuring.rows import (
     ORIGINS,
     Measurement,
     grouped,
+    tax_text,
 )
-from pliant.tables import markdown
+from pliant.tables import UNDECIDED, WHY_UNDECIDED, markdown, undecided
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
@@ -58,16 +59,17 @@ def speed_table(rows: Sequence[Measurement]) -> str:
         first = group[0]
         base = next((r for r in group if (r.model, r.variant) == (against, AS_IS)), first)
         cells = [first.engine, str(first.batch), *([first.dtype] if precise else [])]
-        cells.append("not measured" if base.median_ms is None else f"{base.median_ms:.1f}")
+        cells.append(_milliseconds(base))
         cells += [_cell([r for r in group if r.label == name]) for name in lower]
         cells += [_cell([r for r in group if (r.model, r.variant) == (n, AS_IS)]) for n in names]
         lines.append(cells)
     steps = " → ".join(form for form in OF_PARTS if any(row.form == form for row in rows)) or OPTIMIZED
+    doubt = [WHY_UNDECIDED] * any(UNDECIDED in cell for line in lines for cell in line)
     told = [_machine(rows), f"speed-up over {against} (MoD tax); plain blocks → {steps}"]
     for heading, text in ORIGINS.values():
         if found := sorted({text(r) for r in rows} - {""}):
             told.append(f"{heading} {', '.join(found)}")
-    return f"{' · '.join(filter(None, told))}\n\n{markdown(headings, lines)}"
+    return f"{' · '.join(filter(None, [*told, *doubt]))}\n\n{markdown(headings, lines)}"
 
 
 def _cell(rows: Sequence[Measurement]) -> str:
@@ -78,11 +80,18 @@ def _cell(rows: Sequence[Measurement]) -> str:
 def _speed(row: Measurement) -> str:
     if row.speedup is None:
         return "not measured"
-    tax = "" if row.tax is None else f" ({100 * row.tax:.0f} %)".replace("-0 %", "0 %")
-    return f"{row.speedup:.2f}x{tax}"
+    if undecided(row.time_ratio, row.time_ratio_iqr):
+        return UNDECIDED
+    tax = tax_text(row).partition(" (")[0]
+    return f"{row.speedup:.2f}x{tax and f' ({tax})'}"
+
+
+def _milliseconds(row: Measurement) -> str:
+    if row.median_ms is None:
+        return "not measured"
+    return UNDECIDED if undecided(row.median_ms, row.iqr_ms) else f"{row.median_ms:.1f}"
 
 
 def _machine(rows: Sequence[Measurement]) -> str:
     first = rows[0]
-    hardware = first.gpu or (f"{first.cpu} ({first.cores} cores)" if first.cpu else "")
-    return " · ".join(filter(None, [hardware, f"device {first.device}", f"threads {first.threads}"]))
+    return " · ".join(filter(None, [first.hardware, f"device {first.device}", f"threads {first.threads}"]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pliant.records import Origin
-from pliant.tables import markdown, with_spread
+from pliant.tables import UNDECIDED, WHY_UNDECIDED, markdown, with_spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ _HEADINGS = (
 def steps_markdown(rows: Sequence[StepCost]) -> str:
     """Rows as a Markdown table, under a line of where they were measured."""
     where = dict.fromkeys(
-        f"{r.gpu or f'{r.cpu} ({r.cores} cores)'} · threads {r.threads} · torch {r.torch} · "
+        f"{r.hardware} · threads {r.threads} · torch {r.torch} · "
         f"commit {r.short_commit} · measured {r.date[:10]}"
         for r in rows
     )
@@ -86,13 +86,14 @@ def steps_markdown(rows: Sequence[StepCost]) -> str:
             *(r.network, r.step, str(r.batch), r.dtype),
             with_spread(r.median_ms, r.iqr_ms),
             with_spread(r.ratio, r.ratio_iqr, 2),
-            with_spread(_percent(r.tax), _percent(r.tax_iqr), unit=" %"),
+            with_spread(_percent(r.tax), _percent(r.tax_iqr), unit=" %", over=100),
             with_spread(r.both_ratio, r.both_ratio_iqr, 2),
             with_spread(r.peak_mb, None),
         )
         for r in rows
     ]
-    return "\n".join([*where, "", markdown(_HEADINGS, lines, (*_TEXT, "dtype"))])
+    doubt = [WHY_UNDECIDED] * any(UNDECIDED in line for line in lines)
+    return "\n".join([*where, *doubt, "", markdown(_HEADINGS, lines, (*_TEXT, "dtype"))])
 
 
 def _percent(share: float | None) -> float | None:

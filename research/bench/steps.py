@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pliant._files import atomic_path
 from pliant.measuring.candidates import Model, Size, by_name, variants
+from pliant.measuring.clock import clock, race
 from pliant.measuring.latency import median, spread
 from pliant.measuring.running import setting_of
 from pliant.methods.adaptive_depth import Joint, Specialization
@@ -35,7 +36,6 @@ from pliant.objectives import CrossEntropy, ManyPasses, Objective
 from pliant.provenance import provenance
 from pliant.records import write_records
 from research.bench.memory import peak_memory
-from research.bench.rounds import in_turn
 from research.bench.step_rows import StepCost, steps_markdown
 
 if TYPE_CHECKING:
@@ -120,13 +120,8 @@ def measure_steps(
             optimizer = torch.optim.SGD(n.parameters(), lr=1e-4, momentum=0.9)
             steps[key] = training_step(n, x, y, objective, optimizer, dtype)
         peaks = {key: _peak(step, networks[key], setting.device) for key, step in steps.items()}
-        seconds = in_turn(
-            steps,
-            threads=setting.threads,
-            rounds=rounds,
-            min_run_time=min_run_time,
-            max_run_time=max_run_time,
-        )
+        clocks = {key: clock(step, setting.threads, gradients=True) for key, step in steps.items()}
+        seconds = race(clocks, rounds, min_run_time, max_run_time=max_run_time)
     return _rows(
         {key: [1000 * s for s in own] for key, own in seconds.items()},
         peaks,

@@ -21,6 +21,7 @@ from pliant.measuring.candidates import fresh
 from pliant.measuring.latency import measure
 from pliant.measuring.rows import (
     AS_BUILT,
+    FORMS,
     NATIVE,
     OPTIMIZED,
     PLAIN_FORM,
@@ -69,6 +70,7 @@ class Suite:
         against: the baseline.
         lower_resolution: pixels at which the baseline is timed too, as a second baseline; None: none.
         options: of all `models`, as keywords of ``timm.create_model``.
+        also: further options; each of `models` is timed once more with each of them.
         forms: of all networks, as for `measure`.
         conditions: one run each.
         rounds: of each run.
@@ -82,6 +84,7 @@ class Suite:
     lower_resolution: int | None
     conditions: tuple[Condition, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[Mapping[str, Any], ...] = ()
     forms: tuple[str, ...] = (AS_BUILT,)
     rounds: int = 20
     min_run_time: float = 0.2
@@ -155,6 +158,28 @@ def _condconv(*conditions: Condition, **limits: Any) -> tuple[Suite, ...]:
     )
 
 
+# CondConv as it is deployed, in every engine; hard routing, which reads fewer experts, beside it.
+# PyTorch has one form of it, engines that run files have several.
+def _condconv_engines(*networks: tuple[str, int, str]) -> tuple[Suite, ...]:
+    engines = {("eager", "compile"): (PLAIN_FORM,), ("onnxruntime", "openvino"): FORMS[1:]}
+    return tuple(
+        Suite(
+            models=(name,),
+            against=plain,
+            lower_resolution=None,
+            conditions=tuple(Condition(engine=e, batch=b) for e in several for b in (1, 32)),
+            options={"experts": experts},
+            also=({"active": 2},),
+            forms=forms,
+            rounds=15,
+            min_run_time=0.1,
+            max_run_time=20.0,
+        )
+        for name, experts, plain in networks
+        for several, forms in engines.items()
+    )
+
+
 # The limits keep `make bench` (Mixture-of-Depths on a CPU, and training steps) under 20 minutes on 2
 # cores, and CondConv under 30: AOTInductor, which compiles longest, and bfloat16 get the best form of
 # blocks alone, and no baseline of lower resolution.
@@ -212,6 +237,7 @@ SUITES: dict[str, dict[str, tuple[Suite, ...]]] = {
             max_run_time=10.0,
         ),
     },
+    "condconv-engines": {"cpu": _condconv_engines(_CONDCONV[0], _CONDCONV[3])},
 }
 
 _STEMS = {
@@ -219,6 +245,7 @@ _STEMS = {
     "mod-bfloat16": "latency-bfloat16",
     "mod-int8": "latency-int8",
     "condconv": "condconv-latency",
+    "condconv-engines": "condconv-engines",
 }
 
 
@@ -248,9 +275,9 @@ def run_bench(
         results: folder of the files; made if missing.
         quick: a rehearsal (`Suite.quick`).
         name: ``mod`` for Mixture-of-Depths in all engines that are installed, ``mod-bfloat16``,
-            ``mod-int8`` or ``condconv``.
+            ``mod-int8``, ``condconv``, or ``condconv-engines`` for CondConv in all engines.
         resume: keep the runs that the CSV file has from this commit on this machine, and
-            do the others.
+            do the others; runs with an undecided row are done again.
         patient: without limits of time (`Suite.patient`).
         threads: of PyTorch and of each engine; by default as many as PyTorch takes.
         suite: another suite than those of that name and device.
@@ -294,7 +321,7 @@ def run_bench(
                 progress.remove_task(task)
             progress.advance(overall)
     for group in grouped(rows):
-        console.print(terminal_table(group))
+        console.print(terminal_table(group, width=console.width))
     console.print(f"written: {stem}.csv, .md" + (", .svg" if _timed(rows) else ""))
     if readme is not None:
         put_between(readme, BEGIN, END, speed_table(rows))
@@ -364,11 +391,16 @@ def _key(row: Measurement) -> tuple[str, int, str, bool, str]:
 
 
 def _kept(path: Path, device: str) -> list[Measurement]:
-    """Rows of an earlier run that this one would give again."""
-    same = ("cpu", "cores", "gpu", "torch", "timm", "pliant", "commit")
+    """Rows of an earlier run that this one would give again; a run with an undecided row is timed again."""
+    same = ("cpu", "cores", "gpu", "torch", "timm", "pliant", "commit", "instructions")
     now = dict(provenance(device))
     rows = read_rows(path) if path.exists() else []
-    return [row for row in rows if all(getattr(row, name) == now[name] for name in same)]
+    undecided = {_key(row) for row in rows if row.undecided}
+    return [
+        row
+        for row in rows
+        if _key(row) not in undecided and all(getattr(row, name) == now[name] for name in same)
+    ]
 
 
 def _run(
@@ -376,8 +408,11 @@ def _run(
 ) -> list[Measurement]:
     import torch
 
-    told = "".join(f" {key}={value}" for key, value in suite.options.items())
-    models = {f"{name}{told}": fresh(name, **suite.options) if told else name for name in suite.models}
+    models: dict[str, Any] = {}
+    for options in (suite.options, *({**suite.options, **more} for more in suite.also)):
+        told = "".join(f" {key}={value}" for key, value in options.items())
+        for name in suite.models:
+            models[f"{name}{told}"] = fresh(name, **options) if told else name
     rows = measure(
         models,
         against=suite.against,

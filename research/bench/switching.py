@@ -11,10 +11,10 @@ from pathlib import Path
 import timm
 
 from pliant import at_depth, get_depth, set_depth
+from pliant.measuring.clock import clock, race
 from pliant.measuring.latency import median, spread
 from pliant.provenance import provenance
 from pliant.records import Origin, write_records
-from research.bench.rounds import in_turn
 
 NETWORK = "resnet50_adn"
 
@@ -60,7 +60,8 @@ def run_switch_bench(results: Path, quick: bool = False) -> Path:
         "at_depth": hold,
     }
     rounds = 2 if quick else 31
-    found = in_turn(calls, threads=1, rounds=rounds, min_run_time=0.0 if quick else 0.05)
+    clocks = {name: clock(call, 1) for name, call in calls.items()}
+    found = race(clocks, rounds, 0.0 if quick else 0.05)
     rows = []
     for call, seconds in found.items():
         us = [1e6 * s for s in seconds]

@@ -15,7 +15,7 @@ from pliant.measuring.rows import Measurement, read_rows
 from pliant.methods.adaptive_depth.recipes import BASE_ALONE
 from pliant.methods.mixture_of_depths.recipes import CONTROLS as MOD_CONTROLS
 from pliant.methods.mixture_of_depths.recipes import REMOVED
-from pliant.tables import markdown
+from pliant.tables import MACHINE_BUSY, markdown, with_spread
 from research.experiments.claims import FEWEST, MISSING, answer, mean_and_spread, sentence, spoken
 from research.experiments.evidence import Evidence, Timing, gather
 from research.experiments.evidence_figure import plot_evidence
@@ -234,6 +234,7 @@ def _origins(rows: Iterable[Score | Measurement]) -> str:
                 None,
                 (
                     r.gpu or f"{r.cpu}, {r.cores} cores",
+                    r.instructions,
                     f"torch {r.torch}" if r.torch else "",
                     f"commit {r.short_commit}" if r.commit else "",
                 ),
@@ -300,7 +301,10 @@ def _costs(evidence: Evidence) -> list[str]:
         own, bare = evidence.step(SCORE_ORDER, timing), evidence.step(REMOVED, timing)
         if own is None or bare is None or own.time_ratio is None or bare.time_ratio is None:
             continue
-        ratios = [f"{r.time_ratio:.2f} ({r.time_ratio_iqr or 0:.2f})" for r in (own, bare)]
+        if own.undecided or bare.undecided:
+            told.append(f"{str(timing).capitalize()}: {MACHINE_BUSY}.")
+            continue
+        ratios = [with_spread(r.time_ratio, r.time_ratio_iqr or 0.0, 2) for r in (own, bare)]
         told.append(
             f"With {spoken(SCORE_ORDER)} it takes {ratios[0]} of the plain network's time, with the blocks "
             f"removed {ratios[1]} ({timing}, {own.dtype}, threads {own.threads})."
@@ -320,6 +324,11 @@ def _compared(evidence: Evidence, family: str) -> list[str]:
         pairs = [(label, SCORE_ORDER) for label in evidence.labels(family)]
     lines = [f"- {sentence(a, b, evidence.against(a, b))}" for a, b in pairs]
     return [*lines, ""] if lines else []
+
+
+def _alone(row: Measurement) -> str:
+    """A ratio without its spread."""
+    return with_spread(row.time_ratio, row.time_ratio_iqr, 2).partition(" (")[0]
 
 
 def _table(evidence: Evidence, family: str, labels: Sequence[str]) -> list[str]:
@@ -344,10 +353,10 @@ def _table(evidence: Evidence, family: str, labels: Sequence[str]) -> list[str]:
             cells.append(
                 evidence.failure(label, timing) and "failed"
                 if timed is None
-                else f"{timed.time_ratio:.3f} ({timed.time_ratio_iqr or 0:.3f}){form}"
+                else f"{with_spread(timed.time_ratio, timed.time_ratio_iqr or 0.0, 3)}{form}"
             )
         found = [evidence.step(label, timing) for timing in steps]
-        cells += ["" if step is None else f"{step.time_ratio:.2f}" for step in found]
+        cells += ["" if step is None else _alone(step) for step in found]
         body.append(cells)
     note = _chance(evidence, names)
     return [markdown(heading, body), *(["", note] if note else [])]

@@ -20,6 +20,7 @@ from pliant.compare import PLAIN
 from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import ENGINES, named
 from pliant.measuring.candidates import fresh
+from pliant.measuring.clock import clock, race
 from pliant.measuring.latency import measure, median, spread
 from pliant.measuring.rows import OPTIMIZED, PLAIN_FORM, Measurement, read_rows, write_rows
 from pliant.methods.adaptive_depth import AdaptiveDepth
@@ -28,7 +29,6 @@ from pliant.models._build import methods_of
 from pliant.provenance import provenance
 from pliant.train.objectives import make_objective
 from pliant.train.recipe import Recipe
-from research.bench.rounds import in_turn
 from research.bench.steps import training_step
 from research.experiments.plans import PlannedRun
 
@@ -204,11 +204,10 @@ def time_steps(
             model = fresh(recipe.model, **{"in_chans": recipe.in_chans, **recipe.model_args})
             models[name] = model.to(place).train()
             steps[name] = _step(models[name], recipe, place)
-        seconds = in_turn(
-            steps,
-            threads=threads,
-            rounds=effort.rounds,
-            min_run_time=effort.min_run_time,
+        seconds = race(
+            {name: clock(step, threads, gradients=True) for name, step in steps.items()},
+            effort.rounds,
+            effort.min_run_time,
             report=lambda number: report(number, effort.rounds, f"{STEP}s, round {number + 1}"),
         )
     plain = count_macs(models[against].eval(), _size(recipes[against]))

@@ -6,9 +6,11 @@ values only, and of ``timm.create_model``'s arguments only those that build.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from hashlib import sha256
 from typing import Any
 
 import timm
@@ -19,7 +21,8 @@ from pliant._version import __version__
 from pliant.method import Method
 
 FORMAT = "pliant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: no `pretrained_cfg`, no checksum, flags of a depth in `state`
+_CHECKSUM = "config_sha256"
 
 # Arguments of `timm.create_model` that fetch or read files, or that say where and how a
 # network runs rather than what it is.
@@ -44,6 +47,8 @@ class Config:
         interpolation: how images are resized, ``"bicubic"``, if known.
         crop_pct: share of the resized image's side that is kept, if known.
         crop_mode: which part is kept, ``"center"``, if known.
+        pretrained_cfg: what else timm says of the weights and their images: tag, licence, source, size of
+            test images. None in folders of the first format: what timm says of the network's name.
         channels_last: the weights lie in memory that way.
         state: what modules keep beside tensors (their ``get_extra_state``).
         sha256: of ``model.safetensors``.
@@ -61,6 +66,7 @@ class Config:
     interpolation: str | None = None
     crop_pct: Positive | None = None
     crop_mode: str | None = None
+    pretrained_cfg: Mapping[str, Any] | None = None
     channels_last: bool = False
     state: Mapping[str, Any]
     sha256: str = ""
@@ -74,6 +80,7 @@ class Config:
         _check_network(self.network)
         check_arguments(self.arguments)
         plain(self.state, "state")
+        plain(self.pretrained_cfg, "pretrained_cfg")
         if self.classes is not None and len(self.classes) != self.num_classes:
             raise ValueError(
                 f"classes must be {self.num_classes} names, one for each class, not {self.classes!r}"
@@ -88,7 +95,8 @@ class Config:
         """The content of ``config.json``, as `json.dump` takes it."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         content["methods"] = [{"name": m.name, "options": _options(m)} for m in self.methods]
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
+        return {**content, _CHECKSUM: checksum(content)}
 
     @classmethod
     def from_json(cls, content: Any, known: Mapping[str, type[Method]]) -> Config:
@@ -99,8 +107,8 @@ class Config:
             known: the methods that it may name.
 
         Raises:
-            ValueError: it is not that, or of a newer version, or names an unknown
-                network, method or option.
+            ValueError: it is not that, or of a newer version, or was changed since, or names an
+                unknown network, method or option.
         """
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f'it was not written by pliant (no "format": "{FORMAT}")')
@@ -112,14 +120,58 @@ class Config:
                 f"its format version is {version}, and pliant {__version__} knows versions up to "
                 f"{FORMAT_VERSION}; upgrade pliant (pip install --upgrade pliant)"
             )
-        missing = [f.name for f in fields(cls) if f.name not in content]
+        since = () if version > 1 else ("pretrained_cfg", _CHECKSUM)
+        names = [f.name for f in fields(cls)]
+        missing = [name for name in (*names, _CHECKSUM) if name not in content and name not in since]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        values = {f.name: plain(content[f.name], f.name) for f in fields(cls)}
+        if (found := checksum(content)) != content.get(_CHECKSUM, found):
+            raise ValueError(
+                f"it was changed after it was saved: its SHA-256 is {found}, and it says "
+                f"{content[_CHECKSUM]!r}; restore the file, or load an unchanged copy and save that with "
+                f"other values"
+            )
+        values = {name: plain(content[name], name) for name in names if name in content}
         if not isinstance(values["methods"], tuple):
             raise ValueError(f"methods must be a list, not {values['methods']!r}")
         values["methods"] = tuple(_method(entry, known) for entry in values["methods"])
         return cls(**values)
+
+
+def parse(text: str | bytes) -> Any:
+    """The content of a JSON file that anybody may have written.
+
+    Raises:
+        ValueError: it is no JSON; an object has a key twice; a whole number has more than 64 bits.
+
+    Example:
+        >>> parse('{"a": 1, "a": 2}')
+        Traceback (most recent call last):
+            ...
+        ValueError: the key 'a' stands twice
+    """
+    return json.loads(text, object_pairs_hook=_object, parse_int=_whole)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice")
+        found[key] = value
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"the number {digits[:20]}... has {len(digits)} digits, more than 64 bits hold")
+    return int(digits)
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the content of a ``config.json``, its own checksum apart: of the values, in any layout."""
+    rest = {k: v for k, v in content.items() if k != _CHECKSUM}
+    return sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _method(entry: Any, methods: Mapping[str, type[Method]]) -> Method:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import os
+import shutil
 import stat
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 
 @contextmanager
@@ -41,6 +47,88 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, for what is to take its place by `replace_folder`.
+
+    At the end it goes, with what it holds then. So do the folders that killed processes left there, if the
+    block ends well: the system tells which ones no process has.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     with scratch_folder(Path(place, "net")) as temporary:
+        ...         _ = (temporary / "a.txt").write_text("whole")
+        ...         replace_folder(temporary, Path(place, "net"))
+        ...     [path.name for path in Path(place).iterdir()]
+        ['net']
+    """
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        with _alone(temporary):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for left in leftovers(target):
+        with _alone(left) as alone:
+            # A process that has just made its folder may not have locked it yet, and it is empty then.
+            if alone and any(left.iterdir()):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def leftovers(target: Path) -> list[Path]:
+    """Temporary folders of `target`: of processes that are writing it, or were killed."""
+    name = glob.escape(target.name)
+    return [p for ending in ("tmp", "old") for p in target.parent.glob(f".{name}.????????.{ending}")]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Lock a folder, if that is possible and no other process has; the lock ends with this process."""
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)  # Windows opens no folders
+        alone = lock_descriptor(handle, blocking=False)
+    except OSError:  # some file systems know no locks
+        alone = False
+    try:
+        yield alone
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Let the folder `temporary` take the place of `target`, if there is one, and wait for the disk.
+
+    Linux exchanges two folders at once. Elsewhere the older one steps aside first; it goes only when the
+    new one stands, and comes back when that fails.
+    """
+    sync(temporary)
+    if not target.exists():
+        temporary.rename(target)
+    elif not _exchanged(temporary, target):
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+        target.rename(aside)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    sync(target.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names; False where the system, or the file system, cannot."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # not in every C library
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and not rename(here, os.fsencode(one), here, os.fsencode(other), exchange)
 
 
 def sync(path: Path) -> None:

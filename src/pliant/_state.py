@@ -9,13 +9,17 @@ from torch import Tensor, nn
 
 from pliant._config import some
 
-Shapes = dict[str, tuple[bool, tuple[int, ...]] | None]  # (floating point?, shape); None: no tensor
+# (floating point?, shape); None: no tensor, or what a module keeps beside its tensors
+Shapes = dict[str, tuple[bool, tuple[int, ...]] | None]
+_EXTRA = "_extra_state"  # torch's name of it; its module checks it, and reads older forms too
 
 
 def shapes(state: Mapping[str, Any]) -> Shapes:
     """Kind and shape of each entry."""
     return {
-        k: (v.is_floating_point(), tuple(v.shape)) if isinstance(v, Tensor) else None
+        k: (v.is_floating_point(), tuple(v.shape))
+        if isinstance(v, Tensor) and not k.endswith(_EXTRA)
+        else None
         for k, v in state.items()
     }
 

@@ -14,8 +14,10 @@ import copy
 import json
 import os
 import shutil
-import uuid
+import stat
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -29,12 +31,14 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from pliant import anatomy
-from pliant._config import FORMAT, Config, check_arguments, is_foreign, plain, sequence, some
-from pliant._files import sync
+from pliant._bounds import Limit, check_size
+from pliant._config import FORMAT, Config, check_arguments, is_foreign, parse, plain, sequence, some
+from pliant._files import leftovers, replace_folder, scratch_folder, sync
 from pliant._state import difference, shapes, ties
 from pliant._version import __version__
 from pliant.evaluating import evaluating
 from pliant.methods import METHODS
+from pliant.models._build import create
 from pliant.surgery import conversions, convert
 
 __all__ = ["CheckpointError", "Config", "load", "read_config", "save"]
@@ -46,6 +50,12 @@ _ADVICE = (
     "pass the keyword arguments it was made with as arguments={...}; a network that was changed by "
     "hand cannot be rebuilt from its name"
 )
+
+
+# Fields of `Config` that are parts of timm's ``pretrained_cfg``, and parts that are kept nowhere: names of
+# classes are in `Config.classes`, weights in the file.
+_TOLD = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+_LEFT = ("architecture", "label_names", "state_dict")
 
 
 class CheckpointError(ValueError):
@@ -67,7 +77,7 @@ def save(
 
     The folder appears complete or not at all: it is written under another name beside
     its place and renamed. A checkpoint that was there before is replaced then, and is
-    still whole when anything fails.
+    still whole when anything fails. Who loads it meanwhile gets the one or the other.
 
     Args:
         model: a timm network, plain or converted by pliant, on any device, in any
@@ -112,9 +122,7 @@ def save(
     if verify:
         _check_structure(model, config)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.mkdir()
+    with scratch_folder(target) as temporary:
         try:
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:  # what it makes of a full disk
@@ -127,9 +135,8 @@ def save(
             _check_outputs(model, load(temporary), config.input_size)
         for name in (WEIGHTS, CONFIG):
             sync(temporary / name)
-        _put(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _check_free(target)
+        replace_folder(temporary, target)
     return Path(folder)
 
 
@@ -169,29 +176,33 @@ def load(
         True
     """
     folder = Path(folder)
-    config = read_config(folder)
+    files = _version(folder, CONFIG, WEIGHTS)
+    config = _config(folder, files)
     if num_classes is not None and num_classes != config.num_classes:
         raise CheckpointError(
             f"the network in {folder} has {config.num_classes or 'no'} classes, not {num_classes}; load it "
             f"without num_classes, then change its head with model.reset_classifier({num_classes})"
         )
-    tensors, digest = _read_tensors(folder / WEIGHTS)
+    tensors = _tensors(folder, files)
     try:
-        model = _rebuild(config, "cpu")
+        check_size(config.arguments, tensors)
+        with Limit(tensors):
+            bare = _rebuild(config, "meta")  # before it takes memory
     except Exception as error:  # a constructor may raise anything for arguments that do not fit it
         raise CheckpointError(f"{folder / CONFIG}: {config.network} cannot be built: {error}") from error
-    problem = difference(shapes({**tensors, **config.state}), shapes(model.state_dict()))
+    problem = difference(shapes({**tensors, **config.state}), shapes(bare.state_dict()))
     if problem:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit {config.network}: {problem}")
-    if digest != config.sha256:
+    if (digest := sha256(files[WEIGHTS]).hexdigest()) != config.sha256:
         raise CheckpointError(
             f"{folder / WEIGHTS} was changed after it was saved: its SHA-256 is {digest}, "
             f"and {CONFIG} says {config.sha256}"
         )
-    if getattr(model, "num_classes", None) != config.num_classes:
+    if getattr(bare, "num_classes", None) != config.num_classes:
         raise CheckpointError(
             f"{folder / CONFIG}: num_classes is {config.num_classes}, unlike the network's"
         )
+    model = _rebuild(config, "cpu")
     _fill(model, tensors, config)
     return model.eval().to(device)
 
@@ -210,21 +221,51 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
         (3, 32, 32)
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        left = [p.name for p in folder.parent.glob(f".{folder.name}.*.old")]
-        hint = f"; an interrupted save left the older one as {left[0]}" if left else ""
-        raise CheckpointError(f"{folder} is no folder{hint}")
-    path = folder / CONFIG
-    if not path.is_file():
+    return _config(folder, _version(folder, CONFIG))
+
+
+def _version(folder: Path, *names: str) -> dict[str, bytes]:
+    """The contents of files of one version of a folder: `save` may replace it at any moment.
+
+    Raises:
+        CheckpointError: there is no such folder, or it is replaced all the time.
+    """
+    for _ in range(100):
+        before, found = _identity(folder), {}
+        if before is not None:
+            with suppress(FileNotFoundError):
+                found = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+            if _identity(folder) == before:
+                return found
+        elif not (left := leftovers(folder)):
+            raise CheckpointError(f"{folder} is no folder")
+        time.sleep(0.01)
+    if before is None:
+        raise CheckpointError(f"{folder} is no folder; an interrupted save left {left[-1].name} beside it")
+    raise CheckpointError(f"{folder} is replaced again and again; load it when nobody saves to it")
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """What tells one version of a folder from the next; None where there is no folder."""
+    try:
+        found = folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return (found.st_dev, found.st_ino, found.st_mtime_ns) if stat.S_ISDIR(found.st_mode) else None
+
+
+def _config(folder: Path, files: Mapping[str, bytes]) -> Config:
+    """What ``config.json`` says."""
+    if CONFIG not in files:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {CONFIG}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(files[CONFIG].decode())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is no JSON text ({error})") from error
+        raise CheckpointError(f"{folder / CONFIG} is damaged: it is no JSON text ({error})") from error
     try:
         return Config.from_json(content, METHODS)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
 
 def _describe(
@@ -259,17 +300,45 @@ def _describe(
         if told[name] is None and size and len(known.get(name) or ()) in (1, size[0]):
             told[name] = known[name]
     resizing: dict[str, Any] = {k: known.get(k) for k in ("interpolation", "crop_pct", "crop_mode")}
+    rest = retold(known, input_size=size, num_classes=num_classes, label_names=told["classes"])
     return Config(
         network=known["architecture"],
         arguments=plain(given, "arguments"),
         methods=tuple(c.method for c in conversions(model) if not c.named),
         num_classes=num_classes,
         **resizing,
+        pretrained_cfg={k: v for k, v in rest.items() if k not in (*_TOLD, *_LEFT) and _is_plain(v)},
         **{name: sequence(name, values) for name, values in told.items()},
         channels_last=anatomy.is_channels_last(model),
         state=state,
         versions={"pliant": __version__, "torch": str(torch.__version__), "timm": timm.__version__},
     )
+
+
+def retold(known: Mapping[str, Any], **told: Any) -> dict[str, Any]:
+    """A network's ``pretrained_cfg`` with other images or classes, without what was said of those before.
+
+    Args:
+        known: the ``pretrained_cfg``.
+        told: ``input_size``, ``crop_pct``, ``num_classes``, ... that hold now; None leaves one as it is.
+
+    Example:
+        >>> known = timm.create_model("resnet50.a1_in1k").pretrained_cfg
+        >>> new = retold(known, input_size=(3, 64, 64))
+        >>> known["test_input_size"], new.get("test_input_size"), new["tag"]
+        ((3, 288, 288), None, 'a1_in1k')
+    """
+    told = {k: v for k, v in told.items() if v is not None}
+    other = {k for k, v in told.items() if k in known and v != known[k]}
+    if "input_size" in other and tuple(told["input_size"][1:]) == tuple(known["input_size"][1:]):
+        other.remove("input_size")  # of other channels alone
+    gone = set()
+    if other & {"input_size", "crop_pct"}:
+        gone |= {"test_input_size", "test_crop_pct", "test_pool_size"}
+    if other & {"num_classes", "label_names"}:
+        gone |= {"label_names", "label_descriptions", "label_offset"} - told.keys()
+    new = {k: v for k, v in {**known, **told}.items() if k not in gone}
+    return {**new, "pool_size": None} if "input_size" in other and "pool_size" in new else new
 
 
 def arguments_of(model: nn.Module) -> dict[str, Any]:
@@ -289,12 +358,16 @@ def arguments_of(model: nn.Module) -> dict[str, Any]:
 def _rebuild(config: Config, device: str) -> nn.Module:
     """The network that `config` describes, on `device`, with fresh weights."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        model: nn.Module = timm.create_model(config.network, pretrained=False, **config.arguments)
+        model = create(config.network, device, pretrained=False, **config.arguments)
         for method in config.methods:
             convert(model, method, inplace=True)
-    names = ("num_classes", "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    told = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    known = {**(getattr(model, "pretrained_cfg", None) or {}), **told, "label_names": config.classes}
+    told = {name: getattr(config, name) for name in _TOLD if getattr(config, name) is not None}
+    known = config.pretrained_cfg
+    if known is None:
+        known = getattr(model, "pretrained_cfg", None) or {}
+    else:
+        known = {"architecture": config.network, **known}
+    known = {**known, **told, "label_names": config.classes}
     # Not by attribute: these are notes on the module, which timm keeps there too.
     vars(model).update(pretrained_cfg=known, default_cfg=known, _model_args=dict(config.arguments))
     return model
@@ -332,13 +405,22 @@ def _split_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors in a safetensors file, and its digest."""
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no {WEIGHTS}")
-    data = path.read_bytes()
+def _is_plain(value: Any) -> bool:
     try:
-        return safetensors.torch.load(data), sha256(data).hexdigest()
+        plain(value, "")
+    except ValueError:
+        return False
+    return True
+
+
+def _tensors(folder: Path, files: Mapping[str, bytes]) -> dict[str, Tensor]:
+    """The tensors in the file of weights."""
+    path = folder / WEIGHTS
+    if WEIGHTS not in files:
+        raise CheckpointError(f"{folder} has no {WEIGHTS}")
+    data = files[WEIGHTS]
+    try:
+        return safetensors.torch.load(data)
     except Exception as error:  # SafetensorError, and what torch raises for a nonsensical header
         if len(data) < 9 or data[8:9] == b"{":  # eight bytes of length, then JSON
             raise CheckpointError(f"{path} is truncated or damaged ({len(data)} bytes): {error}") from error
@@ -401,23 +483,3 @@ def _check_free(target: Path) -> None:
             f"{target} exists and holds {some(names)}, which is not just a checkpoint of pliant and would "
             f"be lost; choose another folder"
         )
-
-
-def _put(temporary: Path, target: Path) -> None:
-    """Rename, taking the place of an older checkpoint.
-
-    POSIX cannot exchange two folders, so the old one steps aside first; it goes only
-    when the new one stands, and comes back when that fails.
-    """
-    _check_free(target)
-    if not target.exists():
-        temporary.rename(target)
-        return
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-    target.rename(aside)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -46,7 +46,12 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), (3, 10, 10))
         21600
     """
+    # The counter follows gradients to modules, and fails at a view of a parameter without a gradient.
+    learning = [p for p in model.parameters() if p.requires_grad]
     with ExitStack() as counted, FlopCounterMode(display=False) as counter:
+        for p in learning:
+            counted.callback(p.requires_grad_, p.requires_grad)
+            p.requires_grad_(False)
         for part in parts(model).values():
             counted.enter_context(part.counted())
         run_once(model, input_size)

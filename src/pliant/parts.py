@@ -93,6 +93,8 @@ class Part(nn.Module):
         switches: which of its modules run differs from forward to forward, so what one forward
             shows does not hold for all: norms in it are not folded, and no part of the network
             changes its input in place.
+        mixes: whether it mixes kernels of convolutions for each image, which a compiled ONNX file keeps in
+            ONNX Runtime's own layout.
         inplace: whether a fast form changes its input instead of a copy; `pliant.deploy.optimize`
             sets it where nobody else reads the input. None: it never does.
         operators: name of the Python module (`Operators`) with the native operators of its fast
@@ -108,6 +110,7 @@ class Part(nn.Module):
     """
 
     switches: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
     operators: ClassVar[str] = ""
     inplace: bool | None = None
 

@@ -20,6 +20,12 @@ import torch
 from pliant._version import __version__
 
 SOURCE = Path(__file__).resolve().parent
+# Instruction sets that decide how fast a network runs, as Linux names them: of x86, then of Arm.
+SETS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # of PyTorch, of oneDNN
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -41,6 +47,9 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
         "pliant": __version__,
         "commit": commit(SOURCE),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "instructions": instruction_sets(),
+        "governor": governor(),
+        "load": _load(),
     }
 
 
@@ -51,6 +60,35 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     except OSError:  # not Linux
         found = None
     return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's instruction sets among `SETS`, and variables that forbid some (`LIMITS`).
+
+    Where the system does not list them, what PyTorch uses.
+    """
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        found = None
+    known = found.group(1).split() if found else []
+    sets = [name for name in SETS if name in known] or [torch.backends.cpu.get_cpu_capability().lower()]
+    return " ".join([*sets, *(f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name))])
+
+
+def governor(cpus: Path = Path("/sys/devices/system/cpu")) -> str:
+    """How the system chooses the frequency, such as ``performance``; empty if it does not say."""
+    try:
+        return " ".join(sorted({f.read_text().strip() for f in cpus.glob("cpu*/cpufreq/scaling_governor")}))
+    except OSError:  # a processor that is off
+        return ""
+
+
+def _load() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):  # Windows; a container that hides it
+        return None
 
 
 def commit(folder: Path) -> str:

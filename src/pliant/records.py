@@ -30,13 +30,19 @@ class Origin:
         commit: of pliant's source tree, ``-dirty`` where the package differed from it;
             empty where pliant was installed rather than checked out.
         date: UTC, ISO 8601; of a training run, when it began.
+        instructions: instruction sets of the processor that decide how fast networks run, and variables
+            that limit them (``avx2 avx512f avx512_vnni``); two processors of one model name may differ.
+        governor: how the system chooses the processor's frequency (``performance``); empty where it does
+            not say, as in most virtual machines.
+        load: threads of the whole machine that computed or waited to, on average over the last minute,
+            this process's own among them; None where the system does not say.
         PERCENT: columns of shares in [0, 1], which a file has in percent.
         LATE: columns that a kind of row got after files of it were written: they stand behind all
             others, have defaults, and may be missing from a file.
     """
 
     PERCENT: ClassVar[tuple[str, ...]] = ()
-    LATE: ClassVar[tuple[str, ...]] = ()
+    LATE: ClassVar[tuple[str, ...]] = ("instructions", "governor", "load")
 
     cpu: str = ""
     cores: int = 0
@@ -48,6 +54,20 @@ class Origin:
     pliant: str = ""
     commit: str = ""
     date: str = ""
+    instructions: str = ""
+    governor: str = ""
+    load: float | None = None
+
+    @property
+    def hardware(self) -> str:
+        """What computed: the GPU, or the processor with its cores and instruction sets.
+
+        Example:
+            >>> Origin(cpu="EPYC", cores=2, instructions="avx2").hardware
+            'EPYC (2 cores, avx2)'
+        """
+        about = ", ".join(filter(None, [f"{self.cores} cores", self.instructions]))
+        return self.gpu or (f"{self.cpu} ({about})" if self.cpu else "")
 
     @property
     def short_commit(self) -> str:
@@ -70,12 +90,20 @@ def columns(kind: type[_Dataclass]) -> list[str]:
         ... class Row(Origin):
         ...     network: str
         >>> columns(Row)[:3], columns(Row)[-1]
-        (['network', 'cpu', 'cores'], 'date')
+        (['network', 'cpu', 'cores'], 'load')
     """
     origin, late = [f.name for f in fields(Origin)], getattr(kind, "LATE", ())
     own = [f.name for f in fields(kind)]
     first = [name for name in own if name not in origin and name not in late]
-    return [*first, *(name for name in origin if name in own), *late]
+    return [*first, *(name for name in origin if name in own and name not in late), *late]
+
+
+def _lacking(header: list[str], kind: type[_Dataclass]) -> list[str] | None:
+    """Columns of `Origin.LATE` that an older file has not; None if its columns are others altogether."""
+    known, late = columns(kind), getattr(kind, "LATE", ())
+    return (
+        known[len(header) :] if header in [known[: len(known) - n] for n in range(len(late) + 1)] else None
+    )
 
 
 def percent(share: float) -> float:
@@ -145,8 +173,9 @@ def write_records(
         path: the file; its folder is made if it is missing.
         kind: the dataclass of the rows, whose fields are the columns.
         rows: may be none, which leaves the header.
-        append: keep the rows that the file has, also those that another process adds at this moment.
-            A run that is repeated gives its rows again, and they are not added a second time.
+        append: keep the rows that the file has, also those that another process adds at this moment;
+            columns that it lacks (`Origin.LATE`) are added. A run that is repeated gives its rows
+            again, and they are not added a second time.
         number: format of floats, as for `cells`.
         called: what the rows are called in an error; by default the dataclass by its name.
 
@@ -168,11 +197,14 @@ def write_records(
         if append and path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 first, *old = list(csv.reader(file)) or [[]]
-            if first != header:
+            lacking = _lacking(first, kind)
+            if lacking is None:
                 raise ValueError(
                     f"{path} has the columns {first}, which are not those of "
                     f"{called or f'a {kind.__name__}'}; name another file"
                 )
+            defaults = {f.name: f.default for f in fields(kind)}
+            old = [[*row, *(_text(defaults[name], number) for name in lacking)] for row in old]
         with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header)
@@ -195,12 +227,12 @@ def read_records(path: str | Path, kind: type[T], *, called: str = "") -> list[T
     path = Path(path)
     types = {f.name: str(f.type) for f in fields(kind)}
     kinds = {name: types[name] for name in columns(kind)}
-    late, shares = getattr(kind, "LATE", ()), getattr(kind, "PERCENT", ())
+    shares = getattr(kind, "PERCENT", ())
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            if header not in (list(kinds), [name for name in kinds if name not in late]):
+            if _lacking(header, kind) is None:
                 odd = ", ".join(sorted(set(header) ^ set(kinds))) or "they are in another order"
                 what = called or f"a {kind.__name__}"
                 raise ValueError(f"{path}, line 1: the columns are not those of {what}: {odd}")

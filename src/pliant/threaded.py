@@ -183,6 +183,8 @@ class Bound:
         self._bound_prefix = prefix
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_bound"):
+            raise AttributeError(name)  # a compiler looks at the view before it is made
         value = getattr(self._bound, name)
         path = self._bound_prefix + name
         if path in self._bound_leaves:
@@ -193,6 +195,11 @@ class Bound:
             return MethodType(value.__func__, self)  # what it calls is bound too
         return value
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """That of the module: a forward of a subclass may call that of its base by `super()`."""
+        return type(self._innermost()) if "_bound" in self.__dict__ else Bound
+
     def __iter__(self) -> Iterator[Any]:
         """The children, as `nn.Sequential` runs them."""
         for name, _ in self._bound.named_children():
@@ -200,13 +207,17 @@ class Bound:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """The module's forward, through this view."""
-        module = self._bound
-        while isinstance(module, Bound):  # a view of a view: of two methods in one block
-            module = module._bound
+        module = self._innermost()
         forward = partial(type(module).forward, self)
         if module._forward_hooks or module._forward_pre_hooks:
             return _with_hooks(module, forward, args, options)
         return forward(*args, **options)
+
+    def _innermost(self) -> nn.Module:
+        module = self._bound
+        while isinstance(module, Bound):  # a view of a view: of two methods in one block
+            module = module._bound
+        return module
 
 
 def _with_hooks(

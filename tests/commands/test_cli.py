@@ -31,6 +31,18 @@ def test_plan_prints_coverage_and_saves(tmp_path):
     assert load(tmp_path / "net").layer1[1].selector.order == "index"
 
 
+def test_plan_of_a_saved_network_and_for_other_classes(tmp_path):
+    save(timm.create_model("resnet20_cifar", num_classes=3), tmp_path / "net")
+    counts = {}
+    for name, classes in (("resnet20_cifar", 7), (tmp_path / "net", 7), (tmp_path / "net", None)):
+        chosen = () if classes is None else ("--num-classes", classes)
+        printed = run("plan", name, *chosen, "--save-to", tmp_path / f"{len(counts)}")
+        assert load(tmp_path / f"{len(counts)}").num_classes == (classes or 3)
+        counts[name, classes] = printed[printed.index("parameters:") :].splitlines()[0]
+    whole, saved, own = counts.values()
+    assert whole == saved != own
+
+
 def test_measure_writes_rows_and_a_figure_and_takes_saved_networks(tmp_path):
     save(timm.create_model("resnet20_cifar_mod"), tmp_path / "mine")
     rows, figure = tmp_path / "rows.csv", tmp_path / "f.svg"

@@ -166,6 +166,29 @@ def test_the_onnx_graph_is_that_of_the_plan(made):
     assert {"layer1.1.selector.index", "layer2.1.selector.logits"} <= set(outputs)
 
 
+@pytest.mark.parametrize("active", [None, 1])
+def test_mixed_kernels_of_any_batch_are_one_loop_a_block(made, tmp_path, active):
+    """A loop for the stem and each block, its constants inside; nothing unfolds images."""
+    need(".onnx")
+    import onnx
+
+    if active is None:
+        path, _ = made("condconv", ".onnx")
+    else:
+        path = pliant.export(_export.condconv(active=active), tmp_path / "net.onnx", batches=(1, 3))
+    graph = onnx.load(str(path)).graph
+    loops = [node for node in graph.node if node.op_type == "Scan"]
+    bodies = [onnx.helper.get_node_attr_value(node, "body") for node in loops]
+    counts = [Counter(node.op_type for node in body.node) for body in bodies]
+    # Hard routing gathers one expert of each kernel, of the classifier's too.
+    assert [c["Conv"] for c in counts] == [1, 2, 2, 3, 2] + [0] * (active is not None)
+    assert [c["Gather"] for c in counts] == ([0] * 5 if active is None else [1, 2, 2, 3, 2, 1])
+    assert not any(node.op_type in ("Conv", "Gather", "Im2Col") for node in graph.node)
+    outside = {name for body in bodies for node in body.node for name in node.input}
+    outside &= {tensor.name for tensor in graph.initializer if len(tensor.dims) > 1}
+    assert outside == set()
+
+
 def test_the_onnx_file_passes_the_checker_and_holds_no_path(made):
     onnx = pytest.importorskip("onnx")
     for name in ("mod", "condconv"):

@@ -17,7 +17,7 @@ from pliant import MixtureOfDepths
 from pliant.anatomy import stages
 from pliant.method import Site
 from pliant.methods.condconv import CondConvBlock
-from pliant.methods.condconv.exported import OneImageConv
+from pliant.methods.condconv.exported import EachImage, EachImageBlock, OneImage, SideBySideLinear
 from pliant.methods.mixture_of_depths import MoDBlock
 from pliant.methods.mixture_of_depths.exported import GraphMoD
 from pliant.parts import replace_parts
@@ -81,12 +81,45 @@ def test_blocks_of_an_exported_form_say_their_shape():
 def test_one_image_convolves_with_its_mixed_kernel(options):
     model = _export.condconv(**options)
     formed = use_export_forms(copy.deepcopy(model), "onnx", 1)
-    found = [m for m in formed.modules() if isinstance(m, OneImageConv)]
+    found = [m for m in formed.modules() if isinstance(m, OneImage)]
     assert found
     assert [m.layer1[0].stride for m in (formed, model) if isinstance(m.layer1[0], CondConvBlock)] == [1, 1]
     x = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(formed(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+CONDCONV = [
+    {},
+    {"per_channel": True},
+    {"active": 1},
+    {"active": 2, "per_channel": True},
+    {"routing": "shared"},
+    {"routing": "layer", "active": 1},
+]
+
+
+@pytest.mark.parametrize("options", CONDCONV, ids=str)
+def test_any_number_of_images_goes_through_one_loop_a_block(options):
+    model = _export.condconv(**options)
+    formed = use_export_forms(copy.deepcopy(model), "onnx", None)
+    looped = [m for m in formed.modules() if isinstance(m, (EachImage, EachImageBlock))]
+    # Four blocks, the stem, and of hard routing the classifier.
+    assert len(looped) == (10 if options.get("routing") == "layer" else 5) + ("active" in options)
+    assert any(isinstance(m, SideBySideLinear) for m in formed.modules()) == ("active" not in options)
+    x = _export.images(3)
+    with torch.no_grad():
+        torch.testing.assert_close(formed(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_a_matrix_product_runs_need_no_loop():
+    for options in ({"layers": "pointwise"}, {"form": "experts"}):
+        formed = use_export_forms(_export.condconv(**options), "onnx", None)
+        assert not any(isinstance(m, (EachImage, EachImageBlock)) for m in formed.modules())
+    assert not any(
+        isinstance(m, (OneImage, EachImageBlock, SideBySideLinear))
+        for m in use_export_forms(_export.condconv(), "program", None).modules()
+    )
 
 
 def test_same_padding_goes_along():

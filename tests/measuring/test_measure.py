@@ -8,42 +8,16 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-import torch.utils.benchmark
-from torch import Tensor, nn
+from torch import nn
 
 from _measure import SMALL, conv
 from pliant.counting import count_macs, count_parameters
 from pliant.deploy.engines import ENGINES
 from pliant.measuring import candidates
-from pliant.measuring.clock import clock as clock_of
-from pliant.measuring.clock import warm
 from pliant.measuring.latency import NOT_FASTER, PERHAPS_FASTER, measure
 from pliant.measuring.rows import LOWER_RESOLUTION, Measurement
 from pliant.methods.mixture_of_depths import without_mod_blocks
 from pliant.methods.mixture_of_depths.method import NO_BLOCKS
-
-
-def test_a_clock_warms_up_with_two_calls_or_one_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A call takes `each` seconds of a clock that stands still otherwise.
-    time, each, threads = [0.0], 0.1, set()
-
-    def run(images: Tensor) -> None:
-        time[0] += each
-        threads.add(torch.get_num_threads())
-        assert torch.is_inference_mode_enabled()
-
-    monkeypatch.setattr(torch.utils.benchmark, "timer", lambda: time[0])
-    before = torch.get_num_threads()
-    timed = clock_of(run, torch.ones(1), threads=before + 1)
-    assert timed(3) == pytest.approx(0.1)
-    assert time[0] == pytest.approx(0.5)  # two calls, and three
-    each, time[0] = 0.25, 0.0
-    assert timed(1) == pytest.approx(0.25)
-    assert time[0] == pytest.approx(0.5)  # one call, and one
-    assert (threads, torch.get_num_threads()) == ({before + 1}, before)
-    # Before all, two times, of which the first may hold a compilation; a long one is enough.
-    for some, seconds in (([0.2, 0.1], 0.1), ([0.3], 0.3)):
-        assert warm(lambda _, left=some: left.pop(0)) == seconds
 
 
 def test_networks_are_timed_in_turn(clock: SimpleNamespace) -> None:
@@ -120,7 +94,7 @@ def test_no_tax_wanted(clock: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(
     ("ratios", "note"),
-    [((0.8, 0.8, 0.8), ""), ((0.9, 0.9, 1.3), PERHAPS_FASTER), ((1.0, 1.0, 1.0), NOT_FASTER)],
+    [((0.8, 0.8, 0.8), ""), ((0.9, 0.9, 1.2), PERHAPS_FASTER), ((1.0, 1.0, 1.0), NOT_FASTER)],
 )
 def test_fewer_operations_without_less_time_are_marked(
     clock: SimpleNamespace, ratios: tuple[float, ...], note: str

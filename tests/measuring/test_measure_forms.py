@@ -198,20 +198,6 @@ def test_forms_and_runtimes_are_kept_and_shown(tmp_path: Path) -> None:
     assert "norms" not in markdown_table([Measurement(model="net", median_ms=2.0)])
 
 
-def test_files_without_the_newer_columns_are_read_and_appended_to(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    old = Measurement(model="net", median_ms=1.0, date="2026-01-02T03:04:05+00:00")
-    write_rows(path, [old])
-    text = path.read_text().replace(",form,runtime\n", "\n").replace(",as built,\n", "\n")
-    path.write_text(text)
-    assert text.splitlines()[0].endswith(",date")
-    assert read_rows(path) == [old]
-    write_rows(path, [ROW], append=True)
-    assert read_rows(path) == [old, ROW]
-    results = Path(__file__).resolve().parents[2] / "results"
-    assert read_rows(results / "condconv-latency-cpu.csv")[0].form == "as built"
-
-
 def test_the_command_takes_engines_batches_and_forms(
     tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

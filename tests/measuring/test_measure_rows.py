@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from rich.console import Console
 
 import pliant
 from _measure import SMALL, conv
-from pliant import provenance
+from pliant import provenance, tables
 from pliant.measuring.figure import plot_against_latency
 from pliant.measuring.latency import NOT_FASTER, measure
+from pliant.measuring.page import write_page
 from pliant.measuring.rows import (
     LOWER_RESOLUTION,
     Measurement,
+    grouped,
     markdown_table,
     read_rows,
     terminal_table,
@@ -53,6 +57,9 @@ ROW = Measurement(
     torch="2.15.0",
     commit="0123456789abcdef0123456789abcdef01234567-dirty",
     date="2026-01-02T03:04:05+00:00",
+    instructions="avx2 avx512f",
+    governor="performance",
+    load=1.87,
 )
 
 
@@ -67,6 +74,27 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["rows.csv"]
 
 
+@pytest.mark.parametrize("lacking", range(1, len(Measurement.LATE) + 1))
+def test_rows_that_were_written_before_a_column_are_read_and_added_to(tmp_path: Path, lacking: int) -> None:
+    path, names = tmp_path / "rows.csv", Measurement.LATE[-lacking:]
+    write_rows(path, [ROW])
+    with path.open(newline="") as file:
+        old = [cells[:-lacking] for cells in csv.reader(file)]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(old)
+    defaults = {f.name: f.default for f in fields(Measurement)}
+    before = replace(ROW, **{name: defaults[name] for name in names})
+    assert read_rows(path) == [before]
+    write_rows(path, [ROW], append=True)
+    assert read_rows(path) == [before, ROW]
+
+
+def test_the_rows_of_results_are_read() -> None:
+    files = sorted((Path(__file__).resolve().parents[2] / "results").glob("*latency*.csv"))
+    assert len(files) > 3
+    assert all(row.model for file in files for row in read_rows(file))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -79,7 +107,7 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
         ("28.71234", "28.7x", r"rows.csv, line 3: median_ms is '28.7x', which is no float | None"),
         ("3x224x192", "3x224", "rows.csv, line 3: input_size is '3x224'"),
         (",True,", ",yes,", "rows.csv, line 3: channels_last is 'yes'"),
-        (",2026-01-02T03:04:05+00:00", "", "rows.csv, line 3: 36 cells, not 37"),
+        (",2026-01-02T03:04:05+00:00", "", "rows.csv, line 3: 39 cells, not 40"),
     ],
 )
 def test_damaged_or_foreign_rows_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -121,7 +149,9 @@ def test_markdown_shows_no_false_digits() -> None:
 def test_tables_state_the_conditions() -> None:
     first, blank, *_ = markdown_table([ROW]).splitlines()
     for told in (
-        "hardware Some CPU @ 2.0 GHz (2 cores)",
+        "hardware Some CPU @ 2.0 GHz (2 cores, avx2 avx512f)",
+        "governor performance",
+        "load 1.9",
         "threads 2",
         "engine eager",
         "batch 16",
@@ -159,8 +189,6 @@ def test_an_unknown_column_is_refused() -> None:
 
 
 def test_terminal_table_fits_eighty_characters() -> None:
-    from rich.console import Console
-
     rows = [replace(ROW, note=NOT_FASTER), replace(ROW, variant=NO_BLOCKS, note="", tax=None, tax_iqr=None)]
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(terminal_table(rows))
@@ -169,6 +197,62 @@ def test_terminal_table_fits_eighty_characters() -> None:
         assert cell in text
     assert f"resnet50_mod: {NOT_FASTER}" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+BUSY = [
+    replace(ROW, model="resnet50", time_ratio=1.0, time_ratio_iqr=0.0, tax=None, tax_iqr=None),
+    replace(ROW, note="", time_ratio_iqr=0.3, tax=5.99, tax_iqr=8.6, iqr_ms=9.0),
+    replace(ROW, variant=LOWER_RESOLUTION, note="", tax=None, tax_iqr=None),
+]
+
+
+def test_a_spread_over_the_limit_is_undecided_in_tables_and_findings(tmp_path: Path) -> None:
+    text = markdown_table(BUSY)
+    assert tables.WHY_UNDECIDED in text.splitlines()[0]
+    decided, busy, lower = text.splitlines()[-3:]
+    assert tables.UNDECIDED not in decided + lower
+    assert busy.count(" undecided |") == 4  # time, ratio, speed-up, tax
+    assert "undecided, machine busy" in busy
+    assert "599" not in text
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal_table(BUSY))
+    assert "resnet50_mod: undecided, machine busy" in console.export_text()
+    page = write_page(tmp_path / "page.html", BUSY).read_text()
+    assert "Undecided, machine busy: resnet50_mod (eager, batch 16, float32)." in page
+    quiet = markdown_table([BUSY[0], ROW])
+    assert tables.UNDECIDED not in quiet
+
+
+def test_a_spread_over_the_limit_is_undecided_in_figures(tmp_path: Path) -> None:
+    text = plot_against_latency(BUSY, "macs", tmp_path / "figure.svg").read_text()
+    assert text.count("resnet50_mod (undecided, machine busy)") == 1
+    assert text.count("undecided") == 1
+
+
+def test_an_undecided_time_is_no_finding(clock: SimpleNamespace) -> None:
+    clock.times = lambda entrant, turn: 1.0 if entrant == 0 else (0.5, 1.0, 3.0)[max(turn, 0)]
+    base, row = measure({"wide": conv(8), "narrow": conv(4)}, against="wide", input_size=SMALL, rounds=3)
+    assert (row.undecided, row.note, base.undecided) == (True, "", False)
+
+
+def test_two_processors_of_one_name_have_a_table_each() -> None:
+    assert len(grouped([ROW, replace(ROW, instructions="avx2")])) == 2
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_widest_figures_fit_the_terminal(width: int) -> None:
+    row = replace(
+        ROW, median_ms=12345.6, iqr_ms=123.4, time_ratio=12.34, time_ratio_iqr=1.23, tax=10.9, tax_iqr=1.2
+    )
+    rows = [replace(row, variant=LOWER_RESOLUTION), replace(row, batch=1), replace(row, dtype="bfloat16")]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(terminal_table(rows, width=width))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for cell in ("1090 % (120)", "12.34 (1.23)", "bfloat16", "resnet50_mod"):
+        assert cell in text, cell
+    assert ("12346 (123)" in text) == (width > 80)
 
 
 def series() -> list[Measurement]:
@@ -198,7 +282,7 @@ def test_plot_names_networks_axes_and_settings(tmp_path: Path) -> None:
         "baseline",
         "converted",
         NO_BLOCKS,
-        "Some CPU @ 2.0 GHz, 2 cores · torch 2.15.0",
+        "Some CPU @ 2.0 GHz (2 cores, avx2 avx512f) · torch 2.15.0",
     ):
         assert told.count(text) == 1, text
     assert "broken" not in told
@@ -279,9 +363,41 @@ def test_provenance_says_where_figures_come_from(clock: SimpleNamespace) -> None
     assert (row.torch, row.timm, row.pliant) == (torch.__version__, timm.__version__, pliant.__version__)
     assert row.cores >= 1
     assert row.cpu
+    assert row.instructions
+    assert row.load is None or row.load >= 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", row.date)
     assert row.gpu == ""
     assert not [value for value in vars(row).values() if isinstance(value, str) and value.startswith("/")]
+
+
+@pytest.mark.parametrize(
+    ("line", "sets"),
+    [
+        ("flags\t\t: fpu avx avx2 avx512f avx512_vnni rdpid", "avx2 avx512f avx512_vnni"),
+        ("flags\t\t: fpu avx avx2 rdpid", "avx2"),
+        ("Features\t: fp asimd asimddp i8mm", "asimd asimddp i8mm"),
+        ("", torch.backends.cpu.get_cpu_capability().lower()),
+    ],
+)
+def test_instruction_sets_tell_processors_of_one_name_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, sets: str
+) -> None:
+    for name in provenance.LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"model name\t: AMD EPYC\n{line}\n")
+    assert provenance.instruction_sets(info) == sets
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert provenance.instruction_sets(info) == f"{sets} ONEDNN_MAX_CPU_ISA=AVX2"
+
+
+def test_the_governor_is_read_where_the_system_tells_it(tmp_path: Path) -> None:
+    assert provenance.governor(tmp_path) == ""
+    for cpu, name in (("cpu0", "powersave"), ("cpu1", "performance"), ("cpu2", "powersave")):
+        file = tmp_path / cpu / "cpufreq" / "scaling_governor"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{name}\n")
+    assert provenance.governor(tmp_path) == "performance powersave"
 
 
 def test_cpu_model_is_read_where_linux_tells_it(tmp_path: Path) -> None:

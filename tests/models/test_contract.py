@@ -16,6 +16,7 @@ import timm
 import torch
 from torch import nn
 
+from _adaptive import dynamo_reads_contexts
 from _small import meta
 from pliant.anatomy import stages
 from pliant.methods.adaptive_depth.depth import at_depth, get_depth
@@ -441,11 +442,13 @@ def test_compiles_without_a_break(name):
     torch._dynamo.reset()
     model, x = real(name, OPTIONS[name])
     model.eval()
+    if "_adn" in name and not dynamo_reads_contexts():
+        pytest.skip("this torch cannot compile the reading of a ContextVar")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        assert torch.equal(compiled(x), model(x))
+        torch.testing.assert_close(compiled(x), model(x))
         with torch.compiler.set_stance("fail_on_recompile"):
-            assert torch.equal(compiled(x + 1), model(x + 1))
+            torch.testing.assert_close(compiled(x + 1), model(x + 1))
     torch._dynamo.reset()
 
 

@@ -103,6 +103,21 @@ def test_overrides_are_typed():
     assert override(recipe, []) == recipe
 
 
+def test_the_size_before_the_crop_follows_the_images_unless_it_is_given():
+    recipe = get_recipe("imagenet.resnet18_mod")
+    assert (recipe.pixels, recipe.resize) == (176, 232)
+    for changes, expected in (
+        (["pixels=64"], (64, 84)),
+        (["pixels=352"], (352, 464)),
+        (["pixels=64", "resize=70"], (64, 70)),
+        (["pixels=64", "resize=none"], (64, None)),
+        (["batch=2"], (176, 232)),
+    ):
+        changed = override(recipe, changes)
+        assert (changed.pixels, changed.resize) == expected
+    assert override(get_recipe("digits.resnet18"), ["pixels=8"]).resize is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -19,7 +19,7 @@ from pliant.models import list_networks
 from research.published import PAPERS, markdown
 
 # Pages that programs write whole; the others are at most so many lines.
-GENERATED = {"evidence.md", "variants.md", "published-counts.md"}
+GENERATED = {"coverage.md", "evidence.md", "variants.md", "published-counts.md"}
 LONGEST = 200
 # Written by `make docs`, before it builds the site.
 MADE = {"reference/commands.md"}

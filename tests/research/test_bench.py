@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pliant.deploy.engines import named
-from pliant.measuring.rows import LOWER_RESOLUTION, Measurement, read_rows
+from pliant.measuring.rows import LOWER_RESOLUTION, Measurement, read_rows, write_rows
 from pliant.methods.mixture_of_depths.method import NO_BLOCKS
 from research.bench import suites as bench
 from research.bench.speed_table import BEGIN, END, speed_table
@@ -58,7 +58,7 @@ def test_a_suite_end_to_end(tmp_path: Path, console: Console) -> None:
     assert "batch 2" in text
     assert "memory format contiguous" in text
     assert "![MACs against latency](latency-cpu.svg)" in text
-    assert ">resnet20_cifar_mod<" in (folder / "latency-cpu.svg").read_text()
+    assert ">resnet20_cifar_mod" in (folder / "latency-cpu.svg").read_text()  # undecided, perhaps
     printed = console.export_text()
     assert "2/2" in printed  # the progress bar
     assert "MoD" in printed
@@ -86,7 +86,10 @@ def test_resume_does_only_what_is_missing(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = replace(TINY, models=("resnet20_cifar",), conditions=TINY.conditions[:1])
-    first = run_bench(results=tmp_path, suite=small, console=console)
+    measured = run_bench(results=tmp_path, suite=small, console=console)
+    # Decided, however busy this machine is.
+    first = [replace(row, iqr_ms=0.0, time_ratio_iqr=0.0) for row in measured]
+    write_rows(tmp_path / "latency-cpu.csv", first)
     runs: list[int] = []
 
     def counted(*args: Any, **options: Any) -> list[Measurement]:
@@ -99,6 +102,13 @@ def test_resume_does_only_what_is_missing(
     assert runs == [1]
     assert rows[: len(first)] == first
     assert read_rows(tmp_path / "latency-cpu.csv") == rows
+
+    # A run with an undecided row is done again.
+    busy = [replace(row, iqr_ms=row.median_ms) for row in rows if row.batch == 1]
+    write_rows(tmp_path / "latency-cpu.csv", [*first, *busy])
+    run_bench(results=tmp_path, suite=TINY, console=console, resume=True)
+    assert runs == [1, 1]
+    runs.pop()
 
     # Rows of another commit are no part of this run.
     monkeypatch.setattr(bench, "provenance", lambda device: {**vars(first[0]), "commit": "another"})
@@ -175,9 +185,8 @@ def test_suites_name_networks_and_settings_that_exist() -> None:
 def test_no_suite_for_a_device_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no benchmark for device 'tpu'; there is one for cpu, cuda"):
         run_bench("tpu", tmp_path)
-    with pytest.raises(
-        ValueError, match="no benchmark 'adn'; there are mod, mod-bfloat16, mod-int8, condconv"
-    ):
+    names = "mod, mod-bfloat16, mod-int8, condconv, condconv-engines"
+    with pytest.raises(ValueError, match=f"no benchmark 'adn'; there are {names}"):
         run_bench("cpu", tmp_path, name="adn")
     assert list(tmp_path.iterdir()) == []
 
@@ -195,7 +204,7 @@ def test_the_command_names_all_suites_and_refuses_what_one_does_not_do(
         command = ["bench", "--results", str(tmp_path), *options]
         return str(CliRunner().invoke(app, command).exception)
 
-    suites = "mod, mod-bfloat16, mod-int8, condconv, forms, steps, loader, depths"
+    suites = "mod, mod-bfloat16, mod-int8, condconv, condconv-engines, forms, steps, loader, depths, switch"
     assert said("--suite", "form") == f"no benchmark 'form'; there are {suites}"
     assert said("--suite", "steps", "--patient") == "--patient has no effect on --suite steps; remove it"
     assert said("--suite", "forms", "--resume").startswith("--resume has no effect")
@@ -278,7 +287,8 @@ def test_the_speed_table_has_a_third_step_where_there_is_a_native_form() -> None
 
 def test_the_speed_table_has_a_line_for_each_engine_and_batch() -> None:
     rows = [*speeds(), *speeds(batch=16), *speeds(engine="openvino")[:2]]
-    rows.append(Measurement(model="net_mod", engine="openvino", threads=2, against="net", error="died"))
+    failed = {"median_ms": None, "time_ratio": None, "error": "died"}
+    rows.append(replace(rows[0], model="net_mod", engine="openvino", **failed))
     head, blank, *table = speed_table(rows).splitlines()
     assert head == (
         "Some CPU (2 cores) · device cpu · threads 2 · "

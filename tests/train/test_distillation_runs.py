@@ -287,7 +287,7 @@ def test_plain_weights_that_a_converted_network_cannot_take_are_refused(tmp_path
         load_weights(timm.create_model("resnet20_cifar_mod"), deeper)
     other = foreign(timm.create_model("resnet20_cifar", num_classes=7), tmp_path / "c.th")
     with pytest.raises(ValueError, match=r"fc\.bias is float \[7\] instead of float \[10\]"):
-        load_weights(timm.create_model("resnet20_cifar"), other)
+        load_weights(timm.create_model("resnet20_cifar"), other, new_classifier=False)
     torch.save({**plain.state_dict(), "more.weight": torch.ones(1)}, tmp_path / "d.th")
     with pytest.raises(ValueError, match=r"unexpected more\.weight"):
         load_weights(timm.create_model("resnet20_cifar"), tmp_path / "d.th")

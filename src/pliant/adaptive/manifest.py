@@ -150,10 +150,12 @@ def export_depths(
             size = opened.facts.network_size
             found.append((skip, opened, count_parameters(cut), count_macs(cut, size), error))
         tell(len(chosen), steps, "timing all in turn")
-        times = race([_clock(opened, threads) for _, opened, *_ in found], rounds, min_run_time=0.05)
+        times = race(
+            {skip: _clock(opened, threads) for skip, opened, *_ in found}, rounds, min_run_time=0.05
+        )
         depths = []
-        for (skip, opened, parameters, macs, error), seconds in zip(found, times, strict=True):
-            ms = [1000 * s for s in seconds]
+        for skip, opened, parameters, macs, error in found:
+            ms = [1000 * s for s in times[skip]]
             batch = opened.facts.batch or 1
             depths.append(
                 DepthFile(opened.path.name, skip, parameters, macs, batch, median(ms), spread(ms), error)
@@ -243,4 +245,4 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def _clock(opened: Any, threads: int) -> Clock:
     """What times an opened file on random images of its own."""
-    return clock(opened, opened.example(), threads)
+    return clock(partial(opened, opened.example()), threads)

@@ -43,9 +43,15 @@ def show(table: Table) -> None:
     """Print a table to the terminal, or whole to a pipe."""
     from rich.console import Console
 
+    Console(width=width()).print(table)
+
+
+def width() -> int:
+    """Characters of a line of the terminal; what is piped is not cut to a terminal's width."""
+    from rich.console import Console
+
     console = Console()
-    # What is piped is not cut to a terminal's width.
-    (console if console.is_terminal else Console(width=200)).print(table)
+    return console.width if console.is_terminal else 200
 
 
 def options_of(method: type[Method], changes: list[str]) -> dict[str, Any]:
@@ -72,20 +78,27 @@ def network_of(name: str) -> Any:
     return load(network_folder(folder)) if folder.is_dir() else name
 
 
-def built(name: str, device: str = "cpu") -> Any:
-    """The network in a folder, or a network of timm with random weights, always the same, on `device`."""
-    import timm
+def built(name: str, device: str = "cpu", num_classes: int | None = None) -> Any:
+    """The network in a folder, or a network of timm with random weights, always the same, on `device`.
+
+    Args:
+        name: folder or network.
+        device: of a network of timm.
+        num_classes: classes; of a network in a folder the classifier is made anew. None: its own.
+    """
     import torch
 
-    from pliant.models._build import check_network
+    from pliant.models._build import check_network, create
 
     found = network_of(name)
     if not isinstance(found, str):
+        if num_classes is not None:
+            found.reset_classifier(num_classes)
         return found
     check_network(found, ", and there is no such folder")
-    with torch.device(device), torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return timm.create_model(found)
+        return create(found, device, num_classes=num_classes)
 
 
 @contextmanager

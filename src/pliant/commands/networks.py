@@ -40,6 +40,10 @@ def plan(
         list[str] | None, typer.Argument(help="Options of the method: key=value, such as c=16 order=index")
     ] = None,
     method: Annotated[str, typer.Option(help="Name of the method")] = "MixtureOfDepths",
+    num_classes: Annotated[
+        int | None,
+        typer.Option(help="Classes of the network, by a fresh classifier; by default its own", min=1),
+    ] = None,
     save_to: Annotated[
         Path | None,
         typer.Option(help="Folder to save the converted network to; without it nothing is kept"),
@@ -57,7 +61,7 @@ def plan(
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}; the methods are {', '.join(METHODS)}")
     chosen = METHODS[method](**options_of(METHODS[method], options or []))
-    network = built(model)
+    network = built(model, num_classes=num_classes)
     typer.echo(str(make_plan(network, chosen)))
     if save_to is not None:
         save(convert(network, chosen, inplace=True), save_to)

@@ -8,7 +8,17 @@ from typing import Annotated, cast
 
 import typer
 
-from pliant.commands._common import Device, Network, Pixels, Threads, built, network_of, progress_of, show
+from pliant.commands._common import (
+    Device,
+    Network,
+    Pixels,
+    Threads,
+    built,
+    network_of,
+    progress_of,
+    show,
+    width,
+)
 
 
 def measure(
@@ -112,7 +122,7 @@ def measure(
         if markdown:
             typer.echo("\n" * bool(i) + markdown_table(group))
         else:
-            show(terminal_table(group))
+            show(terminal_table(group, width=width()))
     if html is not None:
         typer.echo(f"page: {write_page(html, found)}")
     if plot is not None:
@@ -163,4 +173,4 @@ def depths(
         profiled.save(rows)
     if plot is not None:
         profiled.plot(plot)
-    show(terminal_table(profiled.rows))
+    show(terminal_table(profiled.rows, width=width()))

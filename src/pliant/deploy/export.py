@@ -339,8 +339,11 @@ def _write(
     assert facts.opset is not None
     places = () if native is None else native.operators
     graph = onnx_file.build(made, facts.outputs, facts.opset, ranking, places)
+    if target == "onnx":
+        onnx_file.leave_unpacked(graph)
     if native is not None:
-        facts = replace(facts, library_sha256=digest_of(native.library))
+        if native.library is not None:
+            facts = replace(facts, library_sha256=digest_of(native.library))
         files = onnx_native.write(graph, native, path, facts)
         return files, onnx_native.runner(path, native, ranking), facts
     if target == "onnx":

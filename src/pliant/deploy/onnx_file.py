@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -36,6 +37,7 @@ _WRITTEN = 18  # the oldest opset that PyTorch's exporter writes
 DEFAULT_OPSET = 18
 LARGEST_FILE = 2**31 - 2**20  # bytes of weights that one protobuf message can hold, and some room
 INPUT = "images"
+UNPACKED = 2**18  # values of a matrix that outgrows a cache
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -140,7 +142,8 @@ def write(model: ir.Model, path: Path, facts: Facts | None) -> list[Path]:
 
     if facts is not None:
         model.metadata_props.update(facts.to_metadata())
-    values = (value.const_value for value in model.graph.initializers.values())
+    graphs = (model.graph, *model.graph.subgraphs())
+    values = (value.const_value for graph in graphs for value in graph.initializers.values())
     size = sum(value.nbytes for value in values if value is not None)
     data = f"{path.name}.data" if size > LARGEST_FILE else None
     ir.save(model, path, external_data=data)
@@ -322,14 +325,15 @@ def _simplify(model: ir.Model) -> None:
     from onnx_ir.passes import common
 
     _cast_first(model)
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         if node.op_type == "ReduceMean":
-            _as_global_pool(model, node)
-    for node in list(model.graph):
+            _as_global_pool(node)
+    for node in list(model.graph.all_nodes()):
         if node.op_type == "Reshape":
             _reshape_plainly(model, node)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
+    _sink_weights(model)
     model.graph.sort()
 
 
@@ -343,7 +347,7 @@ def _cast_first(model: ir.Model) -> None:
                 user.replace_input_with(position, casts[0].outputs[0])
 
 
-def _as_global_pool(model: ir.Model, node: ir.Node) -> None:
+def _as_global_pool(node: ir.Node) -> None:
     """A mean over height and width as a pool; flattened where the axes went."""
     import onnx_ir as ir
 
@@ -362,13 +366,12 @@ def _as_global_pool(model: ir.Model, node: ir.Node) -> None:
         last = ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=f"{node.name}_flatten")
         last.outputs[0].type, last.outputs[0].shape = y.type, y.shape
         new.append(last)
-    ir.convenience.replace_nodes_and_values(model.graph, node, [node], new, [y], [last.outputs[0]])
+    assert node.graph is not None
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [y], [last.outputs[0]])
 
 
 def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
     """A constant target, where all but one dimension is known; from the first of many reshapes."""
-    import onnx_ir as ir
-
     y = node.outputs[0]
     if y.shape is None or (node.attributes.get_int("allowzero", 0) != 0 and 0 in y.shape):
         return
@@ -380,13 +383,80 @@ def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
         node.replace_input_with(0, before.inputs[0])
     name = "shape_" + "_".join(str(size).replace("-1", "any") for size in sizes)
     if name not in model.graph.initializers:
-        target = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
-        value = ir.Value(
-            name=name, const_value=target, shape=ir.Shape([len(sizes)]), type=ir.TensorType(target.dtype)
-        )
-        model.graph.register_initializer(value)
+        initializer(model, name, np.array(sizes, np.int64))
     node.replace_input_with(1, model.graph.initializers[name])
     node.attributes.pop("allowzero", None)
+
+
+def leave_unpacked(model: ir.Model) -> None:
+    """Keep ONNX Runtime from packing large matrices of which a product uses each value once an image.
+
+    It packs every constant on the right of a product, which pays where rows are many. For one row, a
+    packed matrix takes 1.7 times as long to read as one left as it is; for many, it is packed on the
+    way. So such a matrix passes a reshape to its own sizes, which the batch's size keeps from being a
+    constant. Matrices count that are 4 times as long as wide, or more: experts' kernels side by side.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    same = None
+    for node in list(model.graph):
+        if node.op_type not in ("MatMul", "Gemm"):
+            continue
+        rows, matrix = node.inputs[:2]
+        assert rows is not None
+        assert matrix is not None
+        values = constant(matrix)
+        open_rows = rows.shape is not None and len(rows.shape) == 2 and not isinstance(rows.shape[0], int)
+        if not open_rows or values is None or values.ndim != 2:
+            continue
+        if values.size < UNPACKED or max(values.shape) < 4 * min(values.shape):
+            continue
+        if same is None:
+            zeros = initializer(model, "zeros", np.zeros(2, np.int64))
+            sizes = ir.node("Shape", [rows], name="sizes")
+            same = ir.node("Mul", [sizes.outputs[0], zeros], name="same_sizes")  # 0: the size that it has
+            model.graph.insert_before(node, [sizes, same])
+        held = initializer(model, f"{matrix.name}.unpacked", values)
+        passed = ir.node("Reshape", [held, same.outputs[0]], name=f"{matrix.name}.reshape")
+        passed.outputs[0].type, passed.outputs[0].shape = held.type, held.shape
+        model.graph.insert_before(node, [passed])
+        node.replace_input_with(1, passed.outputs[0])
+    common.RemoveUnusedNodesPass()(model)
+
+
+def constant(value: ir.Value) -> np.ndarray | None:
+    """What a value is where it is constant, or one reshaped."""
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    maker = value.producer()
+    if maker is None or maker.op_type != "Reshape" or value.shape is None or not value.shape.is_static():
+        return None
+    given = maker.inputs[0]
+    values = None if given is None else constant(given)
+    return None if values is None else values.reshape(value.shape.numpy())
+
+
+def initializer(model: ir.Model, name: str, values: np.ndarray) -> ir.Value:
+    """Give a graph a constant."""
+    import onnx_ir as ir
+
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype)
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def _sink_weights(model: ir.Model) -> None:
+    """Weights that only the body of one loop uses go into it: engines pack constants of the same graph."""
+    for value in list(model.graph.initializers.values()):
+        graphs = {user.graph for user, _ in value.uses()}
+        body = graphs.pop() if len(graphs) == 1 else None
+        if body is not None and body is not model.graph and not value.is_graph_output():
+            del model.graph.initializers[str(value.name)]
+            body.register_initializer(value)
 
 
 def _name_batch(model: ir.Model) -> None:
@@ -404,7 +474,8 @@ def _strip(model: ir.Model) -> None:
 
     common.ClearMetadataAndDocStringPass()(model)  # of graphs and nodes
     model.metadata_props.clear()
-    graph = model.graph
-    made = (value for node in graph.all_nodes() for value in node.outputs)
-    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values(), *made):
+    graphs = (model.graph, *model.graph.subgraphs())
+    named = (v for g in graphs for v in (*g.inputs, *g.outputs, *g.initializers.values()))
+    made = (value for node in model.graph.all_nodes() for value in node.outputs)
+    for value in (*named, *made):
         value.metadata_props.clear()

@@ -23,11 +23,11 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.deploy import onnx_file
+from pliant.deploy import onnx_file, onnx_kernels
 from pliant.deploy.extras import onnx_runtime, require
 from pliant.deploy.facts import Facts, digest_of
 from pliant.deploy.selections import Run
-from pliant.parts import OnnxOperator, Part, hooked, named_operators, replace_parts
+from pliant.parts import OnnxOperator, Part, hooked, named_operators, parts, replace_parts
 from pliant.provenance import cpu_model
 
 if TYPE_CHECKING:
@@ -98,10 +98,15 @@ def block_size() -> int:
 
 @dataclass(frozen=True)
 class Native:
-    """The parts of a network that are operators, by path, and the library that holds these."""
+    """What of a network gets a form for this machine.
+
+    Attributes:
+        operators: of its parts, by path.
+        library: that holds these; None where there are none.
+    """
 
     operators: Mapping[str, OnnxOperator]
-    library: Path
+    library: Path | None
 
     @property
     def rankings(self) -> dict[str, str]:
@@ -120,8 +125,8 @@ def take_parts(network: nn.Module) -> Native:
         The operators, their library built.
 
     Raises:
-        ValueError: no part can be an operator, they are of two libraries, or theirs cannot be
-            built; says why.
+        ValueError: no part can be an operator or mixes kernels, the operators are of two libraries, or
+            theirs cannot be built; says why.
     """
     taken: dict[str, OnnxOperator] = {}
     reasons: list[str] = []
@@ -137,6 +142,8 @@ def take_parts(network: nn.Module) -> Native:
         return None
 
     replace_parts(network, place)
+    if not taken and any(part.mixes for part in parts(network).values()):
+        return Native({}, None)
     if not taken:
         why = "; ".join(dict.fromkeys(reasons)) or "it has no part of such a method"
         raise ValueError(
@@ -153,15 +160,16 @@ def take_parts(network: nn.Module) -> Native:
 
 
 def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Path]:
-    """Optimise a graph for this machine, put the operators in their places, and write the two files.
+    """Optimise a graph for this machine, put operators and mixed kernels in their places, and write it.
 
-    The graph has a pool for each operator, by its name. The operators' library is the second file.
+    The graph has a pool for each operator, by its name. The operators' library, if any, is a second file.
 
     Raises:
         ValueError: ONNX Runtime cannot optimise the graph, or dropped a place.
     """
     import onnx
 
+    kernels = onnx_kernels.mark(graph)
     before, after = path.with_suffix(".before.onnx"), path.with_suffix(".after.onnx")
     onnx_file.write(graph, before, None)
     try:
@@ -171,25 +179,29 @@ def write(graph: ir.Model, native: Native, path: Path, facts: Facts) -> list[Pat
     model = onnx.load(str(after))
     before.unlink()
     after.unlink()
+    onnx_kernels.put_back(model, kernels)
     _put(model, native.operators, block_size())
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, facts.to_metadata())
     onnx.save(model, str(path))
+    if native.library is None:
+        return [path]
     library = onnx_file.library_path(path)
     shutil.copyfile(native.library, library)
     return [path, library]
 
 
-def check_here(path: Path, facts: Facts) -> Path:
-    """The library of a compiled file, if it is the file's own and this is the ONNX Runtime that made it.
+def check_here(path: Path, facts: Facts) -> Path | None:
+    """The library of a compiled file, if it has one, and it and this ONNX Runtime are those of the file.
 
     Raises:
-        ValueError: it cannot be run here; says why.
+        ValueError: the library is missing or another one, or ONNX Runtime is of another version or has
+            another layout than where the file was made.
     """
-    library = onnx_file.library_path(path)
-    if not library.is_file():
+    library = onnx_file.library_path(path) if facts.library_sha256 else None
+    if library is not None and not library.is_file():
         raise ValueError(f"{path.name} was compiled, and its library {library.name} is not beside it")
-    if digest_of(library) != facts.library_sha256:
+    if library is not None and digest_of(library) != facts.library_sha256:
         raise ValueError(
             f"{library.name} is not the library that {path.name} was compiled with, so it is not loaded: "
             f"export it again"
@@ -198,6 +210,12 @@ def check_here(path: Path, facts: Facts) -> Path:
     if made != here:
         raise ValueError(
             f"{path.name} was compiled by and for onnxruntime {made}, and this is {here}: export it again"
+        )
+    if library is None and not facts.machine.endswith(blocks := f"blocks of {block_size()} channels"):
+        # An operator's library sees to that by itself.
+        raise ValueError(
+            f"{path.name} was compiled for {facts.machine}, and ONNX Runtime works in {blocks} here: "
+            f"export it again"
         )
     return library
 
@@ -214,7 +232,7 @@ def runner(path: Path, native: Native, others: list[str]) -> Run:
             if node.domain == DOMAIN and node.name in native.rankings:
                 node.output.extend(onnx_file.selection_names(native.rankings[node.name]))
 
-    library = onnx_file.library_path(path)
+    library = None if native.library is None else onnx_file.library_path(path)
     return onnx_file.runner(path, [*native.rankings.values(), *others], tell, library)
 
 
@@ -245,4 +263,5 @@ def _put(model: onnx.ModelProto, operators: Mapping[str, OnnxOperator], size: in
         node.CopyFrom(new)
     if left:
         raise ValueError(f"ONNX Runtime left no place for {', '.join(left)} in its graph")
-    model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    if operators:
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))

@@ -168,7 +168,7 @@ def _has_form(network: nn.Module, form: str) -> bool:
     found = parts(network).values()
     if form == OPTIMIZED:
         return any(p.fast_form() is not None or p.export_form("onnx", None) is not p for p in found)
-    return form != NATIVE or any(p.onnx_operator() is not None for p in found)
+    return form != NATIVE or any(p.mixes or p.onnx_operator() is not None for p in found)
 
 
 def controls_of(network: nn.Module) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pliant.figures import check_suffix, plain, write_figure
 from pliant.measuring.rows import AS_IS, LOWER_RESOLUTION, OF_PARTS, Measurement, controls, is_control
+from pliant.tables import MACHINE_BUSY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +49,7 @@ def plot_against_latency(
     Rows of one engine, batch, dtype, device and memory format share a panel. The bar of
     a point is the interquartile range of its time; a dotted line leads from a
     converted network to its control: its length is the tax. A vertical line marks the baseline's time.
+    A row whose spread is too large to be a result (`Measurement.undecided`) is pale, and its name says so.
 
     Args:
         rows: measurements; those without a time or without `y` are left out.
@@ -118,7 +120,7 @@ def _setting(row: Measurement) -> str:
 
 
 def _machine(rows: Sequence[Measurement]) -> str:
-    told = {r.gpu or (f"{r.cpu}, {r.cores} cores" if r.cpu else "") for r in rows} - {""}
+    told = {r.hardware for r in rows} - {""}
     versions = {f"torch {r.torch}" for r in rows if r.torch}
     return " · ".join([*sorted(told), *sorted(versions)])
 
@@ -139,6 +141,7 @@ def _draw(axes: Axes, rows: Sequence[Measurement], y: str) -> None:
             markersize=7,
             capsize=3,
             linewidth=1.2,
+            alpha=0.35 if row.undecided else 1.0,
             zorder=3,
         )
     for row in rows:
@@ -197,7 +200,7 @@ def _label(axes: Axes, rows: Sequence[Measurement], y: str) -> None:
         choices: list[tuple[float, int, Annotation, Bbox]] = []
         for dx, dy, across, up in _PLACES:
             text = axes.annotate(
-                row.label,
+                f"{row.label} ({MACHINE_BUSY})" if row.undecided else row.label,
                 _point(row, y),
                 (dx, dy),
                 textcoords="offset points",

@@ -38,6 +38,7 @@ from pliant.measuring.rows import (
 from pliant.measuring.running import Limits, Setting, count, run, setting_of
 from pliant.measuring.writing import Files
 from pliant.provenance import provenance
+from pliant.tables import undecided
 
 Progress = Callable[[int, int, str], None]
 
@@ -235,7 +236,7 @@ def _row(
     taxes = [r - 1 for r in _paired(candidate, control)] if candidate.variant == AS_IS else []
     macs = candidate.macs / baseline.macs if baseline and baseline.macs and candidate.macs else None
     notes = [candidate.note] if candidate.note else []
-    if macs is not None and macs < 1 and ratios:
+    if macs is not None and macs < 1 and ratios and not undecided(median(ratios), spread(ratios)):
         _, middle, high = _quartiles(ratios)
         notes += [NOT_FASTER] if middle >= 1 else [PERHAPS_FASTER] if high >= 1 else []
     if baseline and baseline.error and not candidate.error:

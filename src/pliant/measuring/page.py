@@ -55,7 +55,7 @@ def write_page(path: str | Path, rows: Sequence[Measurement]) -> Path:
             figures=figures,
             provenance={
                 "command": "pliant measure",
-                "machine": f"{first.gpu or first.cpu}, {first.cores} cores, {first.os}",
+                "machine": f"{first.hardware}, {first.os}",
                 "versions": ", ".join(
                     f"{name} {getattr(first, name)}" for name in ("pliant", "torch", "timm", "python")
                 ),

@@ -86,7 +86,7 @@ class Measurement(Origin):
     """
 
     PERCENT: ClassVar[tuple[str, ...]] = ("accuracy",)
-    LATE: ClassVar[tuple[str, ...]] = ("form", "runtime")
+    LATE: ClassVar[tuple[str, ...]] = ("form", "runtime", *Origin.LATE)
 
     model: str
     variant: str = AS_IS
@@ -120,6 +120,22 @@ class Measurement(Origin):
     def speedup(self) -> float | None:
         """The baseline's time over this one's."""
         return None if self.time_ratio is None else 1 / self.time_ratio
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a spread is so large (`pliant.tables.LIMIT`) that the row has to be measured again.
+
+        Example:
+            >>> Measurement(model="a", tax=5.99, tax_iqr=8.6).undecided
+            True
+        """
+        taxed = None if self.tax is None else 1 + self.tax
+        figures = (
+            (self.median_ms, self.iqr_ms),
+            (self.time_ratio, self.time_ratio_iqr),
+            (taxed, self.tax_iqr),
+        )
+        return any(tables.undecided(*figure) for figure in figures)
 
     @property
     def label(self) -> str:
@@ -172,7 +188,8 @@ def grouped(rows: Iterable[Measurement]) -> list[list[Measurement]]:
     """
     groups: dict[Any, list[Measurement]] = {}
     for r in rows:
-        run = (r.device, r.threads, r.engine, r.batch, r.dtype, r.channels_last, r.against)
+        machine = (r.cpu, r.cores, r.gpu, r.instructions)
+        run = (*machine, r.device, r.threads, r.engine, r.batch, r.dtype, r.channels_last, r.against)
         groups.setdefault(run, []).append(r)
     return list(groups.values())
 
@@ -184,18 +201,18 @@ COLUMNS: dict[str, tuple[str, Text]] = {
     "label": ("network", lambda r: r.label),
     "parameters": ("params, M", lambda r: _scaled(r.parameters, 1e6)),
     "macs": ("MACs, G", lambda r: _scaled(r.macs, 1e9)),
-    "time": ("time, ms", lambda r: _with_spread(r.median_ms, r.iqr_ms)),
+    "time": ("time, ms", lambda r: tables.with_spread(r.median_ms, r.iqr_ms, None)),
     "time_ratio": ("time ratio", lambda r: tables.with_spread(r.time_ratio, r.time_ratio_iqr, 2)),
     "mac_ratio": ("MAC ratio", lambda r: tables.with_spread(r.mac_ratio, None, 2)),
-    "speedup": ("speed-up", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
-    "tax": ("tax", lambda r: _percent(r.tax, r.tax_iqr)),
+    "speedup": ("speed-up", lambda r: _speedup(r)),
+    "tax": ("tax", lambda r: tax_text(r)),
     "accuracy": ("top-1, %", lambda r: "" if r.accuracy is None else f"{percent(r.accuracy):.2f}"),
-    "note": ("note", lambda r: f"not measured: {r.error}" if r.error else r.note),
+    "note": ("note", lambda r: _note(r)),
 }
 
 # What a figure depends on: above the table where all rows agree, else a column.
 CONDITIONS: dict[str, tuple[str, Text]] = {
-    "hardware": ("hardware", lambda r: r.gpu or f"{r.cpu} ({r.cores} cores)"),
+    "hardware": ("hardware", lambda r: r.hardware),
     "device": ("device", lambda r: r.device),
     "threads": ("threads", lambda r: str(r.threads)),
     "engine": ("engine", lambda r: r.engine),
@@ -214,6 +231,8 @@ ORIGINS: dict[str, tuple[str, Text]] = {
     "runtime": ("by", lambda r: r.runtime),
     "commit": ("commit", lambda r: r.short_commit),
     "date": ("measured", lambda r: r.date[:10]),
+    "governor": ("governor", lambda r: r.governor),
+    "load": ("load", lambda r: "" if r.load is None else f"{r.load:.1f}"),
 }
 LEGEND = "in brackets: interquartile range over rounds"
 
@@ -250,20 +269,37 @@ def terminal_table(
     rows: Sequence[Measurement],
     columns: Sequence[str] | None = None,
     leave_out: Sequence[str] = (),
+    width: int | None = None,
 ) -> Table:
     """As `markdown_table`, for `rich.print`, and narrower: notes stand below, speed-ups do not.
 
-    It fits a terminal of 80 characters.
+    Args:
+        rows: as for `markdown_table`; so are `columns` and `leave_out`.
+        columns: names in `COLUMNS`.
+        leave_out: names in `CONDITIONS`.
+        width: characters of a line; columns of `SPARE` are left out until the table fits, rather than
+            cut short. None: all stay.
     """
     notes = [f"{r.label}: {text}" for r in rows if (text := COLUMNS["note"][1](r))] if not columns else []
     if columns is None:
         told = [n for n, (_, text) in COLUMNS.items() if any(map(text, rows))]
         columns = [n for n in told if n not in ("speedup", "note")]
-    shared, headings, body = layout(rows, columns, leave_out)
-    headings = [heading.replace(" ", "\n") for heading in headings]
-    return tables.terminal(headings, body, _LEFT, caption="\n".join([*notes, shared]))
+    spare = iter(SPARE)
+    while True:
+        shared, headings, body = layout(rows, columns, leave_out)
+        headings = [heading.replace(" ", "\n") for heading in headings]
+        table = tables.terminal(headings, body, _LEFT, caption="\n".join([*notes, shared]))
+        if width is None or tables.narrowest(table) <= width or (less := next(spare, None)) is None:
+            return table
+        columns = [name for name in columns if name != less]
 
 
+SPARE = (
+    "mac_ratio",
+    "time",
+    "parameters",
+    "accuracy",
+)  # what a narrow terminal does without, the first first
 _LEFT = {heading for name in ("label", "note") for heading in [COLUMNS[name][0]]}
 
 
@@ -293,13 +329,15 @@ def layout(
             continue
         if len(told) > 1:
             differing[name] = (heading, text)
-        elif told and (name, told) != ("rounds", {"0"}) and (name != "hardware" or rows[0].cpu):
+        elif told and (name, told) != ("rounds", {"0"}):
             shared.append(f"{heading} {told.pop()}")
     for heading, text in ORIGINS.values():
         if all_told := sorted({text(r) for r in rows} - {""}):
             shared.append(f"{heading} {', '.join(all_told)}")
     if any(r.iqr_ms is not None for r in rows):
         shared.append(LEGEND)
+    if any(r.undecided for r in rows):
+        shared.append(tables.WHY_UNDECIDED)
     if any(r.tax is not None for r in rows):
         first = {r.model: r for r in reversed(rows) if is_control(r.variant)}.values()
         shared.append(f"tax: time over that {' or '.join(controls(first)) or 'of the control'}")
@@ -340,22 +378,19 @@ def _scaled(value: int | None, unit: float) -> str:
     return f"{value / unit:.{min(decimals, 6)}f}"
 
 
-def _with_spread(value: float | None, spread: float | None) -> str:
-    """Value and spread to the first digit of the spread; without one, to three digits.
-
-    At most four digits of the value are shown, whatever the spread.
-    """
-    if value is None:
-        return ""
-    whole = math.floor(math.log10(value)) if value > 0 else 0
-    if not spread:
-        return f"{value:.{max(0, 2 - whole)}f}"
-    decimals = max(0, min(-math.floor(math.log10(spread)), 3 - whole))
-    return f"{value:.{decimals}f} ({spread:.{decimals}f})"
+def tax_text(row: Measurement) -> str:
+    """The tax in percent with its spread, as tables say it; empty where there is none."""
+    tax, spread = (None if share is None else 100 * share for share in (row.tax, row.tax_iqr))
+    return tables.with_spread(tax, spread, 0, " %", over=100)
 
 
-def _percent(value: float | None, spread: float | None) -> str:
-    if value is None:
-        return ""
-    text = f"{100 * value:.0f} %".replace("-0 %", "0 %")
-    return text if spread is None else f"{text} ({100 * spread:.0f})"
+def _speedup(row: Measurement) -> str:
+    if tables.undecided(row.time_ratio, row.time_ratio_iqr):
+        return tables.UNDECIDED
+    return "" if row.speedup is None else f"{row.speedup:.2f}x"
+
+
+def _note(row: Measurement) -> str:
+    if row.error:
+        return f"not measured: {row.error}"
+    return "; ".join(filter(None, [tables.MACHINE_BUSY * row.undecided, row.note]))

@@ -22,13 +22,12 @@ from pliant.deploy.engines import PRECISIONS, Engine, FileEngine, named
 from pliant.deploy.folding import fold_norms
 from pliant.deploy.loading import open_export
 from pliant.measuring.candidates import Candidate, EngineError, attempt
-from pliant.measuring.clock import calls_within, clock, warm
+from pliant.measuring.clock import calls_within, clock, turns, warm
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.rows import AS_BUILT, NATIVE, OPTIMIZED
 from pliant.measuring.writing import Files, Writing
 from pliant.parts import Operators, operators_of
 
-FEWEST_ROUNDS = 3  # that `max_run_time` leaves
 CROWDED = 4  # times as long as alone, at most, a warm-up takes beside files being written
 
 
@@ -228,7 +227,7 @@ def _begin(
 
         def prepare() -> float:
             run = engine.prepare(network, images, **setting.how)
-            candidate.clock = clock(run, images, setting.threads)
+            candidate.clock = clock(partial(run, images), setting.threads)
             return warm(candidate.clock)
 
         return prepare
@@ -247,7 +246,7 @@ def _open(candidate: Candidate, file: Path, setting: Setting) -> float:
     if setting.device.type != "cpu":
         raise EngineError(f"an exported file runs on the CPU here, not on {setting.device.type}")
     opened = open_export(file, threads=setting.threads)
-    candidate.clock = clock(opened, opened.example(setting.batch), setting.threads)
+    candidate.clock = clock(partial(opened, opened.example(setting.batch)), setting.threads)
     return warm(candidate.clock)
 
 
@@ -274,14 +273,9 @@ def _formed(network: nn.Module, candidate: Candidate, setting: Setting, images: 
 
 def _time_in_turn(candidates: list[Candidate], limits: Limits, report: Callable[[int, str], None]) -> None:
     """Time all candidates in turn, round after round."""
-    start = time.monotonic()
-    for i in range(limits.rounds):
-        for j, candidate in enumerate(candidates):
-            report(len(candidates) * (1 + i) + j, f"round {i + 1} of {limits.rounds}")
-            attempt(candidate, _time)
-        spent = time.monotonic() - start
-        if limits.max_run_time is not None and spent >= limits.max_run_time and i + 1 >= FEWEST_ROUNDS:
-            return
+    for number, one in turns(len(candidates), limits.rounds, limits.max_run_time):
+        report(len(candidates) * (1 + number) + one, f"round {number + 1} of {limits.rounds}")
+        attempt(candidates[one], _time)
 
 
 def _time(candidate: Candidate) -> None:

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _load(request: dict[str, Any]) -> Clock:
     like = {"dtype": getattr(torch, request["dtype"]), "device": request["device"]}
     images = torch.empty_strided(request["shape"], request["strides"], **like).normal_()
     run = engine.load(Path(request["path"]), images, precision=precision, threads=threads)
-    return clock(run, images, threads)
+    return clock(partial(run, images), threads)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,15 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import FeatureDictNet, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from pliant._config import is_foreign
 from pliant._options import suggestion
 from pliant.method import Method
 from pliant.surgery import convert, inherit_conversions, mark_named
@@ -32,21 +34,23 @@ class PlainNetwork:
         build: gives the network for timm's keyword arguments.
         input_size: channels, height, width that it is made for.
         num_classes: classes by default.
+        reduction: pixels of the image for one of the last feature map; None for a transformer.
         feature_levels: how many feature maps ``features_only`` gives by default, or which.
         flatten: the stages lie in one ``Sequential`` of the network.
         feature_class: timm's way to ``features_only``; None: by the modules of the stages.
             ``"getter"`` for networks that give their features themselves (ViT).
-        config: what else timm's configuration says (names of first and last layer).
+        config: what else timm's configuration says (names of first and last layer, a fixed size).
         narrow: the first stage has 16 channels (`Method.narrow`).
     """
 
     build: Callable[..., nn.Module]
     input_size: tuple[int, int, int] = (3, 224, 224)
     num_classes: int = 1000
+    reduction: int | None = 32
     feature_levels: int | tuple[int, ...] = 5
     flatten: bool = False
     feature_class: str | None = None
-    config: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     narrow: bool = False
 
 
@@ -124,7 +128,8 @@ def register(
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         kwargs.setdefault("num_classes", plain.num_classes)
-        arguments = dict(kwargs)
+        # timm passes on where a network's weights are from, too: no argument of the network.
+        arguments = {k: v for k, v in kwargs.items() if not is_foreign(k)}
         built: list[nn.Module] = []
 
         def keep(**kwargs: Any) -> nn.Module:
@@ -146,7 +151,7 @@ def register(
     settings = {
         "num_classes": plain.num_classes,
         "input_size": plain.input_size,
-        "pool_size": None,
+        "pool_size": plain.reduction and tuple(side // plain.reduction for side in plain.input_size[1:]),
         "crop_pct": 0.875 if plain.input_size[1] >= 64 else 1.0,
         "interpolation": "bilinear",
         "mean": IMAGENET_DEFAULT_MEAN,
@@ -226,3 +231,21 @@ def check_network(name: str, also: str = "") -> None:
     if not timm.is_model(name):
         hint = suggestion(name, timm.list_models(), "timm.list_models() lists the networks")
         raise ValueError(f"timm has no network {name!r}{also}; {hint}")
+
+
+def create(name: str, device: str = "cpu", **arguments: Any) -> nn.Module:
+    """A network of timm on a device; on ``meta`` it takes no memory.
+
+    Args:
+        name: timm's name of it.
+        device: where its parameters lie.
+        arguments: of `timm.create_model`.
+    """
+    try:
+        with torch.device(device):
+            return cast("nn.Module", timm.create_model(name, **arguments))
+    except NotImplementedError:  # the RegNets of older timms compute their widths by tensors
+        if device != "meta":
+            raise
+    with torch.device("cpu"):
+        return cast("nn.Module", timm.create_model(name, **arguments).to(device))

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models import resnet
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from pliant.models._build import PlainNetwork, register
@@ -40,6 +42,22 @@ class PadShortcut(nn.Module):
         """[B, C, H, W] to [B, C + channels, ceil(H / stride), ceil(W / stride)]."""
         half = self.channels // 2
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.channels - half))
+
+
+class ResNet(resnet.ResNet):  # type: ignore[misc]  # timm is not typed
+    """timm's, of four stages or three: where the fourth is empty, it gives no features either."""
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, **options: Any
+    ) -> Any:
+        """timm's, by indices of the feature maps that there are."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().forward_intermediates(x, taken, **options)
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, *args: Any, **options: Any) -> Any:
+        """timm's, by indices of the feature maps that there are."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().prune_intermediate_layers(taken, *args, **options)
 
 
 def cifar_resnet(
@@ -99,8 +117,8 @@ def cifar_resnet(
 _he = partial(cifar_resnet, block=BasicBlock, channels=(16, 32, 64), pad_shortcut=True)
 
 CIFAR_SIZE = (3, 32, 32)
-_WIDE: dict[str, Any] = {"input_size": CIFAR_SIZE, "num_classes": 10}
-_NARROW: dict[str, Any] = {**_WIDE, "feature_levels": 4, "narrow": True}  # three stages
+_WIDE: dict[str, Any] = {"input_size": CIFAR_SIZE, "num_classes": 10, "reduction": 8}
+_NARROW: dict[str, Any] = {**_WIDE, "reduction": 4, "feature_levels": 4, "narrow": True}  # three stages
 
 CIFAR_RESNETS = {
     "resnet18_cifar": PlainNetwork(

@@ -79,7 +79,7 @@ _SHARED: dict[str, Any] = {
     "flatten": True,
     "config": {"first_conv": "conv_stem", "classifier": "classifier"},
 }
-_SMALL: dict[str, Any] = {**_SHARED, "input_size": CIFAR_SIZE, "num_classes": 10}
+_SMALL: dict[str, Any] = {**_SHARED, "input_size": CIFAR_SIZE, "num_classes": 10, "reduction": 16}
 
 MOBILENETS_V1 = {
     f"mobilenetv1_w{name}": PlainNetwork(build=partial(mobilenet, width=width), **_SHARED)

@@ -19,7 +19,8 @@ _SIZES = {
 VITS = {
     name: PlainNetwork(
         build=partial(VisionTransformer, **size),
-        config={"first_conv": "patch_embed.proj", "classifier": "head"},
+        reduction=None,
+        config={"first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True},
         feature_levels=(2, 5, 8, 11),  # a quarter of the layers each
         feature_class="getter",
     )

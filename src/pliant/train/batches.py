@@ -45,6 +45,8 @@ class Batches(ABC):
         std: standard deviation of each channel.
         train: for training rather than evaluation.
         device: where images in memory are held, and their batches made.
+        view: how evaluation shows images from files, instead of the recipe's size, crop and bilinear
+            interpolation: arguments of timm's ``create_transform`` (``input_size``, ``crop_mode``, ...).
 
     Attributes:
         epoch: epoch that order and augmentation belong to; set by `set_epoch`.
@@ -61,8 +63,10 @@ class Batches(ABC):
         *,
         train: bool,
         device: torch.device | str = "cpu",
+        view: Mapping[str, Any] | None = None,
     ) -> None:
         self.images, self.recipe, self.train, self.device = images, recipe, train, torch.device(device)
+        self.view = view
         self.mean, self.std = tuple(mean), tuple(std)
         self.epoch = 0
         self.taken = self._first = 0
@@ -202,7 +206,7 @@ class FileBatches(Batches):
         from torch.utils.data import DataLoader
 
         recipe = self.recipe
-        samples = _Samples(self.images, recipe, self.mean, self.std, self.train)
+        samples = _Samples(self.images, recipe, self.mean, self.std, self.train, self.view)
         loader: DataLoader[Any] = DataLoader(
             samples,
             batch_sampler=([(self.epoch, i) for i in index.tolist()] for index in self.order()[first:]),
@@ -225,10 +229,16 @@ class _Samples(torch.utils.data.Dataset[Any]):
     """
 
     def __init__(
-        self, images: ImageSet, recipe: Recipe, mean: Sequence[float], std: Sequence[float], train: bool
+        self,
+        images: ImageSet,
+        recipe: Recipe,
+        mean: Sequence[float],
+        std: Sequence[float],
+        train: bool,
+        view: Mapping[str, Any] | None = None,
     ) -> None:
         self.images, self.recipe, self.train = images, recipe, train
-        self.transform = transform(images, recipe, mean, std, train=train)
+        self.transform = transform(images, recipe, mean, std, train=train, view=view)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, list[str], str]:
         epoch, first = key
@@ -261,9 +271,18 @@ def _collated(
 
 
 def transform(
-    images: ImageSet, recipe: Recipe, mean: Sequence[float], std: Sequence[float], *, train: bool
+    images: ImageSet,
+    recipe: Recipe,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    train: bool,
+    view: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The recipe's transform of one image, by timm: a callable from a PIL image to [C, S, S]."""
+    """The recipe's transform of one image, by timm: a callable from a PIL image to [C, S, S].
+
+    `view` is that of `Batches`.
+    """
     from timm.data import create_transform
     from timm.data.auto_augment import (
         augment_and_mix_transform,
@@ -296,9 +315,10 @@ def transform(
             re_mode="pixel",
             **options,
         )
-    resize = eval_size(images, recipe)
-    parts = create_transform((len(mean), side, side), crop_pct=side / resize, **options).transforms
-    return T.Compose([partial(_bounded, side=resize), *parts, *erase])
+    options |= {"input_size": (len(mean), side, side), "crop_pct": side / eval_size(images, recipe)}
+    options |= view or {}
+    resized = round(max(options["input_size"][1:]) / options["crop_pct"])
+    return T.Compose([partial(_bounded, side=resized), *create_transform(**options).transforms, *erase])
 
 
 def _bounded(image: Image.Image, *, side: int) -> Image.Image:
@@ -331,6 +351,7 @@ def make_batches(
     *,
     train: bool = False,
     device: torch.device | str = "cpu",
+    view: Mapping[str, Any] | None = None,
 ) -> Batches:
     """Batches of a set in memory or in files; see `Batches`."""
     if isinstance(images, TensorImages):
@@ -338,4 +359,4 @@ def make_batches(
             return TensorBatches(images, recipe, mean, std, train=train, device=device)
         if len(images) < 4 * recipe.batch:  # starting processes would take longer
             recipe = replace(recipe, workers=0)
-    return FileBatches(images, recipe, mean, std, train=train)
+    return FileBatches(images, recipe, mean, std, train=train, view=view)

@@ -27,7 +27,7 @@ from pliant.evaluating import evaluating
 from pliant.train.batches import Batches, make_batches
 from pliant.train.data import Part, load_part, normalisation
 from pliant.train.division import Division, resolved
-from pliant.train.images import ImageSet
+from pliant.train.images import ImageSet, TensorImages
 from pliant.train.recipe import Recipe
 from pliant.train.run import network_folder, read_division, read_recipe, run_of
 
@@ -77,8 +77,9 @@ def evaluate(
 ) -> Evaluation:
     """Score a network, or a saved one, in float32 (a copy, if its weights are in another precision).
 
-    A saved network gets images of the size, mean and standard deviation in its checkpoint; a network
-    in memory gets those in its ``pretrained_cfg``, as far as it names them.
+    A saved network gets images of the size, interpolation, crop, mean and standard deviation in its
+    checkpoint; a network in memory gets those in its ``pretrained_cfg``, as far as it names them. The size
+    need not be square.
 
     Args:
         model: a network, the folder of a saved one or of a run, or a file that `pliant.export` wrote, which
@@ -155,7 +156,8 @@ def prepare(
     size = config.get("input_size") if folder else input_size(network) or (3, 224, 224)
     if size is None:
         raise ValueError(f"{folder} does not say its input size; save it again with input_size=")
-    channels, side, crop = size[0], pixels or size[-1], config.get("crop_pct")
+    channels, *sides = (size[0], pixels, pixels) if pixels else size
+    view = {k: config[k] for k in ("interpolation", "crop_pct", "crop_mode") if config.get(k)}
     place = None if path is None else os.fspath(path)
     run = None if folder is None else run_of(folder)
     own = None if run is None else read_recipe(run)
@@ -177,8 +179,7 @@ def prepare(
             "model_args": {"in_chans": channels},
             "data": kind,
             "path": place,
-            "pixels": side,
-            "resize": round(side / crop) if crop else None,
+            "pixels": max(sides),
             "batch": batch,
             "workers": workers,
         }
@@ -199,7 +200,11 @@ def prepare(
         for one, data in zip(told, normalisation(recipe), strict=True)
     )
     where = _device(device)
-    loader = make_batches(images, recipe, mean, std, device=where)
+    if isinstance(images, TensorImages) and images.images.shape[2:] != tuple(sides):
+        fitted = F.interpolate(images.images.float(), tuple(sides), mode="bilinear")
+        images = TensorImages(fitted.round().clamp(0, 255).byte(), images.labels)
+    view["input_size"] = (channels, *sides)
+    loader = make_batches(images, recipe, mean, std, device=where, view=view)
     return NetworkOnData(network, images, loader, classes, where, recipe)
 
 

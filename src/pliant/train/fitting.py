@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from pliant._files import NotWrittenError, writing
-from pliant.checkpoint import save
+from pliant.checkpoint import retold, save
 from pliant.compiling import torch_threads
 from pliant.objectives import ManyPasses, Objective
 from pliant.surgery import methods_in
@@ -184,7 +184,7 @@ def _about(recipe: Recipe, data: Data, network: nn.Module) -> dict[str, Any]:
     config = getattr(network, "pretrained_cfg", None)
     if isinstance(config, Mapping):
         crop = {"crop_pct": recipe.pixels / eval_size(data.val, recipe), "crop_mode": "center"}
-        told = {**config, **images, **crop, "interpolation": "bilinear", "label_names": data.classes}
+        told = retold(config, **images, **crop, interpolation="bilinear", label_names=data.classes)
         vars(network).update(pretrained_cfg=told, default_cfg=told)  # one under two names, as timm has it
     return {"classes": data.classes, **images}
 

@@ -82,7 +82,7 @@ def before_conversion(recipe: Recipe, data: Data) -> nn.Module:
     if place is None:
         raise ValueError("the network before its conversion needs weights; set weights=... in the recipe")
     network, _ = plain_form(recipe.model, **_arguments(recipe.model_args, recipe, len(data.classes)))
-    _load(network, place, data)
+    _load(network, place, data, new_classifier=False)
     return network
 
 
@@ -120,7 +120,7 @@ def teaching_of(
         assert recipe.teacher_weights is not None  # `Recipe` sees to it
         name = recipe.teacher
         chosen = build(recipe, len(data.classes), "teacher")
-        _load(chosen, recipe.teacher_weights, data, convert=False)
+        _load(chosen, recipe.teacher_weights, data, convert=False, new_classifier=False)
     teaching = Teaching(chosen, make_distillation(recipe.distill_args), name)
     teaching.check(network, (recipe.in_chans, recipe.pixels, recipe.pixels))
     return teaching
@@ -130,5 +130,5 @@ def _arguments(arguments: Mapping[str, Any], recipe: Recipe, classes: int) -> di
     return {"in_chans": recipe.in_chans, **arguments, "num_classes": classes}
 
 
-def _load(network: nn.Module, place: str, data: Data, *, convert: bool = True) -> None:
-    load_weights(network, place, classes=data.classes, mean=data.mean, std=data.std, convert=convert)
+def _load(network: nn.Module, place: str, data: Data, **options: bool) -> None:
+    load_weights(network, place, classes=data.classes, mean=data.mean, std=data.std, **options)

@@ -70,7 +70,8 @@ class Recipe:
         download: let torchvision download CIFAR into `path`.
         pixels: height and width of the network's input.
         resize: in evaluation, the short side of an image from a file before its centre is cropped.
-            None: 8/7 of `pixels` (256 for 224). Digits and CIFAR are resized to `pixels` whole.
+            None: 8/7 of `pixels` (256 for 224). Digits and CIFAR are resized to `pixels` whole. Where
+            `override` changes `pixels`, this follows in proportion, unless it is changed, too.
         mean_std: mean and standard deviation for the normalisation: ``"data"`` (those of the data
             set), or those that pretrained weights expect, by timm's names: ``"imagenet"``,
             ``"inception"`` (0.5 throughout), ``"clip"``.
@@ -230,6 +231,9 @@ class Recipe:
         make_objective(self.objective, self.objective_args, self.smoothing)
         make_distillation(self.distill_args)
         for name in ("model_args", "teacher_args"):
+            if "checkpoint_path" in getattr(self, name):  # some versions of timm run what is in the file
+                own = "weights" if name == "model_args" else "teacher_weights"
+                raise ValueError(f"{name} must not hold 'checkpoint_path'; set {own}=... to the file")
             reserved = {"num_classes", "pretrained_cfg"} & getattr(self, name).keys()
             if reserved:
                 raise ValueError(
@@ -300,6 +304,8 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
         >>> changed = override(recipe, ["epochs=5", "clip=1", "model_args.c=16"])
         >>> changed.epochs, changed.clip, changed.model_args
         (5, 1.0, {'c': 16})
+        >>> override(replace(recipe, pixels=224, resize=256), ["pixels=112"]).resize
+        128
     """
     texts: dict[str, str] = {}
     mappings: dict[str, Any] = {name: dict(getattr(recipe, name)) for name in _MAPPINGS}
@@ -318,7 +324,10 @@ def override(recipe: Recipe, changes: Iterable[str]) -> Recipe:
             raise ValueError(f"{head} takes no argument {argument!r}; write {head}=...")
         else:
             texts[key] = text
-    return replace(recipe, **_options.parse(Recipe, texts), **mappings)
+    changed = _options.parse(Recipe, texts)
+    if "pixels" in changed and recipe.resize is not None:
+        changed.setdefault("resize", round(recipe.resize * changed["pixels"] / recipe.pixels))
+    return replace(recipe, **changed, **mappings)
 
 
 # Options with parts, and how one is set.

@@ -31,7 +31,10 @@ AGAIN = "call pliant.fit again with resume=True, or repeat the pliant train comm
 ADVICE = f"the checkpoints written so far are kept; mend the cause, then {AGAIN}"
 
 # Facts of the environment that may change the last bits of a result.
-_WATCHED = ("python", "torch", "timm", "lightning", "pliant", "commit", "cpu", "gpu", "threads")
+_WATCHED = (
+    *("python", "torch", "timm", "lightning", "pliant", "commit"),
+    *("cpu", "instructions", "gpu", "threads"),
+)
 
 
 class DamagedCheckpointError(ValueError):
@@ -166,9 +169,9 @@ def warn_of_changes(
 ) -> None:
     """Log a warning that names what changed, where a run continues in another environment."""
     changed = [
-        f"{name} {before.get(name) or 'none'} and {now.get(name) or 'none'}"
+        f"{name} {before[name] or 'none'} and {now.get(name) or 'none'}"
         for name in _WATCHED
-        if before.get(name) != now.get(name)
+        if name in before and before[name] != now.get(name)  # older checkpoints say less
     ]
     if changed:
         logging.getLogger(__name__).warning(

@@ -205,7 +205,7 @@ def test_the_plan_says_what_is_passed_over_and_how_many_depths():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"skippable": 2}, "skippable must be a valid tuple, or none, not 2"),
+        ({"skippable": 2}, "skippable must be a list, or none, not 2"),
         ({"skippable": (1, -1)}, "skippable.1 must be greater than or equal to 0, not -1"),
         ({"skippable": (1, True)}, "skippable.1 must be a valid integer, not True"),
         ({"skippable": (1.0,)}, "skippable.0 must be a valid integer, not 1.0"),
@@ -416,3 +416,80 @@ def test_subnet_needs_an_adaptive_network():
         convert(meta("resnet18"), Subnet(skip=(True,) * 4))
     with pytest.raises(ValueError, match=r"skip has 3 flags, .*; this network has 4"):
         convert(meta("resnet18_adn"), Subnet(skip=(True,) * 3))
+
+
+# --- what a block takes, frozen norms, groups -----------------------------------------------------
+
+
+def test_what_a_transformers_block_takes_goes_through():
+    model = scramble(timm.create_model("vit_tiny_patch16_224", **SMALL_VIT)).eval()
+    made = scramble(convert(model, AdaptiveDepth()), seed=1)
+    mask = torch.zeros(1, 1, 5, 5)  # a class token and four patches
+    mask[..., 3] = float("-inf")
+    with torch.no_grad():
+        for skip in ("FF", "TF", "TT"):
+            with at_depth(made, skip):
+                masked, all_tokens = made(images(), attn_mask=mask), made(images())
+            assert not torch.equal(masked, all_tokens)
+            assert torch.equal(subnet(made, skip)(images(), attn_mask=mask), masked)
+
+
+@pytest.mark.parametrize("name", timm.list_models("naflexvit_base_patch16_gap"))
+def test_blocks_that_are_called_with_options(name):
+    made = convert(meta(name, num_classes=3), AdaptiveDepth()).eval()
+    for skip in ("FFFF", "TTTT"):
+        with at_depth(made, skip):
+            assert made(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 3)
+
+
+@pytest.mark.parametrize("family", ["basic", "mobilenetv2"])
+def test_frozen_norms_are_doubled_and_their_second_form_learns(family):
+    model = plain(family)
+    timm.utils.freeze(model)
+    given = model(images())
+    made = convert(model, AdaptiveDepth())
+    pairs = [m for m in made.modules() if isinstance(m, SwitchableNorm)]
+    assert pairs
+    for pair in pairs:
+        assert "Frozen" in type(pair.full).__name__
+        assert isinstance(pair.base, nn.BatchNorm2d)
+        assert all(torch.equal(pair.base.state_dict()[k], v) for k, v in pair.full.state_dict().items())
+    assert torch.equal(made(images()), given)
+    flags = len(get_depth(made))
+    with at_depth(made, "T" * flags):
+        torch.testing.assert_close(made(images()), subnet(made, "T" * flags)(images()))
+        made.train()(images(4)).sum().backward()
+    assert {n for n, p in made.named_parameters() if p.grad is not None} >= {
+        n for n, p in made.named_parameters() if ".base." in n
+    }
+    assert AdaptiveDepth().take_plain(made, lambda network: "")
+
+
+def test_norms_that_cannot_be_switched_are_noted():
+    model = timm.create_model("resnet18", norm_layer=timm.layers.FilterResponseNormTlu2d)
+    (note,) = [n for n in plan(model, AdaptiveDepth()).notes if "norms" in n]
+    assert note == (
+        "both depths share 8 norms of a kind that cannot be switched, layer1.0.bn1 to layer4.0.bn2: "
+        "timm's filter_response_norm.FilterResponseNormTlu2d"
+    )
+    assert not any("norms" in n for n in plan(meta("resnet18"), AdaptiveDepth()).notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "expected"),
+    [
+        ("pit_ti_224", {}, ["MS", "MSMSMS", "MSMS"]),
+        ("mobilevit_xxs", {}, ["MS", "MSMS", "MMS"]),
+        ("vit_tiny_patch16_224", {"depth": 14}, ["MMMMSSSMMMMSSS"]),
+        ("vit_tiny_patch16_224", {"depth": 8}, ["MSMSMSMS"]),
+        ("vit_tiny_patch16_224", {"depth": 7}, ["MMMMSSS"]),
+    ],
+)
+def test_groups_fit_each_run_of_blocks_unless_told(name, kwargs, expected):
+    assert [s for s in parts(convert(meta(name, **kwargs), AdaptiveDepth())) if s.strip("-")] == expected
+
+
+def test_groups_that_do_not_fit_name_those_that_do():
+    message = "2 blocks of transformers.0.blocks make no 4 equal groups; take groups=1 or 2, or leave"
+    with pytest.raises(ValueError, match=message):
+        convert(meta("pit_ti_224"), AdaptiveDepth(groups=4))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
-
 import pytest
 import timm
 import torch
@@ -11,7 +9,17 @@ from timm.models import checkpoint_seq
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from _adaptive import BASE, FULL, MIXED, adaptive, images, in_thread, outputs, scramble
+from _adaptive import (
+    BASE,
+    FULL,
+    MIXED,
+    adaptive,
+    dynamo_reads_contexts,
+    images,
+    in_thread,
+    outputs,
+    scramble,
+)
 from pliant import AdaptiveDepth, at_depth, convert, get_depth, load, save, set_depth, subnet
 from pliant.methods.adaptive_depth.depth import compile_depths
 from pliant.surgery import conversions
@@ -146,17 +154,6 @@ def tiny(family: str = "option A") -> nn.Module:
         return adaptive(family)
     model = timm.create_model("resnet20_cifar", layers=(1, 2, 2), num_classes=5)
     return scramble(convert(model, AdaptiveDepth())).eval()
-
-
-def dynamo_reads_contexts() -> bool:
-    """Whether `torch.compile` can read a `ContextVar`: torch 2.11 cannot."""
-    torch._dynamo.reset()
-    variable = contextvars.ContextVar("tried", default=1)
-    try:
-        torch.compile(lambda x: x * variable.get(), backend="eager", fullgraph=True)(torch.ones(1))
-    except torch._dynamo.exc.Unsupported:
-        return False
-    return True
 
 
 def test_a_compiled_network_switches():

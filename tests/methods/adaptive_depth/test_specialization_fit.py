@@ -53,7 +53,7 @@ TINY = Recipe(
         ({"detach": 1}, "detach must be a valid boolean, not 1"),
         ({"logits": "no"}, "logits must be a valid boolean, not 'no'"),
         ({"positions": "all"}, "positions must be 'each' or 'pooled', not 'all'"),
-        ({"stages": 2}, "stages must be a valid tuple, or none, not 2"),
+        ({"stages": 2}, "stages must be a list, or none, not 2"),
         ({"stages": [0, -1]}, "stages.1 must be greater than or equal to 0, not -1"),
         ({"stages": [1, 1]}, r"stages: give each number once, not \(1, 1\)"),
         ({"stages": [True]}, "stages.0 must be a valid integer, not True"),
@@ -343,7 +343,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     wider = save(timm.create_model("resnet20_cifar", num_classes=7), tmp_path / "seven")
     for model in (adaptive(), timm.create_model("resnet20_cifar")):
         with pytest.raises(ValueError, match="do not fit ResNet"):
-            load_weights(model, wider)
+            load_weights(model, wider, new_classifier=False)
     with pytest.raises(FileNotFoundError, match="no folder and no file of weights"):
         load_weights(adaptive(), tmp_path / "none.pt")
     (tmp_path / "torn.safetensors").write_bytes(b"12")

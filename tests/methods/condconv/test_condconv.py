@@ -388,3 +388,68 @@ def test_a_classifier_behind_a_network_without_one(drop, routing):
     x = images()
     with torch.no_grad():
         torch.testing.assert_close(new(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+# --- networks that are read with care -------------------------------------------------------------
+
+
+def test_timms_own_mixtures_are_passed_over_by_name():
+    model = meta("tf_efficientnet_cc_b0_4e")
+    found = reasons(model, begin=2)
+    odd = {path for path, why in found.items() if "CondConvResidual mixes its kernels" in why}
+    assert odd == {f"blocks.{n}" for n in ("4.0", "4.1", "4.2", "5.0", "5.1", "5.2", "5.3", "6.0")}
+    new = convert(model, CondConv(experts=2, begin=2))
+    assert all(type(new.get_submodule(path).routing_fn) is nn.Linear for path in odd)
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientnet_x_b3", "efficientnet_blur_b0", "mobilenetv4_conv_blur_medium"]
+)
+def test_blocks_that_lower_the_resolution_in_their_own_way(name):
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    made = convert(meta(name, num_classes=3), CondConv(experts=2, begin=2)).eval()
+    assert made(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 3)
+
+
+def test_what_a_block_takes_goes_through():
+    class Scaled(timm.models.resnet.BasicBlock):
+        def forward(self, x, scale=1.0, *, shift=0.0):
+            return super().forward(x) * scale + shift
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.other = Scaled(8, 8), timm.models.resnet.BasicBlock(8, 8)
+
+        def forward(self, x):
+            return self.other(self.block(x, 2.0, shift=1.0))
+
+    torch.manual_seed(0)
+    plain, x = Net().eval(), torch.randn(2, 8, 4, 4)
+    made = convert(plain, CondConv(experts=2, activation="softmax", begin=2))
+    torch.testing.assert_close(made(x), plain(x))
+
+
+def test_an_adapter_in_a_block_is_left_alone():
+    class Adapter(nn.Module):  # as peft's layers are
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.down = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x):
+            return self.base(x) + self.down(x)
+
+    model = timm.create_model("convnext_tiny", dims=(8, 16, 24, 32), depths=(1, 1, 2, 1)).eval()
+    block = model.stages[3].blocks[0]
+    nn.init.constant_(block.gamma, 0.5)
+    block.mlp.fc1 = Adapter(block.mlp.fc1)
+    why = f"lies in a {Adapter.__module__}.{Adapter.__qualname__}"
+    found = reasons(model)
+    assert {p: w for p, w in found.items() if "fc1" in p} == {
+        f"stages.3.blocks.0.mlp.fc1.{name}": why for name in ("base", "down")
+    }
+    made = convert(model, CondConv(experts=2, activation="softmax"))
+    assert type(made.stages[3].blocks[0].block.mlp.fc1.down) is nn.Linear
+    x = images(2)
+    torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-4)

@@ -230,9 +230,9 @@ def test_kernels_of_few_examples_are_held_at_a_time(monkeypatch: pytest.MonkeyPa
     batches: list[int] = []
     real = mixing._each
 
-    def noted(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    def noted(x: Tensor, kernels: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         batches.append(len(kernels))
-        return real(x, kernels, geometry)
+        return real(x, kernels, bias, geometry)
 
     monkeypatch.setattr(mixing, "_each", noted)
     monkeypatch.setattr(mixing, "AT_ONCE", 2 * 8 * 8 + 1)
@@ -243,3 +243,56 @@ def test_kernels_of_few_examples_are_held_at_a_time(monkeypatch: pytest.MonkeyPa
     batches.clear()
     conditional_conv2d(x, weight.requires_grad_(), routing, form="fused")
     assert batches == [5]  # their gradients need them all
+
+
+# Hard routing: experts of no weight are not read
+
+
+def hard(batch: int, experts: int, active: int, out: int | None) -> Tensor:
+    """A routing whose weights are zero but for `active` experts of each example (and channel)."""
+    shape = (batch, experts) if out is None else (batch, experts, out)
+    routing = torch.rand(shape) + 0.1
+    return routing * torch.zeros(shape).scatter(1, routing.topk(active, dim=1).indices, 1.0)
+
+
+@pytest.mark.parametrize("out", [None, 6])
+@pytest.mark.parametrize("active", [1, 2])
+@pytest.mark.parametrize("kind", ["1x1", "3x3", "depthwise", "linear"])
+def test_of_few_examples_only_the_chosen_experts_are_read(
+    kind: str, active: int, out: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = 1 if kind == "depthwise" else 6
+    sides = () if kind == "linear" else 2 * (1 if kind == "1x1" else 3,)
+    weight, bias = torch.randn(5, 6, inputs, *sides), torch.randn(5, 6)
+    same = Geometry(padding=(1, 1) if 3 in sides else (0, 0), groups=6 if kind == "depthwise" else 1)
+
+    def run(x: Tensor, weight: Tensor, routing: Tensor, active: int | None) -> Tensor:
+        if kind == "linear":
+            return conditional_linear(x, weight, routing, bias, active=active)
+        return conditional_conv2d(x, weight, routing, bias, same, active=active)
+
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 6, *() if kind == "linear" else (5, 4))
+        routing = hard(batch, 5, active, out)
+        wanted = run(x, weight, routing, None)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x, weight, routing, active), wanted)
+            monkeypatch.setattr(mixing, "AT_ONCE", 1)  # one example's kernel at a time
+            torch.testing.assert_close(run(x, weight, routing, active), wanted)
+            monkeypatch.undo()
+    # What nobody chose is not a number, and nobody sees it.
+    x, routing = torch.randn(1, 6, *() if kind == "linear" else (5, 4)), hard(1, 5, active, out)
+    chosen = routing[0] > 0 if out is None else (routing[0] > 0).any(1)
+    spoilt = weight.clone()
+    spoilt[~chosen] = float("nan")
+    with torch.no_grad():
+        found = run(x, spoilt, routing, active)
+    torch.testing.assert_close(found, run(x, weight, routing, None))
+
+
+def test_gradients_reach_all_experts_of_a_hard_routing() -> None:
+    weight = torch.randn(4, 6, 6, 1, 1, requires_grad=True)
+    routing = hard(1, 4, 2, None)
+    conditional_conv2d(torch.randn(1, 6, 5, 5), weight, routing, active=2).square().sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad.flatten(1).any(1), routing[0] > 0)

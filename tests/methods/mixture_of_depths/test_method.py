@@ -176,7 +176,7 @@ def test_padding_mode_and_process_group_are_kept():
         ({"blocks": "layer1.1"}, "blocks: give 'odd', 'all' or a tuple of paths, not 'layer1.1'"),
         ({"blocks": (1,)}, r"blocks: give 'odd', 'all' or a tuple of paths, not \(1,\)"),
         ({"blocks": None}, "blocks: give 'odd', 'all' or a tuple of paths, not None"),
-        ({"stages": 1}, "stages must be a valid tuple, or none, not 1"),
+        ({"stages": 1}, "stages must be a list, or none, not 1"),
         ({"stages": ("0",)}, "stages.0 must be a valid integer, not '0'"),
         ({"stages": (True,)}, "stages.0 must be a valid integer, not True"),
         ({"stages": (-1,)}, "stages.0 must be greater than or equal to 0, not -1"),
@@ -382,3 +382,43 @@ def test_no_block_means_no_parameters_and_the_input_itself():
 def test_a_sample_count_of_zero_passes_through():
     made = mod_block(16, 4)
     assert made(torch.zeros(0, 16, 4, 4, dtype=torch.double)).shape == (0, 16, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "c"),
+    [
+        ("resnet50", 64),
+        ("resnet18", 64),
+        ("resnet101s", 64),
+        ("hrnet_w18_small", 16),
+        ("resnet20_cifar", 16),
+    ],
+)
+def test_c_fits_every_block_unless_told(name, c):
+    with torch.device("meta"):
+        made = convert(timm.create_model(name), MixtureOfDepths())
+    ks = [(m.channels, m.k) for m in made.modules() if isinstance(m, MoDBlock)]
+    assert all(k == channels // c >= 1 for channels, k in ks)
+
+
+def test_a_c_that_does_not_fit_names_one_that_does():
+    with torch.device("meta"):
+        model = timm.create_model("resnet101s")
+    with pytest.raises(ValueError, match=r"layer1\.1: .* c = 128 .* choose a c of at most 64, or leave"):
+        convert(model, MixtureOfDepths(c=128))
+    convert(model, MixtureOfDepths(c=64))
+
+
+def test_blocks_that_were_changed_by_hand_are_passed_over():
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    model.layer1[1].conv2 = nn.Sequential(model.layer1[1].conv2)
+    model.layer2[1].conv3 = nn.Sequential(model.layer2[1].conv3)
+    model.layer3[1].bn1 = timm.layers.freeze_batch_norm_2d(nn.BatchNorm2d(256))
+    left = {p.path: p.reason for _, p in plan(model, MixtureOfDepths(c=64)).passed_over}
+    core = "a core needs"
+    assert (
+        left["layer1.1"] == f"conv2 is a torch.nn.modules.container.Sequential: {core} plain convolutions"
+    )
+    assert "resnet.Bottleneck is built as no other of its type" in left["layer2.1"]
+    assert left["layer3.1"].startswith(f"FrozenBatchNorm2d: {core} batch norm that learns")

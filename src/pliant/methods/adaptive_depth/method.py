@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-import timm
 import torch
 from torch import nn
 
@@ -37,6 +36,7 @@ from pliant.methods.adaptive_depth.switch import (
     depth_role,
     find_depth,
 )
+from pliant.models._build import create
 from pliant.objectives import Objective
 from pliant.parts import copied, substitute
 from pliant.surgery import convert, record_conversion
@@ -327,7 +327,7 @@ def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
         {'in_chans': 1, 'layers': [2, 2, 3, 2]}
     """
     with torch.device("meta"):
-        plain = timm.create_model(model, **model_args)
+        plain = create(model, "meta", **model_args)
         network = convert(plain, AdaptiveDepth())
         cut = subnet(network, (True,) * len(find_depth(network).skip), share=True)
         left = [
@@ -338,7 +338,7 @@ def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in (("layers", left), ("depths", left), ("depth", left[0])):
             found = {**model_args, name: value}
             try:
-                alone = timm.create_model(model, **found)
+                alone = create(model, "meta", **found)
             except (TypeError, AssertionError):  # RegNet's builder asserts
                 continue
             if count_parameters(alone) == count_parameters(cut):

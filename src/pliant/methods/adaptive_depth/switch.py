@@ -4,7 +4,7 @@ A `Depth` lies in a network and has a default for all threads. What a ``with at_
 holds lies in a context variable, so other threads and tasks do not see it, and tasks that are
 started in the ``with`` keep it.
 
-No tensors here.
+Shapes: flags, bool [flags], in state dicts; nothing else here is a tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from contextvars import ContextVar
 from itertools import product
 from typing import Any, ClassVar, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pliant.parts import Part
 
@@ -67,17 +68,18 @@ class Depth(Part):
         copied.training = self.training
         return copied
 
-    def get_extra_state(self) -> list[bool]:
-        """The default, for checkpoints."""
-        return list(self.skip)
+    def get_extra_state(self) -> Tensor:
+        """The default, for checkpoints: bool [flags]. Many tools expect tensors alone in a state dict."""
+        return torch.tensor(self.skip, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the default of a checkpoint.
+        """Take the default of a checkpoint: a tensor of any type, or a list, as it was once.
 
         Raises:
             ValueError: it has other flags than this network.
         """
-        self.skip = check_skip(state, len(self.skip))
+        flags = state.bool().tolist() if isinstance(state, Tensor) else state
+        self.skip = check_skip(flags, len(self.skip))
 
     def extra_repr(self) -> str:
         """What `print` shows."""

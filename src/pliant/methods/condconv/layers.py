@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor, nn
 
-from pliant.methods.condconv.exported import OneImageConv
+from pliant.methods.condconv.exported import EachImage, OneImage, SideBySideLinear, needs_loop
 from pliant.methods.condconv.mixing import (
     ROUTING,
     Form,
@@ -157,6 +157,8 @@ class _Conditional(Part):
     """What the two layers share: experts' weights, a bias, a router and a form."""
 
     bias: Tensor | None
+    mixes = True
+    _kernels: tuple[int, ...]  # shape of all experts' kernels
 
     def __init__(
         self,
@@ -166,9 +168,10 @@ class _Conditional(Part):
         bias: Bias | None,
         router: nn.Module | None,
         form: Form,
+        active: int | None,
     ) -> None:
         super().__init__()
-        check_experts(experts)
+        check_experts(experts, active)
         if form not in get_args(Form):
             raise ValueError(f"form must be one of {', '.join(get_args(Form))}; not {form!r}")
         if bias not in (None, *get_args(Bias)):
@@ -184,7 +187,7 @@ class _Conditional(Part):
         taken = getattr(router, "channels", here)
         if taken != here:
             raise ValueError(f"the router takes {taken} channels, but the layer's {name} is {here}")
-        self.experts, self.form, self.router = experts, form, router
+        self.experts, self.form, self.router, self.active = experts, form, router, active
         self.passes_on = False
         # A filter is kept flat: of five dimensions, `Module.to(memory_format=channels_last)` fails.
         self.weight = nn.Parameter(torch.empty(experts, shape[0], math.prod(shape[1:])))
@@ -218,13 +221,13 @@ class _Conditional(Part):
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """``form="auto"`` counts as fused, the method's own cost; see `Part.counted`."""
-        form = self.form
-        self.form = "fused" if form == "auto" else form
+        """``form="auto"`` counts as fused, the method's own cost, of all experts; see `Part.counted`."""
+        form, active = self.form, self.active
+        self.form, self.active = ("fused" if form == "auto" else form), None
         try:
             yield
         finally:
-            self.form = form
+            self.form, self.active = form, active
 
     def takes_norm(self, output: Tensor) -> bool:
         """Unless each expert has a bias: routing mixes those, but not what a norm adds."""
@@ -264,6 +267,8 @@ class CondConv2d(_Conditional):
         router: gives the routing of an input; None: the caller gives it.
         form: ``"fused"`` mixes kernels, ``"experts"`` mixes outputs; the same function.
             ``"auto"`` takes what is faster for the shapes at hand (`choose_form`).
+        active: experts of an example whose weights are not zero, at most (hard routing). Of few
+            examples, only these experts are read. None: all.
 
     Raises:
         ValueError: an argument is out of its range, or the router does not fit.
@@ -288,6 +293,7 @@ class CondConv2d(_Conditional):
         experts: int = 8,
         router: nn.Module | None = None,
         form: Form = "auto",
+        active: int | None = None,
     ) -> None:
         _check_whole("groups", groups)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
@@ -304,7 +310,7 @@ class CondConv2d(_Conditional):
             groups,
         )
         shape = (out_channels, in_channels // groups, *size)
-        super().__init__(shape, ("in_channels", in_channels), experts, bias, router, form)
+        super().__init__(shape, ("in_channels", in_channels), experts, bias, router, form, active)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, size
         self._kernels = (experts, out_channels, in_channels // groups, *size)
         self.same, self.geometry = padding == "same", geometry
@@ -324,15 +330,32 @@ class CondConv2d(_Conditional):
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"wanted images of [B, {self.in_channels}, H, W], not {tuple(x.shape)}")
         routing = self._routing(x, routing)
-        if self.same:
-            x = pad_same(x, self.kernel_size, self.geometry.stride, self.geometry.dilation)
+        x = self._padded(x)
         kernels = self.weight.view(self._kernels)
-        y = conditional_conv2d(x, kernels, routing, self.bias, self.geometry, self.form)
+        y = conditional_conv2d(x, kernels, routing, self.bias, self.geometry, self.form, self.active)
         return thread(y, ROUTING, routing) if self.passes_on else y
 
+    def _padded(self, x: Tensor) -> Tensor:
+        if not self.same:
+            return x
+        padded: Tensor = pad_same(x, self.kernel_size, self.geometry.stride, self.geometry.dilation)
+        return padded
+
+    def plain(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """A plain convolution of `x` with one `kernel` [O, C/g, h, w]."""
+        return F.conv2d(self._padded(x), kernel, bias, *self.geometry)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a matrix product at each position."""
+        g = self.geometry
+        return self.kernel_size == (1, 1) and g.padding == (0, 0) and g.groups == 1
+
     def export_form(self, target: Target, batch: int | None) -> nn.Module:
-        """For one image at a time, a convolution with its mixed kernel; see `Part.export_form`."""
-        return OneImageConv(self) if batch == 1 else self
+        """One image at a time, unless a matrix product does for all; see `Part.export_form`."""
+        if batch == 1:
+            return OneImage(self)
+        return EachImage(self) if needs_loop(self, target, batch) else self
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -355,6 +378,7 @@ class CondLinear(_Conditional):
         experts: as for `CondConv2d`.
         router: as for `CondConv2d`; it sees the input before dropout.
         form: as for `CondConv2d`.
+        active: as for `CondConv2d`.
         drop: dropout rate on the layer's input (section 4.1), from 0 to 1.
 
     Raises:
@@ -375,6 +399,7 @@ class CondLinear(_Conditional):
         experts: int = 8,
         router: nn.Module | None = None,
         form: Form = "auto",
+        active: int | None = None,
         drop: float = 0.0,
     ) -> None:
         _check_whole("in_features", in_features)
@@ -382,8 +407,9 @@ class CondLinear(_Conditional):
         if not isinstance(drop, (int, float)) or isinstance(drop, bool) or not 0 <= drop <= 1:
             raise ValueError(f"drop must be a number from 0 to 1, not {drop!r}")
         shape = (out_features, in_features)
-        super().__init__(shape, ("in_features", in_features), experts, bias, router, form)
+        super().__init__(shape, ("in_features", in_features), experts, bias, router, form, active)
         self.in_features, self.out_features, self.drop = in_features, out_features, drop
+        self._kernels = (experts, *shape)
 
     def forward(self, x: Tensor, routing: Tensor | None = None) -> Tensor:
         """Map `x` [B, ..., C] to [B, ..., O], by `routing` or the router's.
@@ -393,13 +419,33 @@ class CondLinear(_Conditional):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"wanted inputs of [B, ..., {self.in_features}], not {tuple(x.shape)}")
-        if routing is None and x.dim() > 2 and isinstance(self.router, Router):
-            routing = self.router(x.flatten(1, -2).mean(1))  # channels come last here
         routing = self._routing(x, routing)
         if self.drop:
             x = F.dropout(x, self.drop, self.training)
-        y = conditional_linear(x, self.weight, routing, self.bias, self.form)
+        y = conditional_linear(x, self.weight, routing, self.bias, self.form, self.active)
         return thread(y, ROUTING, routing) if self.passes_on else y
+
+    @property
+    def pointwise(self) -> bool:
+        """Always: a matrix product at each position."""
+        return True
+
+    def _routing(self, x: Tensor, routing: Tensor | None) -> Tensor:
+        if routing is None and x.dim() > 2 and isinstance(self.router, Router):
+            routing = self.router(x.flatten(1, -2).mean(1))  # channels come last here
+        return super()._routing(x, routing)
+
+    def plain(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """A plain linear layer with one matrix `kernel` [O, C]."""
+        return F.linear(x, kernel, bias)
+
+    def export_form(self, target: Target, batch: int | None) -> nn.Module:
+        """One matrix product for all images, or one image at a time; see `Part.export_form`."""
+        if target == "program" or self.form == "experts":
+            return self
+        if self.active is None:
+            return SideBySideLinear(self)
+        return OneImage(self) if batch == 1 else EachImage(self)
 
     def takes_norm(self, output: Tensor) -> bool:
         """Not of tokens: a norm works on their second dimension, this layer on the last."""

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
 import timm.layers
@@ -29,6 +27,7 @@ from pliant import anatomy
 from pliant._options import Count, NotNegative, Positive, check
 from pliant.anatomy import Block, BlockInfo, Convolution, UnknownBlock, convolutions
 from pliant.method import Method, PassedOver, RecipeForms, Site, Survey
+from pliant.methods.condconv.block import CondConvBlock
 from pliant.methods.condconv.layers import (
     Activation,
     CondConv2d,
@@ -40,7 +39,7 @@ from pliant.methods.condconv.layers import (
 from pliant.methods.condconv.mixing import ROUTING, Form
 from pliant.methods.condconv.recipes import ABLATIONS, CONTROLS, condconv, regularized
 from pliant.parts import substitute
-from pliant.threaded import Bound, between, pass_along, passes_along, thread
+from pliant.threaded import pass_along, passes_along
 
 Routing = Literal["block", "layer", "single", "shared", "hierarchical"]
 Layers = Literal["all", "pointwise", "depthwise"]
@@ -348,6 +347,7 @@ class CondConv(Method):
         channels, out = _channels(layer)
         options: dict[str, Any] = {"experts": self.experts, "router": router, "form": self.form}
         options["bias"] = None if layer.bias is None else "shared"
+        options["active"] = self.active
         new: CondConv2d | CondLinear
         if isinstance(layer, nn.Linear):
             new = CondLinear(channels, out, **options)
@@ -377,53 +377,6 @@ class CondConv(Method):
         copies = copies / (0.5 * self.experts)
         noise = torch.randn_like(copies) * (self.noise * size / (0.5 * self.experts))
         return copies + noise - noise.mean(0)
-
-
-class CondConvBlock(Block):
-    """A block whose convolutions are mixed for each example, by one router.
-
-    The block's own forward runs; its conditional layers get the routing in addition.
-
-    Args:
-        block: with conditional layers in place of its convolutions.
-        router: gives the routing of the block's input.
-        widths: path and output channels of each conditional layer in `block`.
-        shape: channels in and out, stride.
-        passes_on: thread the routing to the blocks that follow.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        router: nn.Module,
-        widths: dict[str, int],
-        shape: tuple[int, int, int],
-        passes_on: bool = False,
-    ) -> None:
-        super().__init__(*shape)
-        self.block, self.router, self.passes_on = block, router, passes_on
-        slices = dict(zip(widths, pairwise(accumulate(widths.values(), initial=0)), strict=True))
-        # A layer may stand at several paths of the block, and is called by any of them.
-        of = {id(block.get_submodule(path)): part for path, part in slices.items()}
-        everywhere = block.named_modules(remove_duplicate=False)
-        self._parts = {path: of[id(module)] for path, module in everywhere if id(module) in of}
-        self._leaves, self._between = frozenset(self._parts), between(self._parts)
-
-    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Run the block on `x` [B, C, H, W], with kernels for each of the B examples.
-
-        What else the block takes goes through.
-        """
-        routing = self.router(x)
-        block = Bound(self.block, self._leaves, self._between, partial(self._call, routing))
-        y: Tensor = block(x, *args, **options)
-        return thread(y, ROUTING, routing) if self.passes_on else y
-
-    def _call(self, routing: Tensor, path: str, layer: nn.Module, x: Tensor) -> Any:
-        if routing.dim() == 3:  # weights of all layers' channels, side by side
-            start, end = self._parts[path]
-            routing = routing[:, :, start:end]
-        return layer(x, routing)
 
 
 def _odd(block: nn.Module) -> str:

@@ -29,6 +29,8 @@ ROUTING = "routing"  # the name under which routings are threaded
 # Values of a kernel from which a CPU convolves examples one by one: as groups of one
 # convolution, large kernels take two to three times as long.
 LARGE = 2**18
+# Blocks of a kernel that are summed apart where few experts are read, so that threads share them.
+BLOCKS = 16
 # Values of the kernels that are mixed at a time for inference on a CPU. Beyond 32 MiB
 # glibc returns a buffer to the system after each use, and getting it anew costs more than
 # the mixing.
@@ -62,12 +64,14 @@ class Geometry(NamedTuple):
         return rows, columns
 
 
-def mix(experts: Tensor, routing: Tensor) -> Tensor:
+def mix(experts: Tensor, routing: Tensor, active: int | None = None) -> Tensor:
     """The experts' values summed with each example's weights.
 
     Args:
         experts: [E, O, ...].
         routing: [B, E], or [B, E, O] with a weight for each output channel.
+        active: experts of an example whose weights are not zero, at most (hard routing). Of few
+            examples, only these experts are read. None: all.
 
     Returns:
         [B, O, ...].
@@ -77,12 +81,69 @@ def mix(experts: Tensor, routing: Tensor) -> Tensor:
         tensor([[10.5000, 21.0000]])
     """
     routing = routing.to(experts.dtype)
+    if active is not None and _reads_few(experts, routing.shape[0], active):
+        return _mix_few(experts, routing, active)
     if routing.dim() == 2:
         mixed = routing @ experts.flatten(1)
     else:  # a product for each channel: [O, B, E] @ [O, E, P]
         flat = experts.reshape(*experts.shape[:2], -1)
         mixed = torch.bmm(routing.permute(2, 0, 1), flat.transpose(0, 1)).transpose(0, 1)
     return mixed.reshape(routing.shape[0], *experts.shape[1:])
+
+
+def mix_of_one(experts: Tensor, routing: Tensor, active: int) -> Tensor:
+    """As `mix`, of one example: a graph that gathers the `active` experts and reads no others.
+
+    Args:
+        experts: [E, O, ...].
+        routing: [E] or [E, O].
+        active: experts whose weights are not zero, at most.
+
+    Returns:
+        [O, ...].
+
+    Example:
+        >>> mix_of_one(torch.tensor([[1.0, 2.0], [10.0, 20.0]]), torch.tensor([0.0, 0.5]), 1)
+        tensor([ 5., 10.])
+    """
+    shares, chosen = routing.to(experts.dtype).topk(active, dim=0)
+    if routing.dim() == 1:
+        mixed = shares[None] @ experts.index_select(0, chosen).flatten(1)
+        return mixed.reshape(experts.shape[1:])
+    out = experts.shape[1]
+    rows = (chosen * out + torch.arange(out, device=chosen.device)).flatten()
+    gathered = experts.flatten(0, 1).index_select(0, rows).reshape(active, out, -1)
+    return (gathered * shares[:, :, None]).sum(0).reshape(experts.shape[1:])
+
+
+def _reads_few(experts: Tensor, batch: int, active: int) -> bool:
+    """Whether reading each example's experts by themselves reads less than all of them."""
+    plain = experts.device.type == "cpu" and experts.dtype in (torch.float32, torch.float64)
+    return (
+        plain  # what `F.embedding_bag` weights, and where it was measured
+        and not torch.is_grad_enabled()  # for gradients, all experts are needed anyhow
+        and _known(batch)
+        and 0 < batch * active < len(experts)
+    )
+
+
+def _mix_few(experts: Tensor, routing: Tensor, active: int) -> Tensor:
+    """As `mix`, by weighted sums of the chosen experts' rows, which nothing copies."""
+    out = experts.shape[1]
+    shares, chosen = routing.topk(active, dim=1)  # [B, m] or [B, m, O]
+    parts = math.gcd(out, BLOCKS)
+    if routing.dim() == 3:
+        parts = out
+    else:
+        shares, chosen = (t[:, :, None].expand(-1, -1, parts) for t in (shares, chosen))
+    rows = chosen * parts + torch.arange(parts)
+    mixed = F.embedding_bag(
+        rows.transpose(1, 2).reshape(-1, active),
+        experts.reshape(len(experts) * parts, -1),
+        mode="sum",
+        per_sample_weights=shares.transpose(1, 2).reshape(-1, active),
+    )
+    return mixed.reshape(len(routing), *experts.shape[1:])
 
 
 def conditional_conv2d(
@@ -92,6 +153,7 @@ def conditional_conv2d(
     bias: Tensor | None = None,
     geometry: Geometry = Geometry(),  # noqa: B008
     form: Form = "auto",
+    active: int | None = None,
 ) -> Tensor:
     """Convolve each example with its own mixture of kernels.
 
@@ -102,6 +164,7 @@ def conditional_conv2d(
         bias: [O], the same for every example, or [E, O], mixed as the kernels are.
         geometry: stride, padding, dilation, groups.
         form: ``"fused"``, ``"experts"``, or the one that `choose_form` says.
+        active: as for `mix`.
 
     Returns:
         [B, O, H', W'].
@@ -113,15 +176,16 @@ def conditional_conv2d(
     """
     if _is(x.shape[0], 0):
         form = "experts"  # groups of no example are no convolution
+    elif form == "auto" and active is not None and _reads_few(weight, x.shape[0], active):
+        form = "fused"
     if form == "auto":
         form = choose_form(x, weight, geometry)
-    run = _fused if form == "fused" else _experts
-    y = run(x, weight, routing, geometry)
-    if bias is None:
-        return y
-    if bias.dim() == 2:
-        return y + mix(bias, routing)[:, :, None, None].to(y.dtype)
-    return y + bias[:, None, None].to(y.dtype)
+    if bias is not None and bias.dim() == 2:
+        bias = mix(bias, routing)
+    if form == "fused":
+        return _fused(x, weight, routing, bias, geometry, active)
+    y = _experts(x, weight, routing, geometry)
+    return y if bias is None else y + bias[..., None, None].to(y.dtype)
 
 
 def conditional_linear(
@@ -130,6 +194,7 @@ def conditional_linear(
     routing: Tensor,
     bias: Tensor | None = None,
     form: Form = "auto",
+    active: int | None = None,
 ) -> Tensor:
     """Map the last dimension by each example's own mixture of matrices.
 
@@ -139,6 +204,7 @@ def conditional_linear(
         routing: [B, E] or [B, E, O].
         bias: [O] or [E, O].
         form: as for `conditional_conv2d`.
+        active: as for `mix`.
 
     Returns:
         [B, ..., O].
@@ -149,20 +215,24 @@ def conditional_linear(
         torch.Size([2, 5, 5, 6])
     """
     tokens = x[:, None] if x.dim() == 2 else x.flatten(1, -2)  # [B, N, C]
-    if form == "auto" and x.dim() == 2:
+    if form == "auto" and active is not None and _reads_few(weight, x.shape[0], active):
+        form = "fused"
+    elif form == "auto" and x.dim() == 2:
         form = "experts"  # one position, in any graph
     elif form == "auto":
         form = choose_form(tokens.transpose(1, 2)[..., None], weight[..., None, None])
+    if bias is not None:
+        bias = (mix(bias, routing)[:, None] if bias.dim() == 2 else bias).to(x.dtype)
     if form == "fused":
-        y = torch.bmm(tokens, mix(weight, routing).to(tokens.dtype).transpose(1, 2))
+        kernels = mix(weight, routing, active).to(tokens.dtype)
+        y = _product(tokens, kernels.transpose(1, 2), bias)
     else:
         experts, out = weight.shape[:2]
         parts = 1 if routing.dim() == 2 else out
         y = F.linear(tokens, _by_parts(weight, parts))
         y = y.reshape(*tokens.shape[:2], parts, experts, out // parts)
         y = torch.matmul(_shares(routing, y.dtype)[:, None], y).flatten(2)
-    if bias is not None:
-        y = y + (mix(bias, routing)[:, None] if bias.dim() == 2 else bias).to(y.dtype)
+        y = y if bias is None else y + bias.to(y.dtype)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
@@ -225,15 +295,31 @@ def faster_form(positions: int, shape: tuple[int, ...], batch: int = 1) -> Liter
     return "experts" if positions == 1 or (experts - 1) * positions <= worth else "fused"
 
 
-def _fused(x: Tensor, weight: Tensor, routing: Tensor, geometry: Geometry) -> Tensor:
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    routing: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    active: int | None = None,
+) -> Tensor:
+    """By mixed kernels; `bias` [O], or [B, O] where it was mixed too."""
+    bias = None if bias is None else bias.to(x.dtype)
     step = _examples_at_once(x, weight, routing)
     if step is None:
-        return _each(x, mix(weight, routing).to(x.dtype), geometry)
+        return _each(x, mix(weight, routing, active).to(x.dtype), bias, geometry)
     buffer = weight.new_empty(step, math.prod(weight.shape[1:]))
     shares, parts = routing.to(weight.dtype), []
-    for some, share in zip(torch.split(x, step), torch.split(shares, step), strict=True):
-        mixed = torch.mm(share, weight.flatten(1), out=buffer[: len(some)])
-        parts.append(_each(some, mixed.view(-1, *weight.shape[1:]).to(x.dtype), geometry))
+    for start in range(0, len(x), step):
+        some = slice(start, start + step)
+        share = shares[some]
+        if active is not None and _reads_few(weight, len(share), active):
+            mixed = _mix_few(weight, share, active)
+        else:
+            mixed = torch.mm(share, weight.flatten(1), out=buffer[: len(share)])
+            mixed = mixed.view(-1, *weight.shape[1:])
+        own = bias[some] if bias is not None and bias.dim() == 2 else bias
+        parts.append(_each(x[some], mixed.to(x.dtype), own, geometry))
     return torch.cat(parts)
 
 
@@ -245,44 +331,60 @@ def _examples_at_once(x: Tensor, weight: Tensor, routing: Tensor) -> int | None:
     return step if step < x.shape[0] else None
 
 
-def _each(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
-    """Convolve each example of `x` with its own of `kernels` [B, O, C/g, h, w]."""
+def _each(x: Tensor, kernels: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Convolve each example of `x` with its own of `kernels` [B, O, C/g, h, w] and its `bias`."""
     batch, out = kernels.shape[:2]
     stride, padding, _, groups = geometry
     if kernels.shape[3:] == (1, 1) and padding == (0, 0) and groups == 1:
-        return _pointwise(x[:, :, :: stride[0], :: stride[1]], kernels.flatten(2))
+        return _pointwise(x[:, :, :: stride[0], :: stride[1]], kernels.flatten(2), bias)
     if _exporting():
-        return _by_patches(x, kernels, geometry)
+        y = _by_patches(x, kernels, geometry)
+        return y if bias is None else y + bias[..., None, None]
+    # Each example's own; the same for all needs no copies where examples are convolved one by one.
+    biases = None if bias is None else bias.expand(batch, out)
     large = _on_cpu(x) and math.prod(kernels.shape[1:]) >= LARGE
     if _is(batch, 1) and not large:
-        return F.conv2d(x, kernels[0], None, *geometry)
+        return F.conv2d(x, kernels[0], None if biases is None else biases[0], *geometry)
+    together = geometry._replace(groups=groups * batch)
+    flat = None if biases is None else biases.reshape(-1)
     if groups == x.shape[1] == out and _channels_last(x):
-        return _depthwise_channels_last(x, kernels, geometry)
+        return _depthwise_channels_last(x, kernels, flat, together)
     if large and _known(batch):
-        one_by_one = zip(torch.split(x.contiguous(), 1), kernels, strict=True)
-        y = torch.cat([F.conv2d(one, kernel, None, *geometry) for one, kernel in one_by_one])
+        own = (None,) * batch if biases is None else biases
+        each = zip(torch.split(x.contiguous(), 1), kernels, own, strict=True)
+        y = torch.cat([F.conv2d(one, kernel, added, *geometry) for one, kernel, added in each])
     else:  # the examples are groups of one convolution
-        together = geometry._replace(groups=groups * batch)
-        y = F.conv2d(x.contiguous().flatten(0, 1)[None], kernels.flatten(0, 1), None, *together)
+        y = F.conv2d(x.contiguous().flatten(0, 1)[None], kernels.flatten(0, 1), flat, *together)
         y = y.reshape(batch, out, *y.shape[2:])
     return _as(x, y)
 
 
-def _pointwise(x: Tensor, kernels: Tensor) -> Tensor:
+def _pointwise(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     """A product of positions and `kernels` [B, O, C] for each example, in the layout of `x`."""
     (batch, out, _), size = kernels.shape, x.shape[2:]
     if _channels_last(x):
-        y = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), kernels.transpose(1, 2))
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+        added = None if bias is None else bias.unsqueeze(-2)
+        y = _product(tokens, kernels.transpose(1, 2), added)
         return y.reshape(batch, *size, out).permute(0, 3, 1, 2)
-    return torch.bmm(kernels, x.flatten(2)).reshape(batch, out, *size)
+    added = None if bias is None else bias.unsqueeze(-1)
+    return _product(kernels, x.flatten(2), added).reshape(batch, out, *size)
 
 
-def _depthwise_channels_last(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+def _product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
+    """Products [B, M, N] of `a` [B, M, K] and `b` [B, K, N], plus `added`, in eager mode in one pass."""
+    if added is None:
+        return torch.bmm(a, b)
+    if torch.compiler.is_compiling() or _exporting():
+        return torch.bmm(a, b) + added  # a compiler joins the addition with what follows
+    return torch.baddbmm(added, a, b)
+
+
+def _depthwise_channels_last(x: Tensor, kernels: Tensor, bias: Tensor | None, together: Geometry) -> Tensor:
     """One convolution of B C channels, which lie side by side at each position."""
     batch, channels = kernels.shape[:2]
-    together = geometry._replace(groups=batch * channels)
     side_by_side = x.permute(2, 3, 0, 1).flatten(2)[None].permute(0, 3, 1, 2)  # [1, B C, H, W]
-    y = F.conv2d(side_by_side, kernels.flatten(0, 1), None, *together)
+    y = F.conv2d(side_by_side, kernels.flatten(0, 1), bias, *together)
     return _as(x, y.reshape(batch, channels, *y.shape[2:]))
 
 

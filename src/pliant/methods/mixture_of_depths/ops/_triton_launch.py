@@ -6,6 +6,7 @@ Shapes: those of `pliant.methods.mixture_of_depths.ops.mod_block`. Needs Triton,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton.runtime.jit import JITFunction
 
 from pliant.methods.mixture_of_depths.ops._triton_kernels import basic, bottleneck, pool, rank
-from pliant.methods.mixture_of_depths.ops.mod_block import ARGUMENTS, flops
+from pliant.methods.mixture_of_depths.ops.mod_block import flops
 
 # Under TRITON_INTERPRET=1 kernels run as Python on the CPU, and there is nothing to capture;
 # PyTorch's function of this name refuses them before 2.13.
@@ -29,21 +30,50 @@ TILE = 2048  # values of a feature map that a program holds at a time
 SMALL_SELECTOR = 2**14  # weights of its second layer that every program can read for itself
 
 
-@triton_op("pliant::mod_block_triton", mutates_args=(), schema=f"(Tensor x, {ARGUMENTS}) -> Tensor")
-def mod_block_triton(x: Tensor, *arguments: Any) -> Tensor:
-    """The block, out of place; its arguments are those of ``pliant::mod_block_``, without `fusion`."""
+@triton_op("pliant::mod_block_triton", mutates_args=())
+def mod_block_triton(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor | None,
+    bias3: Tensor | None,
+    dilation: int,
+    order: str,
+) -> Tensor:
+    """The block, out of place; its arguments are those of ``pliant::mod_block_``, without `fusion`.
+
+    They stand here in full, because PyTorch 2.11 takes an operator's schema from nowhere else.
+    """
     out = torch.empty_like(x)
-    _launch(x, out, *arguments, inplace=False)
+    core = [weight1, bias1, weight2, bias2, weight3, bias3]
+    _launch(x, out, down, up, core, dilation, order, inplace=False)
     return out
 
 
-@triton_op("pliant::mod_block_triton_", mutates_args=("x",), schema=f"(Tensor(a!) x, {ARGUMENTS}) -> ()")
-def mod_block_triton_(x: Tensor, *arguments: Any) -> None:
+@triton_op("pliant::mod_block_triton_", mutates_args=("x",))
+def mod_block_triton_(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor | None,
+    bias3: Tensor | None,
+    dilation: int,
+    order: str,
+) -> None:
     """The block, in place: only the first k channels are written."""
-    batch, k, positions = x.shape[0], arguments[2].shape[1], x.shape[2] * x.shape[3]
+    batch, k, positions = x.shape[0], weight1.shape[1], x.shape[2] * x.shape[3]
     along = (1, k) if x.stride(1) == 1 else (positions, 1)  # as they lie in x
     kept = x.new_empty_strided((batch, k, positions), (k * positions, *along))
-    _launch(x, kept, *arguments, inplace=True)
+    core = [weight1, bias1, weight2, bias2, weight3, bias3]
+    _launch(x, kept, down, up, core, dilation, order, inplace=True)
 
 
 def position_step(x: Tensor) -> int:
@@ -60,9 +90,17 @@ def position_step(x: Tensor) -> int:
     return x.stride(3) if height == 1 or x.stride(2) == width * x.stride(3) else 0
 
 
-def _launch(x: Tensor, other: Tensor, down: Tensor, up: Tensor, *rest: Any, inplace: bool) -> None:
+def _launch(
+    x: Tensor,
+    other: Tensor,
+    down: Tensor,
+    up: Tensor,
+    core: Sequence[Tensor | None],
+    dilation: int,
+    order: str,
+    inplace: bool,
+) -> None:
     """Fill `other`: with the first k channels of `x` if `inplace`, else with the result."""
-    *core, dilation, order = rest
     batch, channels, height, width = x.shape
     hidden, positions = down.shape[1], height * width
     given = [t for t in core if t is not None]

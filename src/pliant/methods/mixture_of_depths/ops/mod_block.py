@@ -29,14 +29,11 @@ from pliant.methods.mixture_of_depths.selectors import Fusion, Order, best
 from pliant.methods.mixture_of_depths.training import everywhere
 from pliant.precision import full_precision, pooled
 
-# What follows the feature map, in the schemas of all forms.
-ARGUMENTS = (
-    "Tensor down, Tensor up, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? weight3, "
-    "Tensor? bias3, int dilation, str order"
-)
 _LIBRARY = cast("Any", torch.library).Library("pliant", "FRAGMENT")
 _LIBRARY.define(
-    f"mod_block_(Tensor(a!) x, {ARGUMENTS}, str fusion) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
+    "mod_block_(Tensor(a!) x, Tensor down, Tensor up, Tensor weight1, Tensor bias1, Tensor weight2, "
+    "Tensor bias2, Tensor? weight3, Tensor? bias3, int dilation, str order, str fusion) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 mod_block_: Any = torch.ops.pliant.mod_block_.default
 
