@@ -227,11 +227,12 @@ def _page(folder: Path, done: dict[str, tuple[Score, Run]], rows: list[Measureme
 def _selections(figures: Path, done: dict[str, tuple[Score, Run]]) -> tuple[TableBlock, FigureBlock]:
     """Selection frequency of channels: by block, and by class (figure 4 of the paper)."""
     from pliant.train.data import load_data
+    from pliant.train.run import read_division
     from research.analysis.routing import selection_frequency
     from research.analysis.training_plots import plot_selection_frequency
 
     _, run = done[LEARNED]
-    data = load_data(run.recipe)
+    data = load_data(run.recipe, read_division(run.folder))
     found = selection_frequency(run.model, data.batches("test"), data.classes)
     rows = []
     for block, counts in found.counts.items():

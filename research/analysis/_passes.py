@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pliant.evaluating import evaluating
+
 Hook = Callable[[nn.Module, Any, Any], None]
 
 
@@ -32,16 +34,13 @@ def watched(model: nn.Module, hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterat
         >>> seen, net.training
         ([tensor([0., 2.])], True)
     """
-    was_training = [module for module in model.modules() if module.training]
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in was_training:
-            module.training = True
 
 
 def labelled(

@@ -25,8 +25,8 @@ class FolderInUseError(ValueError):
 
 
 @contextmanager
-def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `path`, a file that names the process that has it; the file stays there.
+def held(path: str | Path, *, wait: bool = False, keep: bool = True) -> Iterator[None]:
+    """Hold the lock `path`, a file that names the process that has it.
 
     The system releases the lock when the process ends, however that is, so a lock is never stale.
     Where the file system knows no locks, a warning is logged and nothing is locked.
@@ -34,6 +34,7 @@ def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
     Args:
         path: the file.
         wait: wait until another process releases the lock, rather than raise.
+        keep: leave the file there; False removes it (but on Windows).
 
     Raises:
         FolderInUseError: another process, or another block of this one, holds the lock.
@@ -70,6 +71,10 @@ def held(path: str | Path, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        if not keep:
+            # While it is held: filelock sees that a file which it waited for is gone, and begins anew.
+            with suppress(OSError):
+                path.unlink()
         lock.release()
 
 

@@ -36,6 +36,7 @@ from pliant._config import FORMAT, Config, check_arguments, is_foreign, parse, p
 from pliant._files import leftovers, replace_folder, scratch_folder, sync
 from pliant._state import difference, shapes, ties
 from pliant._version import __version__
+from pliant.evaluating import evaluating
 from pliant.methods import METHODS
 from pliant.models._build import create
 from pliant.surgery import conversions, convert
@@ -448,13 +449,12 @@ def _check_outputs(model: nn.Module, again: nn.Module, size: tuple[int, int, int
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if like.device.type != "cpu":  # on a GPU even the same network may differ from itself
         model = contextvars.Context().run(copy.deepcopy, model).cpu()
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(), evaluating(model):
             torch.manual_seed(0)
             x = torch.randn(1, *size, device="cpu").to(like.dtype)
             outputs = []
-            for network in (model.eval(), again):
+            for network in (model, again):
                 torch.manual_seed(0)  # a method may draw
                 # In an empty context: at the depth that is saved, not one that holds here only.
                 outputs.append(contextvars.Context().run(network, x))
@@ -465,9 +465,6 @@ def _check_outputs(model: nn.Module, again: nn.Module, size: tuple[int, int, int
         raise ValueError(
             f"the network fails on an image of {size}: {error}; pass input_size=(C, H, W), or verify=False"
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check_free(target: Path) -> None:

@@ -201,8 +201,9 @@ def run_as(run: Run, network: nn.Module) -> Run:
     from pliant.train.data import load_data
     from pliant.train.evaluation import score
     from pliant.train.processes import device_of
+    from pliant.train.run import read_division
 
-    data = load_data(run.recipe)
+    data = load_data(run.recipe, read_division(run.folder))
     device = device_of(run.recipe)
 
     def scored(part: Literal["check", "val", "test"]) -> Evaluation:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pliant.evaluating import evaluating
 from pliant.parts import parts
 
 
@@ -69,11 +70,5 @@ def run_once(model: nn.Module, input_size: tuple[int, int, int]) -> None:
     """
     like = next(model.parameters(), torch.empty(0))
     x = torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad():
+        model(x)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import Field, dataclass, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from pliant._files import atomic_path
+from pliant._lock import held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,15 @@ def _text(value: Any, number: str) -> str:
     return format(value, number) if isinstance(value, float) else str(value)
 
 
+@contextmanager
+def appending(path: str | Path) -> Iterator[None]:
+    """Hold a file of rows while it is read and written anew: no process loses the rows of another."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with held(path.with_name(f".{path.name}.lock"), wait=True, keep=False):
+        yield
+
+
 def write_records(
     path: str | Path,
     kind: type[T],
@@ -162,8 +173,9 @@ def write_records(
         path: the file; its folder is made if it is missing.
         kind: the dataclass of the rows, whose fields are the columns.
         rows: may be none, which leaves the header.
-        append: keep the rows that the file has; columns that it lacks (`Origin.LATE`) are added. A run
-            that is repeated gives its rows again, and they are not added a second time.
+        append: keep the rows that the file has, also those that another process adds at this moment;
+            columns that it lacks (`Origin.LATE`) are added. A run that is repeated gives its rows
+            again, and they are not added a second time.
         number: format of floats, as for `cells`.
         called: what the rows are called in an error; by default the dataclass by its name.
 
@@ -179,23 +191,24 @@ def write_records(
         [1, 2]
     """
     path, header = Path(path), columns(kind)
-    old: list[list[str]] = []
-    if append and path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            first, *old = list(csv.reader(file)) or [[]]
-        lacking = _lacking(first, kind)
-        if lacking is None:
-            raise ValueError(
-                f"{path} has the columns {first}, which are not those of {called or f'a {kind.__name__}'}; "
-                f"name another file"
-            )
-        defaults = {f.name: f.default for f in fields(kind)}
-        old = [[*row, *(_text(defaults[name], number) for name in lacking)] for row in old]
     new = [cells(row, number) for row in rows]
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([*old, *(row for row in new if row not in old)])
+    with appending(path) if append else nullcontext():
+        old: list[list[str]] = []
+        if append and path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                first, *old = list(csv.reader(file)) or [[]]
+            lacking = _lacking(first, kind)
+            if lacking is None:
+                raise ValueError(
+                    f"{path} has the columns {first}, which are not those of "
+                    f"{called or f'a {kind.__name__}'}; name another file"
+                )
+            defaults = {f.name: f.default for f in fields(kind)}
+            old = [[*row, *(_text(defaults[name], number) for name in lacking)] for row in old]
+        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows([*old, *(row for row in new if row not in old)])
 
 
 def read_records(path: str | Path, kind: type[T], *, called: str = "") -> list[T]:

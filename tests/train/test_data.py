@@ -256,8 +256,10 @@ def test_a_folder_is_learnt_and_scored_as_its_checkpoint_says(tmp_path):
     (few / "red").rename(few / "rouge")
     with pytest.raises(ValueError, match="does not name: rouge"):
         evaluate(tmp_path / "run", "folder", few, device="cpu", workers=0)
-    with pytest.raises(ValueError, match="has 10 outputs and the data 1 classes"):
+    with pytest.raises(ValueError, match="two classes or more to tell apart, not only rouge"):
         evaluate(timm.create_model("resnet20_cifar"), "folder", few, device="cpu", workers=0)
+    with pytest.raises(ValueError, match="has 10 outputs and the data 3 classes"):
+        evaluate(timm.create_model("resnet20_cifar"), "folder", tmp_path / "a", device="cpu", workers=0)
 
 
 def test_a_run_is_scored_on_what_it_held_out(tmp_path):

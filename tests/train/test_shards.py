@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import pickle
 import tarfile
@@ -18,6 +17,7 @@ from typer.testing import CliRunner
 from _images import all_of, folder_recipe, make_folder
 from _processes import run_two
 from _runs import Stop, assert_same, killed
+from _shards import layout, put
 from pliant._files import NotWrittenError
 from pliant.cli import app
 from pliant.train import batches as batches_file
@@ -44,7 +44,11 @@ def shard_recipe(path, **options):
 def test_shards_hold_the_files_as_they_are_in_the_format_of_webdataset(root):
     names = sorted(p.name for p in (root / "shards").iterdir())
     train = [f"train-0000{n}-of-00003.tar" for n in range(3)]
-    assert names == ["classes.txt", *train, "val-00000-of-00002.tar", "val-00001-of-00002.tar"]
+    assert names == [
+        *("_info.json", "classes.txt"),
+        *train,
+        *("val-00000-of-00002.tar", "val-00001-of-00002.tar"),
+    ]
     found = {}
     for name in train:
         with tarfile.open(root / "shards" / name) as archive:
@@ -260,12 +264,6 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
-def layout(path):
-    """Name, begin of header, begin and end of content of each member."""
-    with tarfile.open(path) as archive:
-        return [(m.name, m.offset, m.offset_data, m.offset_data + m.size) for m in archive]
-
-
 def test_a_shard_that_is_cut_off_is_named_with_its_last_whole_member(root):
     path = root / "shards" / "train-00001-of-00003.tar"
     whole = path.read_bytes()
@@ -290,12 +288,28 @@ def test_a_shard_that_is_cut_off_is_named_with_its_last_whole_member(root):
         load_data(shard_recipe(root / "shards"))
 
 
-def put(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+def test_counts_are_compared_with_the_index(root):
+    info = json.loads((root / "shards" / "_info.json").read_text())
+    assert info["splits"]["train"] == {
+        "name": "train",
+        "filenames": [f"train-0000{n}-of-00003.tar" for n in range(3)],
+        "shard_lengths": [10, 10, 4],
+        "num_samples": 24,
+    }
+    info["splits"]["train"]["shard_lengths"][1] = 11
+    (root / "shards" / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(DamagedShardError, match=r"train-00001-of-00003\.tar has 10 images, and .* says 11"):
+        load_data(shard_recipe(root / "shards"))
+    (root / "shards" / "_info.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"_info\.json is no index of shards"):
+        load_data(shard_recipe(root / "shards"))
+
+
+def test_a_shard_that_links_lead_to_is_taken_once(root):
+    (root / "shards" / "self").symlink_to(root / "shards")
+    (root / "shards" / "train-x.tar").symlink_to(root / "shards" / "train-00000-of-00003.tar")
+    assert [len(paths) for paths in find_shards(f"{root}/shards").values()] == [3, 2]
+    assert len(find_shards(f"{root}/shards/{{train-*,*}}.tar")["train"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -310,6 +324,11 @@ def put(path, members):
             [("a.png", b"x"), ("a.cls", b"cat")],
             r"s\.tar/a\.cls must hold the number of a class, from 0, not 'cat'",
         ),
+        (
+            [("a.png", b"x"), ("a.cls", b"9" * 5000)],
+            r"s\.tar/a\.cls must hold a number of at most 9 digits",
+        ),
+        ([(f"{'a' * 5000}.png", b"x"), (f"{'a' * 5000}.cls", b"0")], "with a name of 5004 bytes, aaa"),
     ],
 )
 def test_samples_that_are_not_whole_are_named(tmp_path, members, told):
@@ -335,6 +354,21 @@ def test_other_members_and_no_names_of_classes(tmp_path, root):
         load_data(recipe)
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     assert load_data(recipe).classes == ("cat", "dog")
+
+
+def test_an_image_that_cannot_be_transformed_is_unreadable(root):
+    """A strip of 1 by 1,000,000 pixels, whose short side would be resized to 37."""
+    strip = root / "images" / "val" / "red" / "0.png"
+    Image.new("RGB", (1_000_000, 1)).save(strip)
+    recipe = folder_recipe(root / "images", val_fraction=None)
+    batches = load_data(recipe).batches("val")
+    assert len(all_of(batches)[1]) == 11
+    assert batches.unreadable == {str(strip)}
+    stopping = load_data(replace(recipe, unreadable="stop")).batches("val")
+    with pytest.raises(
+        UnreadableImageError, match=r"cannot be read \(1000000 x 1 pixels would be resized to"
+    ):
+        list(stopping)
 
 
 def test_validation_shards_with_more_classes_are_refused(root):

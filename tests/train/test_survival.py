@@ -55,6 +55,7 @@ POINTS = {
 MORE = {
     "before recipe.json": ("replace", ".recipe-", 1),
     "before environment.json": ("write_text", ".environment-", 1),
+    "inside images.json": ("write_text", ".images-", 1),
     "before the first checkpoint": ("on_train_batch_start", 1),
     "inside the first checkpoint": ("write_bytes", ".last-", 1),
     "in the first epoch": ("on_train_batch_start", 5),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pliant import outside, tables
+from pliant.evaluating import evaluating
 from pliant.figures import check_suffix, plain, write_figure
 from pliant.methods.adaptive_depth.depth import at_depth, depths, get_depth
 from pliant.methods.adaptive_depth.switch import (
@@ -131,17 +132,12 @@ def evaluate_depths(
     wanted = check_skips(skips, flags)
     costs = {info.skip: info for info in depths(network, (ready.recipe.in_chans, side, side))}
     scores = {skip: Scores(ready.classes, ready.device) for skip in wanted}
-    mode = network.training
-    network.to(ready.device).eval()
-    try:
-        with torch.no_grad():
-            for x, y in ready.batches:
-                x, y = x.to(ready.device), y.to(ready.device)
-                for skip, score in scores.items():
-                    with at_depth(network, skip):
-                        score.update(network(x), y)
-    finally:
-        network.train(mode)
+    with evaluating(network.to(ready.device)), torch.no_grad():
+        for x, y in ready.batches:
+            x, y = x.to(ready.device), y.to(ready.device)
+            for skip, score in scores.items():
+                with at_depth(network, skip):
+                    score.update(network(x), y)
     name = outside.name_of(network)
     origin = provenance(ready.device)
     rows = []

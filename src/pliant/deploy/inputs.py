@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pliant.image_files import SUFFIXES, decoded
+
 Takes = Literal["normalised", "float", "uint8"]
 Size = tuple[int, int, int]
-
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Preparation:
             folder: of image files; None: scikit-learn's digits.
 
         Raises:
-            ValueError: the folder holds no image.
+            ValueError: the folder holds no image, or a damaged one.
         """
         images = _digits(count, self.size) if folder is None else _read(folder, count, self.size)
         images = images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
@@ -156,26 +156,23 @@ def _digits(count: int, size: Size) -> Tensor:
 
 def _read(folder: Path, count: int, size: Size) -> Tensor:
     """The first images of a folder and those below it, in [0, 1], resized: [count, C, H, W]."""
-    from PIL import Image
+    from PIL.Image import Resampling
     from torchvision.transforms.functional import to_tensor
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of images to check with")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_FILES)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
-        raise ValueError(f"{folder} holds no image to check with ({', '.join(IMAGE_FILES)})")
+        raise ValueError(f"{folder} holds no image to check with ({', '.join(SUFFIXES)})")
     images = []
     for file in files[:count]:
         try:
-            with Image.open(file) as opened:
-                image = opened.convert("L" if size[0] == 1 else "RGB").resize(
-                    (size[2], size[1]), Image.Resampling.BILINEAR
-                )
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = decoded(file, 1 if size[0] == 1 else 3)
+        except Exception as error:  # decoders raise anything for damaged files
             raise ValueError(
                 f"{file}, an image to check with, cannot be read: {error}; remove it"
             ) from error
-        pixels = to_tensor(image)
+        pixels = to_tensor(image.resize((size[2], size[1]), Resampling.BILINEAR))
         # Networks of other than 1 or 3 channels get these in turn.
         images.append(pixels[torch.arange(size[0]) % len(pixels)])
     return torch.stack(images)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pliant import tables
-from pliant.records import Origin, percent, read_records, write_records
+from pliant.records import Origin, appending, percent, read_records, write_records
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -157,13 +158,14 @@ def write_rows(path: str | Path, rows: Iterable[Measurement], append: bool = Fal
     Args:
         path: the file; its folder is made if missing.
         rows: may be none, which leaves the header.
-        append: keep the rows that the file has and add these.
+        append: keep the rows that the file has, also those that another process adds at this moment.
 
     Raises:
         ValueError: `append` to a file that `read_rows` refuses.
     """
-    kept = read_rows(path) if append and Path(path).exists() else []
-    write_records(path, Measurement, [*kept, *rows])
+    with appending(path) if append else nullcontext():
+        kept = read_rows(path) if append and Path(path).exists() else []
+        write_records(path, Measurement, [*kept, *rows])
 
 
 def read_rows(path: str | Path) -> list[Measurement]:

@@ -12,13 +12,15 @@ Shapes in this file::
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pliant.train.images import ImageSet, TensorImages, UnreadableImageError
@@ -193,8 +195,8 @@ def shifted(x: Tensor, rows: Tensor, columns: Tensor, flip: Tensor) -> Tensor:
 class FileBatches(Batches):
     """Batches of images that are read and transformed one by one; see `Batches`.
 
-    In training, the next readable image of the set replaces an unreadable one; in evaluation it is
-    left out. `Batches.unreadable` names it.
+    An image is unreadable if it cannot be decoded or transformed. In training, the next readable image of
+    the set replaces it; in evaluation it is left out. `Batches.unreadable` names it.
 
     Raises:
         UnreadableImageError: while iterating, if the recipe says ``unreadable="stop"``.
@@ -241,20 +243,20 @@ class _Samples(torch.utils.data.Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, list[str], str]:
         epoch, first = key
         bad: list[str] = []
+        why = ""
         for step in range(len(self.images) if self.train else 1):
             i = (first + step) % len(self.images)
             try:
                 image = self.images.image(i)
+                with seeded(self.recipe.seed, epoch, "augment", i):
+                    return self.transform(image), int(self.images.labels[i]), bad, ""
             except Exception as error:  # decoders raise anything for damaged files
                 where = self.images.where(i)
                 bad.append(where)
+                why = f"{where} cannot be read ({error or type(error).__name__})"
                 if self.recipe.unreadable == "stop":
-                    stop = f"{where} cannot be read ({error}); remove it, or set unreadable=skip"
-                    return None, -1, bad, stop
-                continue
-            with seeded(self.recipe.seed, epoch, "augment", i):
-                return self.transform(image), int(self.images.labels[i]), bad, ""
-        none = f"none of {len(self.images)} images can be read, such as {bad[0]}" if self.train else ""
+                    return None, -1, bad, f"{why}; remove it, or set unreadable=skip"
+        none = f"none of {len(self.images)} images can be read: {why}" if self.train else ""
         return None, -1, bad, none
 
 
@@ -314,8 +316,24 @@ def transform(
             **options,
         )
     options |= {"input_size": (len(mean), side, side), "crop_pct": side / eval_size(images, recipe)}
-    parts = create_transform(**{**options, **(view or {})}).transforms
-    return T.Compose([*parts, *erase])
+    options |= view or {}
+    resized = round(max(options["input_size"][1:]) / options["crop_pct"])
+    return T.Compose([partial(_bounded, side=resized), *create_transform(**options).transforms, *erase])
+
+
+def _bounded(image: Image.Image, *, side: int) -> Image.Image:
+    """The image itself, if it is within Pillow's bound once its short side is resized to `side`.
+
+    Raises:
+        ValueError: it would be larger; a strip of 1 pixel by 1,000,000 has a small file.
+    """
+    width, height = (round(n * side / min(image.size)) for n in image.size)
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(
+            f"{image.width} x {image.height} pixels would be resized to {width} x {height}, more than "
+            f"{Image.MAX_IMAGE_PIXELS} in all"
+        )
+    return image
 
 
 def eval_size(images: ImageSet, recipe: Recipe) -> int:

@@ -8,7 +8,8 @@ Shapes in this file::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,7 +27,8 @@ from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
 from pliant.train.batches import Batches, make_batches
-from pliant.train.images import FileImages, ImageSet, TensorImages, class_folders
+from pliant.train.division import Division
+from pliant.train.images import FileImages, ImageSet, TensorImages, class_folders, part_folders
 from pliant.train.recipe import Recipe
 from pliant.train.shards import ShardImages, class_names, find_shards, index_shards
 
@@ -42,7 +44,6 @@ MEAN_STD = {
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
 Part = Literal["test", "val"]
-PARTS = ("train", "val", "test")
 _PLACED = ("folder", "imagenet", "shards")  # data in parts, each with a place of its own
 DIGITS_TEST = 0.3  # share of the 1797 digits
 
@@ -92,29 +93,53 @@ class Data:
             )
         return make_batches(images, self.recipe, self.mean, self.std, train=part == "train", device=device)
 
+    @property
+    def division(self) -> Division:
+        """Which images are in which part, to be held to later."""
+        sets = {"train": self.train, "val": self.val} | ({} if self.test is None else {"test": self.test})
+        return Division.of(sets, self.classes, self.recipe.data, self.recipe.path)
 
-def load_data(recipe: Recipe) -> Data:
+
+def load_data(recipe: Recipe, division: Division | None = None) -> Data:
     """The sets that a recipe names.
+
+    Args:
+        recipe: names the data, and how it is divided.
+        division: that of a run (`pliant.train.run.read_division`), to hold to instead.
 
     Raises:
         FileNotFoundError: the data is not there; says how to get it.
-        ValueError: folders that do not fit together, or sets too small to divide.
+        ValueError: folders that do not fit together, fewer than two classes, or sets too small to divide;
+            images of `division` are missing, or of another class.
 
     Example:
         >>> data = load_data(Recipe(name="example", model="resnet20_cifar"))
         >>> len(data.train), len(data.val), len(data.test), data.train.images.shape[1:]
         (1131, 126, 540, torch.Size([1, 32, 32]))
     """
-    if recipe.data in _PLACED:
-        return _placed(recipe)
-    whole, test, classes = _digits(recipe) if recipe.data == "digits" else _cifar(recipe)
-    assert recipe.val_fraction is not None  # checked by `Recipe`
-    train, val = divide(whole, recipe.val_fraction, recipe.split_seed)
-    return _data(recipe, train, val, test, classes)
+    if recipe.data == "imagenet" and division is None and not {"train", "val"} <= _places(recipe).keys():
+        raise FileNotFoundError(
+            f"{recipe.path} must hold train/ and val/ with one folder a class, as ImageNet is laid out; "
+            f"for other layouts set data=folder, for tar files data=shards"
+        )
+    sets, classes = _sets(recipe)
+    if division is None:
+        held = _divided(sets, recipe)
+    else:
+        held, classes = division.hold(sets, classes, ("train", "val", "test")), division.classes
+    if len(classes) < 2:
+        raise ValueError(
+            f"path={recipe.path} has one class, {classes[0]}, and there is nothing to tell it from; add a "
+            f"class of other images"
+        )
+    train, val = held["train"], held["val"]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.split_seed))
+    check = train.subset(order[: len(val)].sort().values)
+    return Data(recipe, train, check, val, held.get("test"), classes, *normalisation(recipe))
 
 
 def load_part(
-    recipe: Recipe, part: Part = "test", *, divided: bool = False
+    recipe: Recipe, part: Part = "test", *, divided: bool = False, division: Division | None = None
 ) -> tuple[ImageSet, tuple[str, ...]]:
     """One set to score, and its classes. In a folder, ``train/`` is not looked at.
 
@@ -123,25 +148,29 @@ def load_part(
         part: ``"test"`` or ``"val"``. In a folder, ``"test"`` is ``test/``, else ``val/``, else all images.
         divided: divide a folder as a run of the recipe does; without a test set, ``"test"`` is then the
             validation set.
+        division: that of a run, to hold to. Implies `divided`.
 
     Raises:
         FileNotFoundError: the data is not there.
-        ValueError: the data has no such part, or there is no part of this name.
+        ValueError: the data has no such part, or there is no part of this name; as `load_data`.
     """
     if part not in get_args(Part):
         raise ValueError(f"part must be one of {', '.join(get_args(Part))}, not {part!r}")
-    if recipe.data in _PLACED and not divided:
-        parts = _parts(recipe)
-        wanted = ("test", "val", "") if part == "test" else ("val",)
-        found = next((name for name in wanted if name in parts), None)
-        if found is None:
-            has = ", ".join(name or "images that are not divided" for name in parts)
-            raise ValueError(f"path={recipe.path} has no images for {part}, only {has}; score another part")
-        images, classes = _read(parts[found], recipe)
-        return images, tuple(classes)
-    data = load_data(recipe)
-    chosen = data.val if part == "val" or data.test is None else data.test
-    return chosen, data.classes
+    if division is not None:
+        wanted = part if part in division.parts else "val"
+        return division.hold(*_sets(recipe), (wanted,))[wanted], division.classes
+    if divided or recipe.data not in _PLACED:
+        data = load_data(recipe)
+        return data.val if part == "val" or data.test is None else data.test, data.classes
+    places = _places(recipe)
+    found = next(
+        (name for name in (("test", "val", "") if part == "test" else ("val",)) if name in places), None
+    )
+    if found is None:
+        has = ", ".join(name or "images that are not divided" for name in places)
+        raise ValueError(f"path={recipe.path} has no images for {part}, only {has}; score another part")
+    sets, classes = _read({found: places[found]}, recipe)
+    return sets[found], classes
 
 
 def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -186,37 +215,53 @@ def divide(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, Imag
     return images.subset(torch.from_numpy(np.sort(rest))), images.subset(torch.from_numpy(np.sort(held)))
 
 
-def _data(
-    recipe: Recipe,
-    train: ImageSet,
-    val: ImageSet,
-    test: ImageSet | None,
-    classes: Sequence[str],
-) -> Data:
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.split_seed))
-    check = train.subset(order[: len(val)].sort().values)
-    return Data(recipe, train, check, val, test, tuple(classes), *normalisation(recipe))
+def _sets(recipe: Recipe) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
+    """All images of the data, by the part that they come in (``""``: not divided), and the classes."""
+    if recipe.data == "digits":
+        return _digits(recipe)
+    return _read(_places(recipe), recipe) if recipe.data in _PLACED else _cifar(recipe)
 
 
-def _digits(recipe: Recipe) -> tuple[TensorImages, TensorImages, list[str]]:
+def _divided(sets: Mapping[str, ImageSet], recipe: Recipe) -> dict[str, ImageSet]:
+    """Train, val, and test if there is one, as the recipe says, from the parts that the data comes in."""
+    place, fraction, seed = f"path={recipe.path}", recipe.val_fraction, recipe.split_seed
+    if "" in sets:
+        if fraction is None:
+            raise ValueError(f"{place} is not divided into train and val; set val_fraction")
+        held, rest = {}, sets[""]
+        if recipe.data == "digits":
+            # The test images are the same for every recipe: always divided with seed 0.
+            rest, held["test"] = divide(rest, DIGITS_TEST, 0)
+        elif recipe.test_fraction:
+            rest, held["test"] = divide(rest, recipe.test_fraction, seed)
+        train, val = divide(rest, fraction, seed)
+        return held | {"train": train, "val": val}
+    if "train" not in sets:
+        raise ValueError(f"{place} has {', '.join(sets)} and no train; add train")
+    if fraction is None:
+        if "val" not in sets:
+            raise ValueError(f"{place} has no val/; set val_fraction to hold out images of train/")
+        return dict(sets)
+    train, val = divide(sets["train"], fraction, seed)
+    test = sets.get("test", sets.get("val"))
+    return {"train": train, "val": val} | ({} if test is None else {"test": test})
+
+
+def _digits(recipe: Recipe) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
     every = TensorImages(_fitted(images, recipe), torch.from_numpy(digits.target).long())
-    # The test images are the same for every recipe: always divided with seed 0.
-    whole, test = divide(every, DIGITS_TEST, seed=0)
-    assert isinstance(whole, TensorImages)
-    assert isinstance(test, TensorImages)
-    return whole, test, [str(name) for name in digits.target_names]
+    return {"": every}, tuple(str(name) for name in digits.target_names)
 
 
-def _cifar(recipe: Recipe) -> tuple[TensorImages, TensorImages, list[str]]:
+def _cifar(recipe: Recipe) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if recipe.data == "cifar10" else datasets.CIFAR100
-    sets = []
-    for train in (True, False):
+    sets: dict[str, ImageSet] = {}
+    for part, train in (("train", True), ("test", False)):
         try:
             found = kind(recipe.path, train=train, download=recipe.download)
         except RuntimeError as error:
@@ -225,8 +270,9 @@ def _cifar(recipe: Recipe) -> tuple[TensorImages, TensorImages, list[str]]:
                 f"folder, unpack {kind.url} there, or set download=true"
             ) from error
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-        sets.append(TensorImages(_fitted(images, recipe), torch.tensor(found.targets)))
-    return sets[0], sets[1], list(found.classes)
+        numbers = torch.arange(len(images)) + sum(len(before) for before in sets.values())
+        sets[part] = TensorImages(_fitted(images, recipe), torch.tensor(found.targets), numbers)
+    return sets, tuple(found.classes)
 
 
 def _fitted(images: Tensor, recipe: Recipe) -> Tensor:
@@ -241,70 +287,48 @@ def _fitted(images: Tensor, recipe: Recipe) -> Tensor:
     return images if images.dtype == torch.uint8 else images.round().clamp(0, 255).byte()
 
 
-def _placed(recipe: Recipe) -> Data:
-    """The sets of folders or shards; images that are not divided into parts are divided here."""
-    parts = _parts(recipe)
-    if recipe.data == "imagenet" and not {"train", "val"} <= parts.keys():
-        raise FileNotFoundError(
-            f"{recipe.path} must hold train/ and val/ with one folder a class, as ImageNet is laid out; "
-            f"for other layouts set data=folder, for tar files data=shards"
-        )
-    divided = "train" in parts
-    place = parts.pop("train", None) or parts.pop("", None)
-    if place is None:
-        raise ValueError(f"path={recipe.path} has {', '.join(parts)} and no train; add train")
-    train, classes = _read(place, recipe)
-    read = {name: _read(place, recipe, classes)[0] for name, place in parts.items()}
-    test: ImageSet | None = None
-    if not divided:
-        if recipe.val_fraction is None:
-            raise ValueError(f"path={recipe.path} is not divided into train and val; set val_fraction")
-        if recipe.test_fraction:
-            train, test = divide(train, recipe.test_fraction, recipe.split_seed)
-        train, val = divide(train, recipe.val_fraction, recipe.split_seed)
-    elif recipe.val_fraction is None:
-        if "val" not in read:
-            raise ValueError(
-                f"path={recipe.path} has no val/; set val_fraction to hold out images of train/"
-            )
-        val, test = read["val"], read.get("test")
-    else:
-        train, val = divide(train, recipe.val_fraction, recipe.split_seed)
-        test = read.get("test", read.get("val"))
-    return _data(recipe, train, val, test, classes)
-
-
-def _parts(recipe: Recipe) -> dict[str, Path | list[Path]]:
+def _places(recipe: Recipe) -> dict[str, Path | list[Path]]:
     """The folder, or the shards, of each part; the part ``""`` is all images, not divided."""
     if recipe.data == "shards":
-        return {**find_shards(recipe.path or "")}
+        found = find_shards(recipe.path or "")
+        return {part: found[part] for part in ("train", "val", "test", "") if part in found}
     root = Path(recipe.path or "")
     if not root.is_dir():
         raise FileNotFoundError(
             f"path={recipe.path} is no folder; give one that holds train/ and val/, or one folder a class"
         )
-    return {name: root / name for name in PARTS if (root / name).is_dir()} or {"": root}
+    return {**part_folders(root)}
 
 
 def _read(
-    place: Path | list[Path], recipe: Recipe, wanted: Sequence[str] | None = None
-) -> tuple[ImageSet, Sequence[str]]:
-    """The images of a folder or of shards, and their classes, which must be those `wanted`."""
+    places: Mapping[str, Path | list[Path]], recipe: Recipe
+) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
+    """The images of folders or of shards by part, and their classes, those of the first part."""
     _check_channels(recipe)
-    if isinstance(place, Path):
-        found = class_folders(place, wanted)
-        paths, labels = zip(*found.samples, strict=True)
-        return FileImages(paths, torch.tensor(labels), recipe.in_chans), found.classes
-    images = ShardImages(place, *index_shards(place), recipe.in_chans)
-    count = int(images.labels.max()) + 1 if len(images) else 0
-    if wanted is None:
-        return images, class_names(place, count)
-    if count > len(wanted):
-        raise ValueError(
-            f"shards such as {place[0]} have class {count - 1}, but the shards to train on have "
-            f"{len(wanted)} classes; write both from one list of classes"
-        )
-    return images, wanted
+    folders = [place for place in places.values() if isinstance(place, Path)]
+    if folders:
+        root = Path(recipe.path or "")
+        found, names = class_folders(root, folders)
+        read: dict[str, ImageSet] = {}
+        for part, samples in zip(places, found, strict=True):
+            paths, labels = zip(*samples, strict=True)
+            read[part] = FileImages(paths, torch.tensor(labels), recipe.in_chans, root)
+        return read, tuple(names)
+    shards = {part: place for part, place in places.items() if isinstance(place, list)}
+    inside = recipe.path or ""
+    if not Path(inside).is_dir():  # a pattern
+        inside = os.path.commonpath([shard.parent for every in shards.values() for shard in every])
+    images = {p: ShardImages(s, *index_shards(s), recipe.in_chans, inside) for p, s in shards.items()}
+    classes: list[str] = []
+    for part, files in shards.items():
+        count = int(images[part].labels.max()) + 1 if len(images[part]) else 0
+        classes = classes or class_names(files, count)
+        if count > len(classes):
+            raise ValueError(
+                f"shards such as {files[0]} have class {count - 1}, but the shards to train on have "
+                f"{len(classes)} classes; write both from one list of classes"
+            )
+    return {**images}, tuple(classes)
 
 
 def _check_channels(recipe: Recipe) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from pliant import anatomy
 from pliant._options import NotNegative, Positive, Probability, check, refuse_unknown
+from pliant.evaluating import evaluating
 from pliant.objectives import Feature, ManyPasses, Seen, StageNumbers, divergence, stage_outputs
 
 Match = Literal["maps", "attention"]
@@ -114,16 +115,11 @@ class Teaching:
         Raises:
             ValueError: the classes differ, or the stages to compare are missing or differ in shape.
         """
-        training = [module for module in student.modules() if module.training]
         x = torch.zeros(1, *size, device=next(student.parameters()).device)
-        try:
-            with torch.no_grad(), self.watch(student.eval()) as seen:
-                logits = student(x)
-            self.teacher.to(x.device)
-            told, features = self._look(x)
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(student), torch.no_grad(), self.watch(student) as seen:
+            logits = student(x)
+        self.teacher.to(x.device)
+        told, features = self._look(x)
         if told.shape != logits.shape:
             raise ValueError(
                 f"the teacher {self.identity['network']} gives {told.shape[-1]} classes, the network "

@@ -34,18 +34,21 @@ from pliant.train.keeping import CheckpointFiles, Keep
 from pliant.train.launching import check_launch, environment_plugins
 from pliant.train.networks import begun, teaching_of
 from pliant.train.objectives import make_objective
-from pliant.train.processes import gathered, place
+from pliant.train.processes import check_devices, gathered, place
 from pliant.train.processors import warn_of_narrow_convolutions
 from pliant.train.recipe import Recipe
 from pliant.train.run import (
     BEST,
+    IMAGES,
     METRICS,
     RESULT,
     TENSORBOARD,
     Run,
     check_claim,
     claimed,
+    read_division,
     read_run,
+    write_json,
     write_run,
 )
 from pliant.train.saved import ADVICE, AGAIN, LAST, PREVIOUS, newest
@@ -77,10 +80,10 @@ def fit(
     Args:
         recipe: what to run.
         folder: folder of the run; by default ``runs/<name>-s<seed>``. Afterwards it holds
-            ``recipe.json``, ``environment.json`` (versions, commit, machine), ``metrics.csv``,
-            ``tensorboard/`` if TensorBoard is installed, ``checkpoints/{last,previous}.ckpt`` (see
-            `pliant.train.saved`), ``best/`` (the network, for `pliant.load`), ``run.json`` and
-            ``run.lock``.
+            ``recipe.json``, ``environment.json`` (versions, commit, machine), ``images.json`` (the
+            images by part, `pliant.train.division`), ``metrics.csv``, ``tensorboard/`` if TensorBoard
+            is installed, ``checkpoints/{last,previous}.ckpt`` (see `pliant.train.saved`),
+            ``best/`` (the network, for `pliant.load`), ``run.json`` and ``run.lock``.
         resume: continue the unfinished run in `folder` from its last checkpoint (see
             ``checkpoint_minutes`` of `Recipe`); return the result of a finished one.
         progress: show a progress bar.
@@ -98,7 +101,8 @@ def fit(
 
     Raises:
         ValueError: the folder holds something else, another process trains in it, or all its
-            checkpoints are damaged; the network does not fit the data, the objective, the weights or
+            checkpoints are damaged; the devices are not there; images that a resumed run began with are
+            missing; the network does not fit the data, the objective, the weights or
             the teacher, or `pliant.checkpoint.save` could not save it (all found before training);
             `test_each` without test images; the resumed run had another teacher.
         OSError: the folder cannot be written, or the disk is full; what was kept is whole.
@@ -125,6 +129,7 @@ def fit(
         check_claim(folder, recipe, resume=resume)
         return read_run(folder)
     check_launch(recipe)
+    check_devices(recipe)
     if recipe.strategy == "fsdp" and (model is not None or teacher is not None):
         raise ValueError(
             "strategy=fsdp cannot train a network or teacher that is given as an object; name it in the "
@@ -133,7 +138,7 @@ def fit(
     if _first():  # the first process claims the folder for all
         check_claim(folder, recipe, resume=resume)
     with _quiet(), torch_threads(recipe.threads), seeded(recipe.seed, "weights"):
-        data = load_data(recipe)
+        data = load_data(recipe, read_division(folder) if resume else None)
         if recipe.test_each and data.test is None:
             raise ValueError(
                 f"test_each=true needs test images, and data={recipe.data} at path={recipe.path} has none; "
@@ -148,6 +153,8 @@ def fit(
         with tempfile.TemporaryDirectory() as trial:
             save(network, Path(trial, BEST), **about)  # so that it fails now, not after training
         with _claimed(folder, recipe, resume) as checkpoint:
+            if _first():
+                write_json(folder / IMAGES, data.division.as_dict())
             trained = copy.deepcopy(network) if recipe.strategy == "fsdp" else network  # left in shares
             task = _train(recipe, data, trained, folder, checkpoint, chosen, teaching, progress, callbacks)
             network.load_state_dict(of_the_first(task.best["weights"]))

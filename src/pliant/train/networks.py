@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import timm
+import torch
 from torch import nn
 
 from pliant.models._build import check_network, plain_form
@@ -41,10 +42,17 @@ def begun(recipe: Recipe, data: Data, model: nn.Module | None = None, *, weights
         weights: load the recipe's weights, if it has any.
 
     Raises:
-        ValueError: as `build` and `pliant.train.weights.load_weights`.
+        ValueError: as `build` and `pliant.train.weights.load_weights`; the network given is not in
+            float32.
         FileNotFoundError: the weights are not there.
     """
     network = build(recipe, len(data.classes)) if model is None else model
+    half = {p.dtype for p in network.parameters() if p.is_floating_point()} - {torch.float32}
+    if half:
+        raise ValueError(
+            f"the network has weights in {half.pop()}, and training keeps them in float32; give "
+            f"model.float(), and set precision=bf16 to compute in bfloat16"
+        )
     if weights and recipe.weights is not None:
         _load(network, recipe.weights, data)
     return network

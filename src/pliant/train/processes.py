@@ -23,6 +23,25 @@ def device_of(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if gpu else "cpu")
 
 
+def check_devices(recipe: Recipe) -> None:
+    """Refuse a recipe whose devices this machine does not have.
+
+    Raises:
+        ValueError: there is no GPU, or there are fewer than the recipe wants.
+    """
+    gpus = torch.cuda.device_count() or int(torch.backends.mps.is_available())
+    if recipe.accelerator == "gpu" and not gpus:
+        raise ValueError(
+            "accelerator=gpu needs a GPU, and PyTorch sees none; set accelerator=cpu, or install a build "
+            "of PyTorch for the GPU"
+        )
+    if recipe.accelerator != "cpu" and 0 < gpus < recipe.devices:
+        raise ValueError(
+            f"devices={recipe.devices} is more than the {gpus} GPUs that PyTorch sees; set devices={gpus}, "
+            f"or accelerator=cpu"
+        )
+
+
 def place() -> tuple[int, int]:
     """Number of this process, and number of processes.
 

@@ -1,9 +1,9 @@
 """The folder of a training run, and its result.
 
-``recipe.json`` and ``environment.json`` are written at the start, ``metrics.csv`` after each epoch,
-``best/`` (the network, by `pliant.checkpoint`) and ``run.json`` at the end. `pliant.train.saved`
-describes ``checkpoints/``; Lightning writes ``tensorboard/``; ``run.lock`` names the process that
-works there.
+``recipe.json``, ``environment.json`` and ``images.json`` are written at the start, ``metrics.csv``
+after each epoch, ``best/`` (the network, by `pliant.checkpoint`) and ``run.json`` at the end.
+`pliant.train.saved` describes ``checkpoints/``; Lightning writes ``tensorboard/``; ``run.lock`` names
+the process that works there.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from torch import nn
 from pliant._files import atomic_path, writing
 from pliant._lock import held
 from pliant.provenance import provenance
+from pliant.train.division import Division
 from pliant.train.processes import device_of
 from pliant.train.recipe import WHERE, Recipe, differences
 from pliant.train.saved import ADVICE, AGAIN, DAMAGED, LAST, newest
 
-RECIPE, ENVIRONMENT, METRICS, RESULT = "recipe.json", "environment.json", "metrics.csv", "run.json"
+RECIPE, ENVIRONMENT, IMAGES = "recipe.json", "environment.json", "images.json"
+METRICS, RESULT = "metrics.csv", "run.json"
 BEST, TENSORBOARD, LOCK = "best", "tensorboard", "run.lock"
 
 
@@ -93,6 +95,12 @@ def network_folder(folder: Path) -> Path:
     return folder / BEST if (folder / BEST).is_dir() else folder
 
 
+def run_of(folder: Path) -> Path | None:
+    """The folder of the run that a folder is, or whose network it holds; None if there is none."""
+    inside = [folder.parent] if folder.name == BEST else []
+    return next((place for place in (folder, *inside) if (place / RECIPE).is_file()), None)
+
+
 def read_recipe(folder: Path) -> Recipe | None:
     """The recipe of the run in a folder, or None if there is no run.
 
@@ -106,6 +114,21 @@ def read_recipe(folder: Path) -> Recipe | None:
         return Recipe.from_dict(json.loads(written.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{written} cannot be read: {error}") from error
+
+
+def read_division(folder: Path) -> Division | None:
+    """Which images the run in a folder has in which part; None if none is recorded.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    written = folder / IMAGES
+    if not written.is_file():
+        return None
+    try:
+        return Division.from_dict(json.loads(written.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{written} cannot be read: {error!r}; restore a copy") from error
 
 
 def write_run(run: Run) -> None:
@@ -179,7 +202,7 @@ def check_claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
 
 def _left(folder: Path) -> list[Path]:
     """Temporary files and folders of processes that were killed while writing."""
-    names = [Path(name) for name in (RECIPE, ENVIRONMENT, METRICS, RESULT)]
+    names = [Path(name) for name in (RECIPE, ENVIRONMENT, IMAGES, METRICS, RESULT)]
     patterns = [f".{name.stem}-*{name.suffix}" for name in names]
     patterns += [f".{BEST}.*", f"{LAST.parent}/.*{LAST.suffix}"]
     return [path for pattern in patterns for path in folder.glob(pattern)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 from collections.abc import Callable, Sequence
@@ -11,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from pliant._files import atomic_path, writing
-from pliant.train.images import class_folders
-from pliant.train.shards import CLASSES, IMAGES, LABEL
+from pliant.train.images import class_folders, part_folders
+from pliant.train.shards import CLASSES, IMAGES, INFO, LABEL
 
 Report = Callable[[int, int, str], None]
 
@@ -28,8 +29,9 @@ def write_shards(
 ) -> list[Path]:
     """Pack a folder of images into tar files; each image keeps its bytes and gets its class.
 
-    Shards are called ``train-00000-of-01282.tar``; ``classes.txt`` beside them names the classes. The
-    same images give the same bytes. A shard gets its name when it is whole.
+    Shards are called ``train-00000-of-01282.tar``; ``classes.txt`` beside them names the classes, and
+    ``_info.json``, written last, says how many images each has: pliant compares, and timm's reader of
+    shards needs it. The same images give the same bytes. A shard gets its name when it is whole.
 
     Args:
         folder: folder with one folder for each class, or with ``train/``, ``val/``, ``test/`` of these.
@@ -74,39 +76,45 @@ def write_shards(
     total, done = sum(len(samples) for samples in parts.values()), 0
     advice = "the shards written so far are whole; remove them, mend the cause, then write again"
     found = []
+    splits = {}
     with writing(destination / CLASSES, advice), atomic_path(destination / CLASSES) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
     for part, samples in parts.items():
         keys = _keys(samples, classes)
         order = np.random.default_rng(seed).permutation(len(samples)) if shuffle else range(len(samples))
         count = -(-len(samples) // images)
+        lengths: dict[str, int] = {}
         for n in range(count):
             path = destination / f"{part}-{n:05d}-of-{count:05d}.tar"
             chosen = [(*samples[i], keys[i]) for i in order[n * images : (n + 1) * images]]
             with writing(path, advice), atomic_path(path) as temporary:
                 _write(temporary, chosen)
             found.append(path)
+            lengths[path.name] = len(chosen)
             done += len(chosen)
             if progress is not None:
                 progress(done, total, path.name)
+        splits[part] = {
+            "name": part,
+            "filenames": list(lengths),
+            "shard_lengths": list(lengths.values()),
+            "num_samples": len(samples),
+        }
+    with writing(destination / INFO, advice), atomic_path(destination / INFO) as temporary:
+        temporary.write_text(json.dumps({"splits": splits}, indent=1) + "\n", encoding="utf-8")
     return found
 
 
 def _parts(folder: Path) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
     """Files and their classes, by part; names of the classes."""
-    names = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
-    parts: dict[str, list[tuple[str, int]]] = {}
-    classes: list[str] | None = None
-    for name in names or [""]:
-        read = class_folders(folder / name, classes)
-        classes = read.classes
-        for path, _ in read.samples:
-            if Path(path).suffix[1:].lower() not in IMAGES:
-                raise ValueError(
-                    f"{path} must be a .{', .'.join(IMAGES)} file for readers of shards; convert it"
-                )
-        parts[name or "images"] = read.samples
-    return parts, read.classes
+    folders = part_folders(folder) if folder.is_dir() else {"": folder}
+    found, classes = class_folders(folder, list(folders.values()))
+    for path, _ in (sample for samples in found for sample in samples):
+        if Path(path).suffix[1:].lower() not in IMAGES:
+            raise ValueError(
+                f"{path} must be a .{', .'.join(IMAGES)} file for readers of shards; convert it"
+            )
+    return {part or "images": samples for part, samples in zip(folders, found, strict=True)}, classes
 
 
 def _keys(samples: Sequence[tuple[str, int]], classes: Sequence[str]) -> list[str]:

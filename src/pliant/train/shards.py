@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import glob
 import io
+import json
 import os
 import re
 import tarfile
@@ -30,14 +31,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pliant.train.images import decoded
+from pliant.image_files import decoded
+from pliant.train.images import PARTS
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp")
 LABEL = "cls"
 CLASSES = "classes.txt"
-PARTS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
+INFO = "_info.json"  # as timm's reader of shards has it: names of the shards of each part, and their images
 _OPEN = 128  # files a process keeps open; the usual limit is 1024
 _BLOCK = 512  # bytes of a tar file's block
+_RECORD = 20 * _BLOCK  # to which most writers fill a tar file up with zeros
+# Bounds, so that a small file does not ask for gigabytes.
+_LONGEST_NAME = 4096  # bytes of a member's name
+_LONGEST_LABEL = 9  # digits
+_MOST_NUMBERS = 100_000  # classes that nothing names
 
 
 class DamagedShardError(ValueError):
@@ -53,12 +60,20 @@ class ShardImages:
             name of the member.
         labels: int64 [N].
         channels: channels that images are converted to: 1 (grey) or 3 (colour).
+        root: folder of the data, in which all shards lie.
     """
 
     def __init__(
-        self, shards: Sequence[Path], index: np.ndarray[Any, Any], labels: Tensor, channels: int = 3
+        self,
+        shards: Sequence[Path],
+        index: np.ndarray[Any, Any],
+        labels: Tensor,
+        channels: int = 3,
+        root: str = "",
     ) -> None:
         self.shards, self.index, self.labels, self.channels = tuple(shards), index, labels, channels
+        self.root = root
+        self._names = [os.path.relpath(shard, root or ".").replace(os.sep, "/") for shard in shards]
         self._files: dict[int, BinaryIO] = {}
         self._process = os.getpid()
 
@@ -71,7 +86,8 @@ class ShardImages:
 
     def subset(self, index: Tensor) -> ShardImages:
         """The images at `index`, in that order."""
-        return ShardImages(self.shards, self.index[index.numpy()], self.labels[index], self.channels)
+        places, labels = self.index[index.numpy()], self.labels[index]
+        return ShardImages(self.shards, places, labels, self.channels, self.root)
 
     def image(self, i: int) -> Image.Image:
         """Image `i`, decoded whole.
@@ -97,6 +113,11 @@ class ShardImages:
         shard, _, _, member = self.index[i]
         return f"{self.shards[int(shard)]}/{member.decode()}"
 
+    def name(self, i: int) -> str:
+        """Shard and member of image `i`, the shard as it lies in the folder of the data."""
+        shard, _, _, member = self.index[i]
+        return f"{self._names[int(shard)]}/{member.decode()}"
+
     def _file(self, shard: int) -> BinaryIO:
         if self._process != os.getpid():  # after a fork both processes would share the file's position
             self._files, self._process = {}, os.getpid()
@@ -110,9 +131,9 @@ class ShardImages:
 def find_shards(pattern: str) -> dict[str, list[Path]]:
     """The shards that a path names, by part: ``train``, ``val``, ``test``, or ``""``.
 
-    The part of a shard is the word ``train``, ``val`` (``validation``) or ``test`` in its name, or else
-    its folder's name. If no name has such a word, all shards are of part ``""``. Names that end in
-    ``-of-00128`` need all 128 shards.
+    The part of a shard is the word ``train``, ``val`` (``valid``, ``validation``) or ``test`` in its
+    name, or else its folder's name. If no name has such a word, all shards are of part ``""``. Names that
+    end in ``-of-00128`` need all 128 shards. A shard that links lead to is taken once.
 
     Args:
         pattern: a folder (its ``.tar`` files and those one level below), or a path with ``*``, ``?``,
@@ -132,8 +153,11 @@ def find_shards(pattern: str) -> dict[str, list[Path]]:
             f"path={pattern} names no shards; give a folder of .tar files, or their names with * or "
             f"{{000..127}} for many"
         )
-    parts: dict[str, list[Path]] = {}
+    once: dict[str, Path] = {}
     for path in found:
+        once.setdefault(os.path.realpath(path), path)
+    parts: dict[str, list[Path]] = {}
+    for path in once.values():
         parts.setdefault(_part(path), []).append(path)
     if "" in parts and len(parts) > 1:
         other = next(part for part in parts if part)
@@ -211,15 +235,29 @@ def index_shards(shards: Sequence[Path]) -> tuple[np.ndarray[Any, Any], Tensor]:
         A structured array [N] (``shard``, ``offset``, ``size``, ``member``), and int64 [N].
 
     Raises:
-        DamagedShardError: a shard is cut off, is no tar file, or is compressed.
+        DamagedShardError: a shard is cut off, is no tar file, is compressed, or has not as many images
+            as ``_info.json`` beside it says.
         ValueError: a sample lacks its image or its class, or the class is no number.
     """
+    expected = _expected(shards)
     places: list[tuple[int, int, int, bytes]] = []
     labels: list[int] = []
     for number, shard in enumerate(shards):
+        before = len(labels)
         for member, offset, size, label in _samples(shard):
-            places.append((number, offset, size, member.encode()))
+            name = member.encode()
+            if len(name) > _LONGEST_NAME:
+                raise ValueError(
+                    f"{shard} has a member with a name of {len(name)} bytes, {member[:20]}...; at most "
+                    f"{_LONGEST_NAME} are read"
+                )
+            places.append((number, offset, size, name))
             labels.append(label)
+        if (info := expected.get(shard)) and info[1] != len(labels) - before:
+            raise DamagedShardError(
+                f"shard {shard} has {len(labels) - before} images, and {info[0]} says {info[1]}; copy or "
+                f"write the shard again, or remove {INFO} if it is out of date"
+            )
     longest = max((len(place[3]) for place in places), default=1)
     kinds = [("shard", np.int32), ("offset", np.int64), ("size", np.int64), ("member", f"S{longest}")]
     return np.array(places, dtype=kinds), torch.tensor(labels, dtype=torch.long)
@@ -234,7 +272,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, int, int, int]]:
             for _, extension, member in members:
                 if extension == LABEL:
                     file.seek(member.offset_data)
-                    label = _label(f"{shard}/{member.name}", file.read(member.size))
+                    label = _label(f"{shard}/{member.name}", file.read(min(member.size, _BLOCK)))
                 elif extension in IMAGES:
                     image = member
             if image is None or label is None:
@@ -261,14 +299,19 @@ def _label(where: str, content: bytes) -> int:
     text = content.decode(errors="replace").strip()
     if not text.isdecimal():
         raise ValueError(f"{where} must hold the number of a class, from 0, not {text[:20]!r}")
+    if len(text) > _LONGEST_LABEL:
+        raise ValueError(
+            f"{where} must hold a number of at most {_LONGEST_LABEL} digits, not {text[:20]}..."
+        )
     return int(text)
 
 
 def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The members of a tar file that is whole.
 
-    `tarfile` reports no error where a file is cut off between members or a header is damaged, so the
-    mark at the end of the archive is checked too.
+    `tarfile` reports no error where a file is cut off between members or a header is damaged, and takes
+    any block of zeros for the end. So the end is checked too: two blocks of zeros, and after them at most
+    the zeros that fill the last record up.
     """
     last = "its beginning"
     try:
@@ -279,8 +322,10 @@ def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             last = member.name
     except (tarfile.TarError, EOFError) as error:
         raise DamagedShardError(_damaged(shard, last, str(error))) from error
+    size, whole = os.fstat(file.fileno()).st_size, archive.offset + 2 * _BLOCK
     file.seek(archive.offset)
-    if file.read(_BLOCK) != bytes(_BLOCK):
+    # Where more zeros follow than that, members were overwritten with zeros.
+    if size not in (whole, -(-whole // _RECORD) * _RECORD) or any(file.read()):
         raise DamagedShardError(_damaged(shard, last, "no end of archive follows"))
 
 
@@ -291,6 +336,24 @@ def _damaged(shard: Path, last: str, why: str) -> str:
     )
 
 
+def _expected(shards: Sequence[Path]) -> dict[Path, tuple[Path, int]]:
+    """The index that names a shard, and its number of images there, for shards that an index names."""
+    found = {}
+    for folder in dict.fromkeys(f for shard in shards for f in (shard.parent, shard.parent.parent)):
+        path = folder / INFO
+        if not path.is_file():
+            continue
+        try:
+            for part in json.loads(path.read_bytes()).get("splits", {}).values():
+                for name, count in zip(part["filenames"], part["shard_lengths"], strict=True):
+                    found[folder / name] = (path, int(count))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no index of shards ({error!r}); write it again, or remove it"
+            ) from error
+    return found
+
+
 def class_names(shards: Sequence[Path], count: int) -> list[str]:
     """Names of the classes: the lines of ``classes.txt`` beside the shards, else the numbers.
 
@@ -299,7 +362,7 @@ def class_names(shards: Sequence[Path], count: int) -> list[str]:
         count: number of classes in the labels.
 
     Raises:
-        ValueError: the file names fewer classes.
+        ValueError: the file names fewer classes; or there is none, and `count` is above 100,000.
     """
     for folder in (shards[0].parent, shards[0].parent.parent):
         path = folder / CLASSES
@@ -310,4 +373,9 @@ def class_names(shards: Sequence[Path], count: int) -> list[str]:
                     f"{path} names {len(names)} classes, but the shards have class {count - 1}"
                 )
             return names
+    if count > _MOST_NUMBERS:
+        raise ValueError(
+            f"shards such as {shards[0]} have class {count - 1}; without {CLASSES} beside them, which "
+            f"names the classes, at most {_MOST_NUMBERS} are read"
+        )
     return [str(n) for n in range(count)]
