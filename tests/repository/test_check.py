@@ -84,7 +84,7 @@ def test_ruff_doctests_and_tests_are_run_and_one_failure_tells(monkeypatch):
     name = str(path.relative_to(ROOT))
     assert ran[:2] == [["ruff", "check", name], ["ruff", "format", "--check", name]]
     assert ran[2][0] == "pytest"
-    assert ran[2][-2:] == [name, "tests/test_surgery.py"]
+    assert ran[2][-3:] == [name, "tests/test_surgery.py", "tests/test_surgery_identity.py"]
     assert len(ran) == 3
 
 

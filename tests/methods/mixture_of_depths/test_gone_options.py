@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import pliant
 from pliant import MixtureOfDepths
+from pliant._config import checksum
 from pliant.checkpoint import CheckpointError, read_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -66,7 +67,7 @@ def changed(folder, change):
     path = folder / "config.json"
     config = json.loads(path.read_text())
     change(config)
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps({**config, "config_sha256": checksum(config)}))
 
 
 def test_former_defaults_are_read_as_absent(tmp_path):
