@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import pliant
 from pliant import cli
 from pliant.methods.condconv.layers import CondConv2d, CondLinear, Router, SharedRouting
+from pliant.train.evaluation import prepare
 from research.analysis import expert_plots
 from research.analysis.expert_plots import (
     plot_mean_routing,
@@ -453,6 +454,7 @@ def test_the_command_writes_a_folder(tmp_path):
     assert {p.name for p in folder.iterdir()} == {WEIGHTS, ROWS, *FIGURES}
     found = RoutingWeights.load(folder / WEIGHTS)
     rows = list(csv.DictReader((folder / ROWS).open()))
+    images = prepare(tmp_path / "net", "digits", device="cpu").images
     assert len(rows) == 10 * 3
     for row, expected in zip(rows, found.rows(), strict=True):
         assert (row["layer"], row["name"], int(row["expert"])) == (
@@ -461,7 +463,7 @@ def test_the_command_writes_a_folder(tmp_path):
             expected.expert,
         )
         assert float(row["mean"]) == expected.mean
-        assert row["best_image"] == f"image {row['best_example']}"
+        assert row["best_image"] == images.where(int(row["best_example"]))
     assert "3 (4 images)" in (folder / "spread.svg").read_text()
     with pytest.raises(ValueError, match="no class 'ten'"):
         run(tmp_path / "net", *common, "--class", "ten", "--to", tmp_path / "to")
