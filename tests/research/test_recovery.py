@@ -96,7 +96,7 @@ def test_a_run_that_was_cut_off_gives_the_same_rows(plain, tmp_path, monkeypatch
 def test_an_adaptive_network_begins_as_the_plain_one_and_has_its_base_beside(plain, tmp_path):
     recipe = override(
         replace(TINY, model="resnet20_cifar_adn", weights=plain.folder, teacher="plain", epochs=1),
-        ["objective=specialize", "precision=bf16", "ema=0.9", "distill_args.features=1"],
+        ["objective=specialize", "ema=0.9", "distill_args.features=1"],
     )
     begin, end = recover(recipe, tmp_path, progress=False, control=False)
     assert begin.teacher == end.teacher == "logits + features"
