@@ -414,11 +414,6 @@ def is_residual(block: nn.Module) -> bool:
     return bool(added) and channels == out_channels and stride == 1
 
 
-def computes_mixtures(block: nn.Module) -> bool:
-    """Whether a block mixes its kernels for each example by itself, as timm's CondConv networks do."""
-    return isinstance(block, efficientnet.CondConvResidual)
-
-
 def declared_classifiers(model: nn.Module) -> list[object]:
     """What the networks in `model` say is their classifier, outermost first."""
     found = []

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -206,7 +206,8 @@ class FileBatches(Batches):
         from torch.utils.data import DataLoader
 
         recipe = self.recipe
-        samples = _Samples(self.images, recipe, self.mean, self.std, self.train, self.view)
+        shown = transform(self.images, recipe, self.mean, self.std, train=self.train, view=self.view)
+        samples = _Samples(self.images, recipe, self.train, shown)
         loader: DataLoader[Any] = DataLoader(
             samples,
             batch_sampler=([(self.epoch, i) for i in index.tolist()] for index in self.order()[first:]),
@@ -232,13 +233,10 @@ class _Samples(torch.utils.data.Dataset[Any]):
         self,
         images: ImageSet,
         recipe: Recipe,
-        mean: Sequence[float],
-        std: Sequence[float],
         train: bool,
-        view: Mapping[str, Any] | None = None,
+        shown: Callable[[Image.Image], Tensor],
     ) -> None:
-        self.images, self.recipe, self.train = images, recipe, train
-        self.transform = transform(images, recipe, mean, std, train=train, view=view)
+        self.images, self.recipe, self.train, self.shown = images, recipe, train, shown
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, list[str], str]:
         epoch, first = key
@@ -249,7 +247,7 @@ class _Samples(torch.utils.data.Dataset[Any]):
             try:
                 image = self.images.image(i)
                 with seeded(self.recipe.seed, epoch, "augment", i):
-                    return self.transform(image), int(self.images.labels[i]), bad, ""
+                    return self.shown(image), int(self.images.labels[i]), bad, ""
             except Exception as error:  # decoders raise anything for damaged files
                 where = self.images.where(i)
                 bad.append(where)

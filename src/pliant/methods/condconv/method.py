@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import timm.layers
 import torch
 from timm.layers import Conv2dSame
+from timm.models._efficientnet_blocks import CondConvResidual
 from torch import Tensor, nn
 
 from pliant import anatomy, outside
@@ -389,7 +390,7 @@ def _odd(block: nn.Module) -> str:
     """Why a block is not converted, though it may hold convolutions; or empty."""
     if isinstance(block, Block):
         return f"already another method's {type(block).__name__}"
-    if anatomy.computes_mixtures(block):
+    if isinstance(block, CondConvResidual):  # of timm's own CondConv networks
         return f"{anatomy.type_name(block)} mixes its kernels for each example already"
     return ""
 
