@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from pliant.measuring.rows import read_rows
+from pliant.measuring.rows import Measurement, read_rows
 from pliant.methods.mixture_of_depths.recipes import CONTROLS as MOD_CONTROLS
+from pliant.tables import WHY_UNDECIDED
 from research import quickstart as module
 from research.quickstart import BEGIN, END, quickstart
 
@@ -73,11 +75,23 @@ def test_page_has_table_curves_plots_and_selections(done):
         "What each costs and scores",
         "What is selected",
         "Which channels are selected",
-        "MoD tax",
         "threads",
         "commit",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(("spread", "said"), [(0.01, "MoD tax"), (0.5, WHY_UNDECIDED)])
+def test_a_finding_of_times_needs_times_that_decide(spread, said):
+    score = SimpleNamespace(test_accuracy=0.9, label="plain")
+    timed = {
+        "model": "resnet20_cifar_mod",
+        "against": "resnet20_cifar",
+        "time_ratio": 0.8,
+        "mac_ratio": 0.65,
+    }
+    row = Measurement(**timed, tax=0.1, tax_iqr=spread)
+    assert said in module._findings([score], [row])[-1]
 
 
 def test_readme_gets_the_table_between_its_marks(done):
