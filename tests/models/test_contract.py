@@ -407,7 +407,7 @@ def test_no_channel_is_dead_from_the_start(name):
 def test_a_training_step_reaches_every_parameter(name, kwargs):
     model, x = real(name, kwargs)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)  # at 0.1 routers saturate
     # Twice: timm starts a block's last norm at zero, so what is behind it learns from step 2.
     for _ in range(2):
         optimiser.zero_grad()
