@@ -95,6 +95,7 @@ class Part(nn.Module):
             changes its input in place.
         mixes: whether it mixes kernels of convolutions for each image, which a compiled ONNX file keeps in
             ONNX Runtime's own layout.
+        in_float: whether a file in 8-bit integers computes the part, and all that is in it, in float32.
         inplace: whether a fast form changes its input instead of a copy; `pliant.deploy.optimize`
             sets it where nobody else reads the input. None: it never does.
         operators: name of the Python module (`Operators`) with the native operators of its fast
@@ -111,6 +112,7 @@ class Part(nn.Module):
 
     switches: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    in_float: ClassVar[bool] = False
     operators: ClassVar[str] = ""
     inplace: bool | None = None
 

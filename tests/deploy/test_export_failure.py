@@ -35,7 +35,16 @@ TESTS = Path(__file__).resolve().parents[1]
         ("net.tflite", {}, r"net.tflite: the ending must be one of .pt2, .onnx, .xml"),
         ("net", {}, "the ending must be one of"),
         ("net.pt2", {"precision": "int8"}, "precision must be one of float32, float16, bfloat16 for .pt2"),
-        ("net.onnx", {"precision": "bfloat16"}, "precision must be one of float32, float16 for .onnx"),
+        (
+            "net.onnx",
+            {"precision": "bfloat16"},
+            "precision must be one of float32, float16, int8 for .onnx",
+        ),
+        (
+            "net.pt2",
+            {"calibrate": torch.zeros(2, 3, 16, 16)},
+            "calibrate is for precision='int8'; remove it",
+        ),
         ("net.xml", {"compiled": True}, "compiled=True is for .pt2 and .onnx files, not for .xml"),
         ("net.pt2", {"batches": ()}, "batches must hold"),
         ("net.pt2", {"batches": (0,)}, "batches must hold"),
@@ -227,11 +236,18 @@ def test_files_appear_together_or_not_at_all(tmp_path, monkeypatch, at):
 
 
 @pytest.mark.parametrize(
-    ("package", "ending", "extra"),
-    [("onnxruntime", ".onnx", "onnx"), ("onnxscript", ".onnx", "onnx"), ("openvino", ".xml", "openvino")],
+    ("package", "ending", "extra", "precision"),
+    [
+        ("onnxruntime", ".onnx", "onnx", "float32"),
+        ("onnxscript", ".onnx", "onnx", "float32"),
+        ("openvino", ".xml", "openvino", "float32"),
+        ("nncf", ".xml", "openvino", "int8"),
+    ],
 )
-def test_a_missing_extra_is_named_with_its_install_line(tmp_path, monkeypatch, package, ending, extra):
-    for name in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+def test_a_missing_extra_is_named_with_its_install_line(
+    tmp_path, monkeypatch, package, ending, extra, precision
+):
+    for name in ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf"):
         if name != package:
             monkeypatch.setitem(sys.modules, name, sys)  # is there, whatever it is
     monkeypatch.setitem(sys.modules, package, None)
@@ -239,7 +255,7 @@ def test_a_missing_extra_is_named_with_its_install_line(tmp_path, monkeypatch, p
     with pytest.raises(
         MissingExtraError, match=rf'needs {package}.*pip install "\.\[{extra}\]" in a checkout'
     ):
-        pliant.export(_export.plain(), tmp_path / f"net{ending}")
+        pliant.export(_export.plain(), tmp_path / f"net{ending}", precision=precision)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -31,7 +31,7 @@ def export(
         int | None, typer.Option(help="Images of each call; by default the file takes any number", min=1)
     ] = None,
     pixels: Pixels = None,
-    precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    precision: Annotated[str, typer.Option(help="float32, float16, bfloat16 or int8")] = "float32",
     takes: Annotated[
         str, typer.Option(help="Images that the file takes: normalised, float or uint8")
     ] = "normalised",
@@ -45,10 +45,25 @@ def export(
     portable: Annotated[
         bool, typer.Option(help="For .onnx: only operators that TensorRT's parser documents")
     ] = True,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help="With int8: folder of images, digits, cifar10:PATH, cifar100:PATH or shards:PATH; by "
+            "default the run's training images"
+        ),
+    ] = None,
+    calibrate_images: Annotated[
+        int, typer.Option(help="With int8: images to calibrate with, and to check with", min=1)
+    ] = 256,
     check_images: Annotated[
         Path | None, typer.Option(help="Folder of images for the check; by default digits")
     ] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Largest relative error of the check")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest relative error of the check; with int8 largest share of images with another top-1"
+        ),
+    ] = None,
 ) -> None:
     """Write a network as .pt2, .onnx or OpenVINO (.xml) file.
 
@@ -76,6 +91,11 @@ def export(
         "tolerance": tolerance,
         "example": _example(network, batch, pixels),
     }
+    if precision == "int8":
+        images = _calibration(model, network, calibrate)
+        options |= {"calibrate": images, "calibrate_images": calibrate_images}
+    elif calibrate is not None:
+        raise ValueError(f"--calibrate is for --precision int8; remove it for {precision}")
     if opset is not None:
         options["opset"] = opset
     if resize_from is not None:
@@ -126,6 +146,39 @@ def _example(network: Any, batch: int | None, pixels: int | None) -> Any:
         )
     channels, height, width = size
     return torch.zeros(batch or 1, channels, pixels or height, pixels or width)
+
+
+def _calibration(model: str, network: Any, given: str | None) -> Any:
+    """The images that `--calibrate` names, or those that the run `model` was trained on; None: neither."""
+    from pliant.outside import input_size
+    from pliant.train.data import load_data
+    from pliant.train.recipe import Recipe
+    from pliant.train.run import read_division, read_recipe, run_of
+
+    if given is None:
+        run = run_of(Path(model))
+        own = None if run is None else read_recipe(run)
+        return None if run is None or own is None else load_data(own, read_division(run)).train
+    if Path(given).is_dir():
+        return given
+    kind, _, place = given.partition(":")
+    if kind not in ("digits", "cifar10", "cifar100", "shards") or (kind == "digits") == bool(place):
+        raise ValueError(
+            f"--calibrate is {given!r}, which is no folder of images; give one, or digits, cifar10:PATH, "
+            f"cifar100:PATH or shards:PATH"
+        )
+    channels, *sides = input_size(network) or (3, 32, 32)
+    recipe = Recipe.from_dict(
+        {
+            "name": "calibrate",
+            "model": type(network).__name__,
+            "model_args": {"in_chans": channels},
+            "data": kind,
+            "path": place or None,
+            "pixels": max(sides),
+        }
+    )
+    return load_data(recipe).train
 
 
 def _size(text: str) -> tuple[int, int]:

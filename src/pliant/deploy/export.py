@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import timm
 import torch
@@ -18,17 +19,18 @@ from torch import Tensor, nn
 
 from pliant import outside
 from pliant._version import __version__
-from pliant.deploy import onnx_file, onnx_native, openvino_file, placing, program
+from pliant.deploy import int8, onnx_file, onnx_native, openvino_file, placing, program
+from pliant.deploy.calibration import Calibration, calibration, in_batches, in_whole_batches
 from pliant.deploy.extras import require
 from pliant.deploy.facts import PREPARATION, ExportReport, Facts, digest_of, report_path
 from pliant.deploy.folding import fold_norms
 from pliant.deploy.inputs import Preparation, Prepared, Takes
-from pliant.deploy.parity import TOLERANCE, ParityError, check_parity
+from pliant.deploy.parity import TOLERANCE, ParityError, check_agreement, check_parity
 from pliant.deploy.selections import Result, Run, rankings
 from pliant.parts import Part, Target, hooked, parts, replace_parts
 from pliant.surgery import conversions
 
-Precision = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
 Progress = Callable[[int, int, str], None]
 
 FORMATS: dict[str, Target] = {".pt2": "program", ".onnx": "onnx", ".xml": "openvino"}
@@ -39,9 +41,9 @@ PACKAGES: dict[Target, tuple[str, ...]] = {
     "openvino": ("onnx", "onnxscript", "openvino"),
 }
 PRECISIONS: dict[Target, tuple[Precision, ...]] = {
-    "program": get_args(Precision),
-    "onnx": ("float32", "float16"),
-    "openvino": ("float32", "float16"),
+    "program": ("float32", "float16", "bfloat16"),
+    "onnx": ("float32", "float16", "int8"),
+    "openvino": ("float32", "float16", "int8"),
 }
 
 
@@ -61,6 +63,8 @@ def export(
     compiled: bool = False,
     portable: bool = True,
     batches: Sequence[int] = (1, 2, 5),
+    calibrate: Calibration | None = None,
+    calibrate_images: int = 256,
     check_images: str | Path | None = None,
     tolerance: float | None = None,
     seed: int = 0,
@@ -73,6 +77,10 @@ def export(
     the channels that each ranking part (the selector of a Mixture-of-Depths block) selects. Only
     then it gets its name, and beside it a report, ``FILE.json`` (`pliant.deploy.facts.read_report`).
 
+    A file in 8-bit integers is another function than the network. It is compared by its answers to real
+    images, which did not calibrate it: the report has the share of them with the same best class. The
+    loss of accuracy is the difference of `pliant.evaluate` for the network and for the file.
+
     Args:
         model: a network, plain or converted, on any device; it stays as it is. Norms are folded
             into convolutions. An adaptive network is refused: choose a depth by `pliant.subnet`.
@@ -83,7 +91,9 @@ def export(
         dynamic_batch: the file takes any number of images; otherwise the example's.
         opset: ONNX opset of an ONNX file, and of the ONNX graph that an OpenVINO file is made from.
         precision: precision that the file computes in: ``float32``, ``float16``, or in a program
-            ``bfloat16``; compared with the network in float32.
+            ``bfloat16``; compared with the network in float32. ``int8``, in ``.onnx`` and ``.xml``: static
+            quantisation by ONNX Runtime and by NNCF; the selectors of Mixture-of-Depths blocks, and
+            conditional layers with their routers, stay in float32 (`pliant.parts.Part.in_float`).
         takes: images that the file takes: ``"normalised"`` ones, as the network does; ``"float"``
             in [0, 1] or ``"uint8"``, which the file normalises.
         image_size: height and width of the images, which the file then resizes to the
@@ -100,9 +110,18 @@ def export(
         portable: allow only what TensorRT's parser documents in the graph of an ``.onnx`` that is
             not compiled.
         batches: batch sizes to check at; a file of a fixed batch is checked at that alone.
-        check_images: folder of images to check with; by default scikit-learn's digits.
+        calibrate: images that the activations of an ``int8`` file get their ranges from, such as the file
+            will get: a folder of images, a set of images (`pliant.train.images.ImageSet`), or batches
+            [B, C, H, W], with or without labels, as the file takes them (`takes`, `image_size`). Of a
+            folder or set, images all over it are taken, resized to the file's size; of batches, the first
+            ones, so their classes should be mixed.
+        calibrate_images: images that set the ranges, at most; and images that are compared on.
+        check_images: folder of images to check with; by default scikit-learn's digits, for ``int8`` every
+            second image of `calibrate`.
         tolerance: largest relative error. By default 1e-4 in float32, 2e-2 in float16, 1e-1 in
-            bfloat16; four times what rounding alone moves the network by, where that is more.
+            bfloat16; four times what rounding alone moves the network by, where that is more. For ``int8``
+            the largest share of images that get another best class, and how far the mean cosine similarity
+            of the outputs may be below 1; by default 0.1.
         seed: seed of the random images.
         progress: called with steps done, steps in all, and what comes next: writing, then each check.
 
@@ -110,11 +129,12 @@ def export(
         `path`.
 
     Raises:
-        ParityError: a ``ValueError``: the file does not compute what the network does; has the
-            numbers. No file is left.
+        ParityError: a ``ValueError``: the file does not compute what the network does, or in ``int8``
+            does not answer as it does; has the numbers. No file is left.
         ValueError: an ending, precision or opset that there is not; an adaptive network; a
             selection that is drawn at random; an example that the network does not take; an
-            operator without a form in the format; a package that is missing
+            operator without a form in the format; no images to calibrate with, or images that set no
+            ranges; a package that is missing
             (`MissingExtraError`, with its install line); no compiler for what is compiled.
         OSError: the file cannot be written, or the disk is full; what stood there before still does.
 
@@ -143,6 +163,14 @@ def export(
         _stated(mean, config.get("mean"), size[0]),
         _stated(std, config.get("std"), size[0]),
     )
+    sizes = sorted(set(batches)) if dynamic_batch else [count]
+    folder = None if check_images is None else Path(check_images)
+    ranges: list[Tensor] = []
+    if quantised := precision == "int8":
+        setting, others = calibration(calibrate, preparation, calibrate_images, folder)
+        ranges = [*in_whole_batches(setting, sizes[0])]
+    elif calibrate is not None:
+        raise ValueError(f"calibrate is for precision='int8'; remove it for {precision}")
     # Of one image, torch.export would make a program for one image.
     images = preparation.random(2 if dynamic_batch else count, torch.Generator().manual_seed(seed))
     truth = Prepared(network, preparation).eval()
@@ -165,15 +193,16 @@ def export(
         opset=None if target == "program" else opset,
         compiled=compiled,
         machine=onnx_native.machine() if compiled and target == "onnx" else "",
-        versions=_versions(target),
+        versions=_versions(target, precision),
         preparation={name: config[name] for name in PREPARATION if config.get(name) is not None},
     )
-    sizes = sorted(set(batches)) if dynamic_batch else [count]
     generator = torch.Generator().manual_seed(seed + 1)
-    folder = None if check_images is None else Path(check_images)
-    checks = [
-        made for n in sizes for made in (preparation.random(n, generator), preparation.real(n, folder))
-    ]
+    if quantised:
+        checks = [*(in_batches(others, sizes) if dynamic_batch else in_whole_batches(others, count))]
+    else:
+        checks = [
+            made for n in sizes for made in (preparation.random(n, generator), preparation.real(n, folder))
+        ]
 
     def otherwise() -> nn.Module:  # in the file's precision, or in float64 if that is the network's own
         dtype = torch.float64 if precision == "float32" else getattr(torch, precision)
@@ -183,7 +212,7 @@ def export(
     tell = progress or (lambda _done, _total, _what: None)
     tell(0, steps, f"writing {path.name}")
     with placing.workshop(path, _weight(network, facts)) as place:
-        files, run, facts = _write(place / path.name, facts, network, preparation, images, portable)
+        files, run, facts = _write(place / path.name, facts, network, preparation, images, portable, ranges)
         done = iter(range(1, steps))
 
         def watched(images: Tensor) -> Result:
@@ -191,9 +220,13 @@ def export(
             return run(images)
 
         admitted = TOLERANCE[precision] if tolerance is None else tolerance
-        parity = check_parity(truth, watched, checks, admitted, otherwise, follow=tolerance is None)
+        if quantised:
+            parity = check_agreement(truth, watched, checks, admitted)
+        else:
+            parity = check_parity(truth, watched, checks, admitted, otherwise, follow=tolerance is None)
         if not parity.holds:
-            raise ParityError(f"{path} is not written: it is not the network: {parity}", parity)
+            what = "does not answer as the network does" if quantised else "is not the network"
+            raise ParityError(f"{path} is not written: it {what}: {parity}", parity)
         report = ExportReport(facts, parity, {file.name: digest_of(file) for file in files})
         files.append(report_path(place / path.name))
         files[-1].write_text(report.to_json(), encoding="utf-8")
@@ -216,8 +249,9 @@ def _target(path: Path, precision: str, opset: int, compiled: bool) -> Target:
         raise ValueError(f"compiled=True of an .onnx is for float32, not for {precision}")
     if target != "program":
         onnx_file.check_opset(opset)
-        for name in PACKAGES[target]:
-            require(name)
+        with onnx_file.quiet():  # some say what they miss
+            for name in _packages(target, precision):
+                require(name)
     return target
 
 
@@ -300,21 +334,33 @@ def _as_seen(preparation: Preparation, images: Tensor) -> Tensor:
 
 def _weight(network: nn.Module, facts: Facts) -> int:
     """Bytes that the weights take on the disk, at their most while the files are written."""
-    width = getattr(torch, facts.precision).itemsize
+    width = _dtype(facts.precision).itemsize
     tensors = (*network.parameters(), *network.buffers())
     once: int = sum(t.numel() * (width if t.is_floating_point() else t.itemsize) for t in tensors)
-    return once * 2 if facts.format == "openvino" or facts.machine else once  # by way of an ONNX file
+    by_way = facts.format == "openvino" or facts.machine or facts.precision == "int8"
+    return once * 2 if by_way else once  # by way of an ONNX file
+
+
+def _dtype(precision: str) -> torch.dtype:
+    """What the network is in when it is traced; an int8 file is made of one in float32."""
+    return torch.float32 if precision == "int8" else getattr(torch, precision)
 
 
 def _write(
-    path: Path, facts: Facts, network: nn.Module, preparation: Preparation, images: Tensor, portable: bool
+    path: Path,
+    facts: Facts,
+    network: nn.Module,
+    preparation: Preparation,
+    images: Tensor,
+    portable: bool,
+    ranges: list[Tensor],
 ) -> tuple[list[Path], Run, Facts]:
     """Write the files, the main one first; how they are run for the check, and their facts.
 
-    `images` are as the file takes them, two or more for an open batch; the network stays as it is.
+    `images` are as the file takes them, two or more for an open batch, and so are `ranges`, which set the
+    ranges in 8-bit integers; the network stays as it is.
     """
-    target = FORMATS[path.suffix]
-    dtype: torch.dtype = getattr(torch, facts.precision)
+    target, dtype, quantised = FORMATS[path.suffix], _dtype(facts.precision), facts.precision == "int8"
     shapes = ({0: torch.export.Dim("batch", min=1)},) if facts.batch is None else None
 
     def form(_path: str, part: Part) -> nn.Module:  # hooks of a user's run in the file too
@@ -324,6 +370,7 @@ def _write(
         network = fold_norms(network, _as_seen(preparation, images))
         native = onnx_native.take_parts(network) if target == "onnx" and facts.compiled else None
         ranking = list(rankings(network))
+        in_float = [place for place, part in parts(network).items() if part.in_float]
         formed = replace_parts(network.to(dtype), form)
         prepared = Prepared(formed, preparation, dtype).eval().requires_grad_(False)
         try:
@@ -338,9 +385,10 @@ def _write(
         return [path], program.runner(path, ranking, facts.compiled), facts
     assert facts.opset is not None
     places = () if native is None else native.operators
-    graph = onnx_file.build(made, facts.outputs, facts.opset, ranking, places)
+    note = partial(int8.mark, in_float=in_float) if quantised else None
+    graph = onnx_file.build(made, facts.outputs, facts.opset, ranking, places, note)
     if target == "onnx":
-        onnx_file.leave_unpacked(graph)
+        onnx_file.leave_unpacked(graph, prefix=int8.FLOAT if quantised else "")
     if native is not None:
         if native.library is not None:
             facts = replace(facts, library_sha256=digest_of(native.library))
@@ -349,12 +397,23 @@ def _write(
     if target == "onnx":
         if portable:
             onnx_file.check_portable(graph)
-        return onnx_file.write(graph, path, facts), onnx_file.runner(path, ranking), facts
-    between = path.with_suffix(".onnx")
-    onnx_file.write(graph, between, None)
-    return openvino_file.write(between, path, facts), openvino_file.runner(path, ranking), facts
+        if not quantised:
+            return onnx_file.write(graph, path, facts), onnx_file.runner(path, ranking), facts
+    between = path.with_name(f"float32-{path.stem}.onnx")
+    written = onnx_file.write(graph, between, facts)
+    if target == "onnx":
+        files = int8.quantise(between, path, ranges, external=len(written) > 1)
+        return files, onnx_file.runner(path, ranking), facts
+    change = partial(int8.quantise_openvino, images=ranges) if quantised else None
+    return openvino_file.write(between, path, facts, change), openvino_file.runner(path, ranking), facts
 
 
-def _versions(target: Target) -> dict[str, str]:
+def _packages(target: Target, precision: str) -> tuple[str, ...]:
+    """What has to be installed to write a file."""
+    quantiser = ("nncf",) if target == "openvino" and precision == "int8" else ()
+    return (*PACKAGES[target], *quantiser)
+
+
+def _versions(target: Target, precision: str) -> dict[str, str]:
     found = {"pliant": __version__, "torch": str(torch.__version__), "timm": timm.__version__}
-    return {**found, **{name: str(require(name).__version__) for name in PACKAGES[target]}}
+    return {**found, **{name: str(require(name).__version__) for name in _packages(target, precision)}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from types import ModuleType
 
 EXTRA_OF = {
@@ -11,6 +12,7 @@ EXTRA_OF = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "openvino": "openvino",
+    "nncf": "openvino",
 }
 
 
@@ -29,7 +31,7 @@ class MissingExtraError(ImportError, ValueError):
 
 
 def require(name: str) -> ModuleType:
-    """The optional package `name`.
+    """The optional package `name`; NNCF sends no record of its use, unless it was imported before.
 
     Raises:
         MissingExtraError: an ``ImportError`` and ``ValueError``: it cannot be imported.
@@ -38,7 +40,9 @@ def require(name: str) -> ModuleType:
         >>> require("onnx").__name__  # doctest: +SKIP
         'onnx'
     """
+    before = os.environ.get("NNCF_CI")
     try:
+        os.environ["NNCF_CI"] = "1"  # NNCF looks at it once, when it is imported
         return importlib.import_module(name)
     except ImportError as error:
         if importlib.util.find_spec(name) is not None:  # it is there, and something else is wrong
@@ -46,6 +50,11 @@ def require(name: str) -> ModuleType:
         raise MissingExtraError(
             f"this needs {name}, which is not installed: {install_line(name)}"
         ) from error
+    finally:
+        if before is None:
+            del os.environ["NNCF_CI"]
+        else:
+            os.environ["NNCF_CI"] = before
 
 
 def onnx_runtime() -> ModuleType:

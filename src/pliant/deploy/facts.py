@@ -38,7 +38,7 @@ class Facts:
         std: by which they are then divided.
         classes: their names; None: not known.
         outputs: names of the outputs.
-        precision: of weights and computation: ``float32``, ``float16`` or ``bfloat16``.
+        precision: of weights and computation: ``float32``, ``float16``, ``bfloat16`` or ``int8``.
         opset: of an ONNX file, or of the one that an OpenVINO file was made from.
         compiled: the file holds machine code for the kind of machine it was made on.
         machine: that machine, where the file is tied to it more than by its code: of a compiled

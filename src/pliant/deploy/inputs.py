@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from pliant.image_files import SUFFIXES, decoded
 
 Takes = Literal["normalised", "float", "uint8"]
 Size = tuple[int, int, int]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,16 @@ class Preparation:
 
         Args:
             count: how many; where there are fewer, they are repeated.
-            folder: of image files; None: scikit-learn's digits.
+            folder: of image files, of which some all over the folder are read; None: scikit-learn's digits.
 
         Raises:
             ValueError: the folder holds no image, or a damaged one.
         """
         images = _digits(count, self.size) if folder is None else _read(folder, count, self.size)
-        images = images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
+        return self.taken(images.repeat(-(-count // len(images)), 1, 1, 1)[:count])
+
+    def taken(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] of values in [0, 1], as the file takes them."""
         if self.takes == "uint8":
             return (images * 255).round().to(torch.uint8)
         if self.takes == "float" or self.mean is None or self.std is None:
@@ -155,24 +160,49 @@ def _digits(count: int, size: Size) -> Tensor:
 
 
 def _read(folder: Path, count: int, size: Size) -> Tensor:
-    """The first images of a folder and those below it, in [0, 1], resized: [count, C, H, W]."""
-    from PIL.Image import Resampling
-    from torchvision.transforms.functional import to_tensor
+    files = spread(image_files(folder, "to check with"), count)
+    return torch.stack([read_image(file, size, "to check with") for file in files])
 
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` items all over a sequence, or all if there are fewer: sorted files stand class by class.
+
+    Example:
+        >>> spread(range(10), 3), spread("ab", 3)
+        ([0, 3, 6], ['a', 'b'])
+    """
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else list(items)
+
+
+def image_files(folder: Path, purpose: str) -> list[Path]:
+    """The image files of a folder and those below it, sorted.
+
+    Raises:
+        ValueError: it is no folder, or holds no image; says for which `purpose`.
+    """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder of images to check with")
+        raise ValueError(f"{folder} is no folder of images {purpose}")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
-        raise ValueError(f"{folder} holds no image to check with ({', '.join(SUFFIXES)})")
-    images = []
-    for file in files[:count]:
-        try:
-            image = decoded(file, 1 if size[0] == 1 else 3)
-        except Exception as error:  # decoders raise anything for damaged files
-            raise ValueError(
-                f"{file}, an image to check with, cannot be read: {error}; remove it"
-            ) from error
-        pixels = to_tensor(image.resize((size[2], size[1]), Resampling.BILINEAR))
-        # Networks of other than 1 or 3 channels get these in turn.
-        images.append(pixels[torch.arange(size[0]) % len(pixels)])
-    return torch.stack(images)
+        raise ValueError(f"{folder} holds no image {purpose} ({', '.join(SUFFIXES)})")
+    return files
+
+
+def read_image(file: Path, size: Size, purpose: str) -> Tensor:
+    """An image file in [0, 1], resized: [C, H, W].
+
+    Raises:
+        ValueError: it is damaged; names it, and its `purpose`.
+    """
+    try:
+        return pixels_of(decoded(file, 1 if size[0] == 1 else 3), size)
+    except Exception as error:  # decoders raise anything for damaged files
+        raise ValueError(f"{file}, an image {purpose}, cannot be read: {error}; remove it") from error
+
+
+def pixels_of(image: Image.Image, size: Size) -> Tensor:
+    """An image in [0, 1], resized: [C, H, W]. Networks of other than 1 or 3 channels get these in turn."""
+    from torchvision.transforms.functional import to_tensor
+
+    pixels: Tensor = to_tensor(image.resize((size[2], size[1]), Image.Resampling.BILINEAR))
+    return pixels[torch.arange(size[0]) % len(pixels)]

@@ -66,6 +66,7 @@ def build(
     opset: int,
     ranking: list[str],
     places: Collection[str] = (),
+    note: Callable[[ir.Model], None] | None = None,
 ) -> ir.Model:
     """The ONNX graph of a program.
 
@@ -75,6 +76,7 @@ def build(
         opset: version of the operators.
         ranking: paths of the parts that rank, to name their tensors.
         places: paths of modules that are a pool, and in the graph a node of their name.
+        note: notes in the graph what is told by the modules of its nodes (`scopes`), which then go.
 
     Raises:
         ValueError: an operator of the program has no ONNX form, or not in this opset.
@@ -108,6 +110,8 @@ def build(
     _name_places(model, places)
     _simplify(model)
     _name_batch(model)
+    if note is not None:
+        note(model)
     _strip(model)
     if opset < written:
         opsets.lower(model, opset)
@@ -137,7 +141,6 @@ def write(model: ir.Model, path: Path, facts: Facts | None) -> list[Path]:
     Raises:
         ValueError: ONNX's checker refuses the graph.
     """
-    import onnx
     import onnx_ir as ir
 
     if facts is not None:
@@ -147,11 +150,22 @@ def write(model: ir.Model, path: Path, facts: Facts | None) -> list[Path]:
     size = sum(value.nbytes for value in values if value is not None)
     data = f"{path.name}.data" if size > LARGEST_FILE else None
     ir.save(model, path, external_data=data)
+    check(path)
+    return [path] if data is None else [path, path.with_name(data)]
+
+
+def check(path: Path) -> None:
+    """Have a file checked by ONNX's own checker.
+
+    Raises:
+        ValueError: it refuses the graph.
+    """
+    import onnx
+
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ValueError(f"ONNX's checker refuses the graph: {error}") from error
-    return [path] if data is None else [path, path.with_name(data)]
 
 
 def facts_of(path: str | Path) -> Facts:
@@ -292,9 +306,9 @@ def _name_selections(model: ir.Model, ranking: list[str]) -> None:
     for node in model.graph:
         if node.op_type != "TopK":
             continue
-        scopes = _scopes(node)
+        around = scopes(node)
         for path in ranking:
-            if f"network.{path}" in scopes:
+            if f"network.{path}" in around:
                 logits, index = selection_names(path)
                 seen = node.inputs[0]
                 assert seen is not None
@@ -309,14 +323,14 @@ def _name_places(model: ir.Model, places: Collection[str]) -> None:
     """Name the nodes of modules that are a pool, and their outputs, after these modules."""
     for node in model.graph:
         if node.op_type == "MaxPool":
-            scopes = _scopes(node)
+            around = scopes(node)
             for place in places:
-                if f"network.{place}" in scopes:
+                if f"network.{place}" in around:
                     node.name = node.outputs[0].name = place
 
 
-def _scopes(node: ir.Node) -> list[str]:
-    """Paths of the modules around a node."""
+def scopes(node: ir.Node) -> list[str]:
+    """Paths of the modules around a node, as the exporter noted them."""
     text = node.metadata_props.get(_SCOPES, "[]")
     return [str(scope) for scope in json.loads(text.replace("'", '"'))]
 
@@ -358,12 +372,14 @@ def _as_global_pool(node: ir.Node) -> None:
         return
     if sorted(int(a) % 4 for a in axes.numpy().reshape(-1)) != [2, 3]:
         return
-    pool = ir.node("GlobalAveragePool", [x], name=f"{node.name}_pool")
+    notes = dict(node.metadata_props)
+    pool = ir.node("GlobalAveragePool", [x], name=f"{node.name}_pool", metadata_props=notes)
     new, last = [pool], pool
     pool.outputs[0].type = y.type
     pool.outputs[0].shape = ir.Shape([x.shape[0], x.shape[1], 1, 1])
     if not node.attributes.get_int("keepdims", 1):
-        last = ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=f"{node.name}_flatten")
+        name = f"{node.name}_flatten"
+        last = ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=name, metadata_props=notes)
         last.outputs[0].type, last.outputs[0].shape = y.type, y.shape
         new.append(last)
     assert node.graph is not None
@@ -388,20 +404,22 @@ def _reshape_plainly(model: ir.Model, node: ir.Node) -> None:
     node.attributes.pop("allowzero", None)
 
 
-def leave_unpacked(model: ir.Model) -> None:
+def leave_unpacked(model: ir.Model, prefix: str = "") -> None:
     """Keep ONNX Runtime from packing large matrices of which a product uses each value once an image.
 
     It packs every constant on the right of a product, which pays where rows are many. For one row, a
     packed matrix takes 1.7 times as long to read as one left as it is; for many, it is packed on the
     way. So such a matrix passes a reshape to its own sizes, which the batch's size keeps from being a
     constant. Matrices count that are 4 times as long as wide, or more: experts' kernels side by side.
+
+    Only products are looked at whose names begin with `prefix`.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
     same = None
     for node in list(model.graph):
-        if node.op_type not in ("MatMul", "Gemm"):
+        if node.op_type not in ("MatMul", "Gemm") or not str(node.name).startswith(prefix):
             continue
         rows, matrix = node.inputs[:2]
         assert rows is not None

@@ -24,10 +24,21 @@ from pliant.deploy.selections import Result, Run, told_beside
 SECTION = "pliant"  # of the file's run-time information
 
 
-def write(onnx_path: Path, path: Path, facts: Facts) -> list[Path]:
-    """Convert an ONNX file, and write it with its facts: ``.xml`` and ``.bin``."""
+def write(
+    onnx_path: Path, path: Path, facts: Facts, change: Callable[[Any], Any] | None = None
+) -> list[Path]:
+    """Convert an ONNX file, and write it with its facts: ``.xml`` and ``.bin``.
+
+    Args:
+        onnx_path: the ONNX file.
+        path: the ``.xml``.
+        facts: what the file says of itself.
+        change: makes another model of OpenVINO's of the converted one.
+    """
     openvino = require("openvino")
     model = openvino.convert_model(str(onnx_path))
+    if change is not None:
+        model = change(model)
     for key, value in facts.to_metadata().items():
         model.set_rt_info(value, [SECTION, key.removeprefix("pliant.")])
     openvino.save_model(model, str(path), compress_to_fp16=False)

@@ -11,6 +11,10 @@ A file of machine code does not tell what it selected. Its outputs alone are com
 whose outputs differ must be a *tie*: two channels whose ranks matter have scores that are no
 further apart than scores are off. Ties are counted, and most images must be none.
 
+A file in 8-bit integers rounds coarsely, so it is another function than the network, by design. What is
+asked of it is that it answers alike: the same best class for most images, and outputs of the same
+direction (`check_agreement`).
+
 Shapes: as in `pliant.deploy.selections`; outputs [B, ...], of classes [B, N].
 """
 
@@ -23,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from pliant.deploy.selections import (
     Result,
@@ -35,7 +40,7 @@ from pliant.deploy.selections import (
     run_eager,
 )
 
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 1e-1}
 # How much of its own rounding error a file may have: both it and the network are that far from the truth,
 # and engines add in other orders.
 OWN = 4
@@ -49,7 +54,9 @@ class Parity:
     Attributes:
         batches: sizes that were run, each on random and on real images.
         images: that were compared.
-        tolerance: largest error that is admitted, relative; `OWN` times `own_error` where that is more.
+        tolerance: largest error that is admitted, relative; `OWN` times `own_error` where that is more. Of
+            a file in 8-bit integers the largest share of images with another best class, and how far
+            `cosine` may be below 1.
         max_abs_error: largest error of an output, absolute.
         max_rel_error: largest error of an output over the largest absolute value of that
             image's output.
@@ -66,6 +73,10 @@ class Parity:
             and the top-1 are those of all other images.
         own_error: how far rounding alone moves the network, relative: float32 from float64, or half
             precision from float32. 0: not measured, because the file is as near as it should be.
+        cosine: cosine similarity of a file's outputs in 8-bit integers with the network's, mean over the
+            images; None: the file computes in floating-point numbers.
+        top1_agreement: share of images with the same best class, in such a file; None: not such a file, or
+            no output of it is of classes.
     """
 
     batches: tuple[int, ...]
@@ -83,10 +94,15 @@ class Parity:
     unexplained: int = 0
     ties: int = 0
     own_error: float = 0.0
+    cosine: float | None = None
+    top1_agreement: float | None = None
 
     @property
     def holds(self) -> bool:
-        """Whether the file computes what the network does."""
+        """Whether the file computes what the network does; in 8-bit integers, whether it answers alike."""
+        if self.cosine is not None:
+            alike = self.top1_agreement is None or 1 - self.top1_agreement <= self.tolerance
+            return alike and 1 - self.cosine <= self.tolerance
         return (
             self.max_rel_error <= self.tolerance
             and (self.score_error <= self.tolerance or not self.told)
@@ -96,6 +112,14 @@ class Parity:
         )
 
     def __str__(self) -> str:
+        if self.cosine is not None:
+            same = ""
+            if self.top1_agreement is not None:
+                same = f"the same top-1 for {self.top1_agreement:.1%} (needed: {1 - self.tolerance:.0%}), "
+            return (
+                f"{self.images} images in 8-bit integers: {same}cosine similarity of the outputs "
+                f"{self.cosine:.4f} (needed: {1 - self.tolerance:.4g})"
+            )
         own = f", {OWN} times what rounding alone moves the network by, {self.own_error:.1e}"
         why = own if self.own_error else ""
         text = (
@@ -192,8 +216,7 @@ def _compare(
     for images in batches:
         found = run(images)
         expected = run_eager(network, images, _as_told(found))
-        if not all(bool(y.isfinite().all()) for y in expected.outputs):
-            raise ValueError("the network's own outputs are not finite, so no file can be compared")
+        _check_finite(expected.outputs)
         wanted, seen = expected.outputs, found.outputs
         if found.selections is not None:
             _compare_selections(network, expected, found, tally, tolerance)
@@ -204,6 +227,37 @@ def _compare(
         tally.images += len(images)
         _compare_outputs(wanted, seen, tally)
     return Parity(tuple(sorted({len(images) for images in batches})), tolerance=tolerance, **vars(tally))
+
+
+def check_agreement(network: nn.Module, run: Run, batches: list[Tensor], tolerance: float) -> Parity:
+    """Compare a file in 8-bit integers with the network, by their answers to real images.
+
+    Args:
+        network: in evaluation mode, in float32; the truth.
+        run: runs the file.
+        batches: images [B, C, H, W] that were not used to calibrate it.
+        tolerance: largest share of images with another best class; least cosine similarity below 1.
+
+    Raises:
+        ValueError: the network's own outputs are not finite.
+    """
+    tally, cosines, classes = _Tally(), [], 0
+    for images in batches:
+        wanted, seen = run_eager(network, images).outputs, run(images).outputs
+        _check_finite(wanted)
+        _compare_outputs(wanted, seen, tally)
+        cosines += [
+            cosine_similarity(a.flatten(1), b.flatten(1)) for a, b in zip(wanted, seen, strict=True)
+        ]
+        tally.images += len(images)
+        classes += sum(len(y) for y in wanted if _of_classes(y))
+    return Parity(
+        tuple(sorted({len(images) for images in batches})),
+        tolerance=tolerance,
+        **vars(tally),
+        cosine=float(torch.cat(cosines).mean()),
+        top1_agreement=1 - tally.top1_differs / classes if classes else None,
+    )
 
 
 def _as_told(found: Result) -> Callable[[str, Tensor], Tensor] | None:
@@ -326,12 +380,22 @@ def _compare_outputs(wanted: tuple[Tensor, ...], found: tuple[Tensor, ...], tall
     for (absolute, relative), true, seen in zip(errors(wanted, found), wanted, found, strict=True):
         tally.max_abs_error = max([tally.max_abs_error, *_numbers(absolute)])
         tally.max_rel_error = max([tally.max_rel_error, *_numbers(relative)])
-        if true.dim() == 2 and true.shape[1] > 1:
+        if _of_classes(true):
             differs = true.argmax(1) != seen.argmax(1)
             best = true.topk(2, dim=1).values
             taken = true.gather(1, seen.argmax(1, keepdim=True))[:, 0]
             tally.top1_differs += int(differs.sum())
             tally.top1_ties += int((differs & (best[:, 0] - taken <= 2 * absolute)).sum())
+
+
+def _of_classes(output: Tensor) -> bool:
+    """Whether an output may be scores of classes, [B, N]."""
+    return output.dim() == 2 and output.shape[1] > 1
+
+
+def _check_finite(outputs: tuple[Tensor, ...]) -> None:
+    if not all(bool(y.isfinite().all()) for y in outputs):
+        raise ValueError("the network's own outputs are not finite, so no file can be compared")
 
 
 def _numbers(values: Tensor) -> list[float]:

@@ -5,6 +5,7 @@ Shapes: images [B, C, H, W].
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -54,10 +55,7 @@ class ONNXEngine(FileEngine):
             raise ValueError(f"{self.name} has no native form in {precision}")
         network, images = evaluated(model, "float32"), example.float().contiguous()
         path = folder / "network.onnx"
-        if precision != "int8":
-            return _write(network, images, path, optimized, native)
-        source = _write(network, images, folder / "float32.onnx", optimized)
-        return quantise(source, path, random_images(images))
+        return _write(network, images, path, optimized, native, precision == "int8")
 
     def load(
         self, path: Path, example: Tensor, *, precision: str = "float32", threads: int | None = None
@@ -79,25 +77,32 @@ class ONNXEngine(FileEngine):
         """A function that runs the file on images such as `example`."""
 
 
-def _write(model: nn.Module, example: Tensor, path: Path, optimized: bool, compiled: bool = False) -> Path:
+def _write(
+    model: nn.Module, example: Tensor, path: Path, optimized: bool, compiled: bool, quantised: bool
+) -> Path:
     """Write a network as ONNX file for any batch.
 
     A network with parts that have an export form goes as it is through PyTorch's exporter, unless
-    that form is asked for; that, and every other network, is what `export` writes.
+    that form is asked for; that, and every other network, is what `export` writes. In 8-bit integers the
+    ranges are those of random images, and any answers will do: the file is only timed.
     """
     formed = any(part.export_form("onnx", None) is not part for part in parts(model).values())
     if optimized or compiled or not formed:
-        return export(model, path, example, batches=(1,), compiled=compiled)
+        how: dict[str, Any] = {"compiled": compiled}
+        if quantised:
+            how = {"precision": "int8", "calibrate": random_images(example), "tolerance": math.inf}
+        return export(model, path, example, batches=(1,), **how)
+    written = path.with_name("float32.onnx") if quantised else path
     images = example[:1].repeat(2, 1, 1, 1)  # of one image it would make a file for one image
     batch: Any = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         torch.onnx.export(
             model,
             (images,),
-            str(path),
+            str(written),
             dynamo=True,
             dynamic_shapes=({0: batch},),
             input_names=[INPUT],
             verbose=False,
         )
-    return path
+    return quantise(written, path, random_images(example))[0] if quantised else path

@@ -32,6 +32,8 @@ class CondConvBlock(Block):
         passes_on: thread the routing to the blocks that follow.
     """
 
+    in_float = True  # as its layers, whose kernels an exported block mixes
+
     def __init__(
         self,
         block: nn.Module,

@@ -158,6 +158,7 @@ class _Conditional(Part):
 
     bias: Tensor | None
     mixes = True
+    in_float = True  # neither a routing nor a kernel that is mixed anew has one range for all images
     _kernels: tuple[int, ...]  # shape of all experts' kernels
 
     def __init__(

@@ -50,6 +50,8 @@ class ChannelSelector(Part):
         (torch.Size([3, 2]), torch.Size([3, 2]))
     """
 
+    in_float = True  # 256 values are too few to rank channels by
+
     def __init__(self, channels: int, k: int, hidden: int, order: Order = "score") -> None:
         super().__init__()
         self.k, self.order = k, order
