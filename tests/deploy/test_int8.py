@@ -118,11 +118,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     return model, exported(model, tmp_path_factory.mktemp("plain") / "net.onnx")
 
 
-def tiny(width: int = 8) -> nn.Module:
+def tiny(width: int = 8, classes: int = 5) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)
-    )
+    head = nn.Linear(width, classes)
+    model = nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
     model.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,), "std": (0.25,)}
     return model
 
@@ -220,6 +219,18 @@ def test_the_preparation_of_images_stays_in_float(tmp_path):
     first = [node.op_type for node in onnx.load(str(path)).graph.node if node.name.startswith(FLOAT)]
     assert {"Cast", "Resize", "Mul", "Add"} <= set(first)
     assert open_export(path)(x[:3]).shape == (3, 5)
+
+
+@needs_onnx_runtime
+def test_a_file_in_int8_is_scored_and_timed_itself(tmp_path):
+    model = tiny(classes=10)
+    path = exported(model, tmp_path / "net.onnx", calibrate=_export.images(8, 8))
+    file, network = pliant.evaluate(path), pliant.evaluate(model, pixels=8)
+    assert file.images == network.images == 540
+    assert abs(file.loss - network.loss) < 0.1
+    assert file.loss != network.loss
+    (row,) = measure(str(path), rounds=1, min_run_time=0, threads=1)
+    assert (row.engine, row.dtype, row.error) == ("onnxruntime", "int8", "")
 
 
 @needs_onnx_runtime
