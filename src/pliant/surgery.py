@@ -225,13 +225,33 @@ def convert(model: Network, *methods: Method, inplace: bool = False) -> Network:
         18105949
     """
     _check_methods(methods)
-    rehearsal = skeleton(model)
-    for method in methods:
-        _apply(rehearsal, method)
+    convert_new(skeleton(model), *methods)  # a rehearsal
     network = model if inplace else copied(model)
-    for method in methods:
-        _apply(network, method)
+    convert_new(network, *methods)
     return network
+
+
+def convert_new(model: nn.Module, *methods: Method) -> None:
+    """Convert a network that nobody else holds yet, in place and without a rehearsal.
+
+    An error may leave the network half converted.
+
+    Args:
+        model: as for `convert`.
+        methods: as for `convert`.
+
+    Raises:
+        ValueError: as `plan`.
+
+    Example:
+        >>> import timm, pliant
+        >>> network = timm.create_model("resnet50")
+        >>> convert_new(network, pliant.MixtureOfDepths(c=64))
+        >>> sum(p.numel() for p in network.parameters())
+        18105949
+    """
+    for method in methods:
+        _apply(model, method)
 
 
 def mark_named(model: nn.Module) -> None:
