@@ -36,15 +36,15 @@ class Kill(Callback):
             kill()
 
 
-def kill_in(method, start, times):
-    """Die in a method of `Path` when a name that starts so comes for the n-th time.
+def kill_in(method, name, times):
+    """Die in a method of `Path` when the temporary file of that name comes for the n-th time.
 
     ``write_bytes`` and ``write_text`` have written the half by then, ``replace`` nothing.
     """
     real, seen = getattr(Path, method), count(1)
 
     def fatal(self, value, *args, **options):
-        if self.name.startswith(start) and next(seen) == times:
+        if self.parent.name.startswith(f".{name}.") and next(seen) == times:
             if method != "replace":
                 real(self, value[: len(value) // 2], *args, **options)
             kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import stat
 
 import pytest
@@ -11,7 +12,8 @@ import timm
 
 import _export
 import pliant
-from pliant._files import atomic_path
+from pliant._files import atomic_path, leftovers
+from pliant.deploy.placing import workshop
 from pliant.measuring.rows import Measurement, write_rows
 
 
@@ -76,3 +78,45 @@ def test_what_fails_leaves_what_stood_there(tmp_path):
     with pytest.raises(csv.Error):
         fail()
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.csv", "old")]
+
+
+def killed_write(path):
+    """Write in a process that is killed when it has written a half."""
+    child = os.fork()
+    if not child:
+        try:
+            with atomic_path(path) as temporary:
+                temporary.write_text("half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_what_killed_writers_left_goes_with_the_next_and_what_others_write_stays(tmp_path):
+    path = tmp_path / "a.csv"
+    killed_write(path)
+    killed_write(tmp_path / "a.csv.json")
+    assert [p.read_text() for p in tmp_path.rglob("a.csv*")] == ["half"] * 2
+    with atomic_path(path) as living:
+        living.write_text("older")
+        with atomic_path(path) as temporary:
+            temporary.write_text("whole")
+        assert path.read_text() == "whole"
+        assert leftovers(path) == [living.parent]
+    assert path.read_text() == "older"
+    assert leftovers(path) == []
+    assert len(leftovers(tmp_path / "a.csv.json")) == 1  # until that is written
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_so_it_is_with_exports(tmp_path):
+    path = tmp_path / "net.pt2"
+    killed_write(path)
+    with workshop(path) as living:
+        (living / "net.pt2").write_text("half")
+        with workshop(path):
+            assert len(leftovers(path)) == 3
+        assert leftovers(path) == [living]
+    assert list(tmp_path.iterdir()) == []

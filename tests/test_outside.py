@@ -32,7 +32,10 @@ from pliant.outside import classifier, input_size, outside_blocks, stem_and_head
 def test_input_size(name, kwargs, size):
     if not timm.is_model(name):
         pytest.skip(f"this timm has no {name}")
-    assert input_size(meta(name, **kwargs)) == size
+    model = meta(name, **kwargs)
+    if name == "tresnet_m" and not hasattr(model, "in_chans"):
+        pytest.skip(f"TResNet of timm {timm.__version__} does not say how many channels its images have")
+    assert input_size(model) == size
 
 
 def test_input_size_of_a_stem_put_in_by_hand():

@@ -172,6 +172,19 @@ def test_reentrant_checkpointing_is_a_clear_error():
         network.train()(torch.randn(2, 3, 16, 16)).sum().backward()
 
 
+def test_backward_hooks_on_layers_leave_a_routing_and_those_on_blocks_are_a_clear_error():
+    base = timm.create_model("resnet20_cifar", layers=(1, 1, 2))
+    network = convert(base, CondConv(experts=2, routing="single", begin=2)).train()
+    x = torch.randn(2, 3, 16, 16)
+    ran = []
+    network.layer3[1].block.conv2.register_full_backward_hook(lambda *_: ran.append("conv2"))
+    network(x).sum().backward()
+    assert ran == ["conv2"]
+    network.layer3[0].register_full_backward_hook(lambda *_: ran.append("block"))
+    with pytest.raises(RuntimeError, match=r"no routing came .*full backward hooks on blocks do too"):
+        network(x)
+
+
 # --- into a block ----------------------------------------------------------------------------------
 
 
@@ -268,6 +281,28 @@ def test_hooks_run_as_they_do_without_the_view():
     ran.clear()
     module(torch.tensor(0.0))
     assert ran == ["0.0", "0.1", "0", "1", ""]
+
+
+def test_backward_hooks_run_and_change_gradients_as_they_do_without_the_view():
+    module = nn.Sequential(nn.Sequential(nn.Linear(1, 1), nn.Tanh()), nn.Linear(1, 1))
+    ran = []
+    for path, inner in module.named_modules():
+        inner.register_full_backward_hook(
+            lambda m, given, got, path=path: ran.append((path, m, given[0].item(), got[0].item()))
+        )
+    module[0].register_full_backward_hook(lambda _m, given, _got: (3 * given[0],))
+    module[0].register_full_backward_pre_hook(lambda _m, got: (5 * got[0],))
+    leaf = {"0.0": lambda _path, layer, x: layer(x)}
+    view, _ = bound(module, *leaf, call=leaf["0.0"])
+    x = torch.tensor([[0.5]], requires_grad=True)
+    seen = []
+    for call in (module, view):
+        ran.clear()
+        (grad,) = torch.autograd.grad(call(x).sum(), x)
+        seen.append((grad.item(), list(ran)))
+    assert seen[0] == seen[1]
+    assert [path for path, *_ in ran] == ["1", "0.1", "0.0", "0", ""]
+    assert ran[-2][1] is module[0], "hooks get the module, not the view"
 
 
 def test_a_view_is_of_one_module_and_one_call():

@@ -18,11 +18,11 @@ from filelock import lock_descriptor
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which becomes `path` if the block ends well.
+    """A temporary file, which becomes `path` if the block ends well.
 
-    The folder is made if it is missing. If the block raises, the temporary file goes
-    and whatever `path` held before stays. The temporary name ends as `path` does, so
-    that libraries that look at the suffix see the right one. The content is on the disk
+    It has the name of `path`, in a `scratch_folder` beside it, so libraries that look at the suffix see the
+    right one, and the next write of `path` removes what a killed process left. The folder of `path` is made
+    if it is missing. If the block raises, whatever `path` held before stays. The content is on the disk
     before it gets the name, so that a power cut leaves the one or the other too.
 
     Example:
@@ -34,24 +34,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         'whole'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
-    # Not by tempfile, which makes files private: a result is as readable as the umask says.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
-    mode = stat.S_IMODE(temporary.stat().st_mode)
-    try:
+    with scratch_folder(path) as folder:
+        temporary = folder / path.name
+        # Not by tempfile, which makes files private: a result is as readable as the umask says.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         temporary.chmod(mode)  # a library may have put a file of its own there
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, for what is to take its place by `replace_folder`.
+    """A temporary folder beside `target`, for what is to take its place; their folder is made if need be.
 
     At the end it goes, with what it holds then. So do the folders that killed processes left there, if the
     block ends well: the system tells which ones no process has.
@@ -66,7 +63,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         ['net']
     """
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         with _alone(temporary):
             yield temporary

@@ -33,7 +33,8 @@ def assemble(about: str, *commands: Callable[..., None]) -> typer.Typer:
     )
     app.callback(help=about)(_options)
     for command in commands:
-        app.command()(command)
+        first = (command.__doc__ or "").partition("\n")[0]  # Typer would cut it off at 45 characters
+        app.command(short_help=first)(command)
     return app
 
 

@@ -204,7 +204,8 @@ def copied(module: Network, memo: dict[int, Any] | None = None) -> Network:
 
     Args:
         module: a module, with all that is in it.
-        memo: as of `copy.deepcopy`: what stands for objects in the copy, by their `id`.
+        memo: as of `copy.deepcopy`: what stands for objects in the copy, by their `id`. Afterwards it also
+            holds what was copied.
 
     Example:
         >>> from torch.nn.utils import prune
@@ -213,8 +214,11 @@ def copied(module: Network, memo: dict[int, Any] | None = None) -> Network:
         torch.Size([4, 4])
     """
     computed = (v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor))
-    clones = {id(v): v.detach().clone() for v in computed if not v.is_leaf}
-    return copy.deepcopy(module, clones | (memo or {}))
+    memo = {} if memo is None else memo
+    for value in computed:
+        if not value.is_leaf and id(value) not in memo:
+            memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 def replace_parts(network: Network, form: Callable[[str, Part], nn.Module | None]) -> Network:

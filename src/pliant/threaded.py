@@ -20,6 +20,7 @@ from types import MethodType
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
+from torch.utils.hooks import BackwardHook
 
 Call = Callable[[str, nn.Module, Any], Any]
 
@@ -57,7 +58,8 @@ def arrived(x: Tensor, name: str) -> Any:
     if value is None:
         raise RuntimeError(
             f"no {name} came with the feature map: the block that computes it did not run before, or "
-            f"a module between made a new tensor (reentrant gradient checkpointing does too)"
+            f"a module between made a new tensor (reentrant gradient checkpointing and full backward hooks "
+            f"on blocks do too: put such hooks on the layers inside the blocks)"
         )
     return value
 
@@ -149,8 +151,8 @@ class Bound:
     """A view of a module in whose forward some of its submodules are called otherwise.
 
     Everything but these is the module's own. The view is made for one forward and thrown
-    away after it. Forward hooks run as they do without the view; backward hooks of `module` and of
-    the modules on the way to its bound layers do not.
+    away after it. Hooks run as they do without the view, but for those of `register_backward_hook`, which
+    PyTorch has deprecated.
 
     Args:
         module: whose forward runs.
@@ -209,7 +211,12 @@ class Bound:
         """The module's forward, through this view."""
         module = self._innermost()
         forward = partial(type(module).forward, self)
-        if module._forward_hooks or module._forward_pre_hooks:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
             return _with_hooks(module, forward, args, options)
         return forward(*args, **options)
 
@@ -223,19 +230,27 @@ class Bound:
 def _with_hooks(
     module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
 ) -> Any:
-    """What a call of `module` with its forward hooks gives, if its forward is `forward`."""
+    """What a call of `module` with its hooks gives, if its forward is `forward`.
+
+    As `nn.Module._call_impl` does; that calls the forward of the module that it hands to the hooks.
+    """
     for key, hook in module._forward_pre_hooks.items():
         if key in module._forward_pre_hooks_with_kwargs:
             args, options = hook(module, args, options) or (args, options)
         else:
             new = hook(module, args)
             args = args if new is None else new if isinstance(new, tuple) else (new,)
+    hooks: Any = module  # PyTorch's getters have no types
+    full, before = hooks._get_backward_hooks()[0], hooks._get_backward_pre_hooks()
+    backward: Any = BackwardHook(module, full, before) if full or before else None
+    if backward is not None:
+        args = backward.setup_input_hook(args)
     output = forward(*args, **options)
     for key, hook in module._forward_hooks.items():
         given = (args, options) if key in module._forward_hooks_with_kwargs else (args,)
         new = hook(module, *given, output)
         output = output if new is None else new
-    return output
+    return output if backward is None else backward.setup_output_hook(output)
 
 
 def between(leaves: Iterable[str]) -> frozenset[str]:

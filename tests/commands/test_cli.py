@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 
 import pytest
 import timm
@@ -127,6 +132,38 @@ def test_stopped_comparisons_say_how_to_go_on(monkeypatch, capsys, tmp_path):
     run(*command, code=143)
 
 
+@pytest.mark.slow  # two processes; the two tests above say it without
+def test_ctrl_c_while_a_comparison_trains_and_the_same_command_goes_on(tmp_path):
+    # A shell's background job ignores Ctrl-C, and so would these processes there.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "from pliant.cli import main; main()"
+    small = ("epochs=4", "pixels=8", "batch=256", "threads=1")
+    command = ("compare", "digits.resnet20", *small, "--only", "plain", "--folder", str(tmp_path))
+    start = partial(
+        subprocess.Popen, [sys.executable, "-c", program, *command], stderr=subprocess.PIPE, text=True
+    )
+    with start() as running:
+        while not (kept := list(tmp_path.rglob("checkpoints/last.ckpt"))):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=120)[1]
+    assert running.returncode == 130
+    assert said.splitlines()[-1] == (
+        "pliant: stopped; run the same command again to go on: finished runs are kept"
+    )
+    assert "Traceback" not in said
+    metrics = kept[0].parents[1] / "metrics.csv"
+    first = metrics.read_text().splitlines()[1]
+    assert not metrics.with_name("run.json").exists()
+    with start() as running:
+        running.communicate(timeout=300)
+    assert running.returncode == 0
+    after = metrics.read_text().splitlines()
+    assert len(after) == 1 + 4
+    assert after[1] == first, "with its seconds: this epoch was not trained again"
+
+
 def test_mistyped_names_are_answered_by_those_that_are_near(monkeypatch, capsys):
     assert "'mesure'. Did you mean 'measure'?" in fails(monkeypatch, capsys, "mesure")
     assert "--batch" in fails(monkeypatch, capsys, "measure", "--batsh", 1)
@@ -140,6 +177,7 @@ def test_mistyped_names_are_answered_by_those_that_are_near(monkeypatch, capsys)
 def test_every_command_has_help(option):
     listed = run(option).partition("Commands:")[2].strip().splitlines()
     assert [line.split()[0] for line in listed] == COMMANDS
+    assert all(line.endswith(".") for line in listed), "cut off"
     for name in COMMANDS:
         assert run(name, option).startswith("Usage: ")
 
@@ -148,7 +186,10 @@ def test_every_command_has_help(option):
 def test_every_option_is_described(name):
     """By what it takes, or by the values that it takes."""
     command = typer.main.get_command(cli.app).commands[name]
-    assert command.get_short_help_str(limit=60).endswith("."), "its first sentence is long"
+    first = command.help.splitlines()[0]
+    assert first.endswith("."), "the first line is its whole first sentence"
+    assert command.get_short_help_str() == first, "the site's list of commands cuts it off"
+    assert len(first) <= 60
     for parameter in command.params:
         assert re.match("[A-Z]|(cpu|auto|float32|digits|test|onnx)\\b", parameter.help), parameter.name
         assert not parameter.help.endswith("."), parameter.name

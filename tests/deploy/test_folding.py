@@ -174,6 +174,23 @@ def test_the_activation_of_a_norm_stays_and_hands_values_on():
     assert threaded(folded(thread(x.clone(), "routing", "value")), "routing") == "value"
 
 
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("resnet50_cifar", None), ("mobilenetv2_035", None), ("mobilenetv2_035", CondConv(experts=2))],
+)
+def test_frozen_norms_go_as_others_do(name, method):
+    """torchvision's, and timm's with an activation, as `timm.utils.freeze` makes them."""
+    model = with_statistics(timm.create_model(name, num_classes=5))
+    timm.utils.freeze(model)
+    model = convert(model, method) if method else model
+    x = torch.randn(2, 3, 32, 32)
+    folded = fold_norms(model, x)
+    frozen = [type(m).__name__ for m in model.modules() if "Frozen" in type(m).__name__]
+    assert len(frozen) > 30
+    assert not any("Frozen" in type(m).__name__ for m in folded.modules())
+    assert_same(folded, model, x)
+
+
 def test_nothing_of_the_callers_changes():
     model = timm.create_model("resnet20_cifar_mod", selection="random").train()
     state = {key: value.clone() for key, value in model.state_dict().items()}

@@ -13,24 +13,19 @@ import pytest
 import torch
 
 from _engines import conv, use
-from _measure import SMALL
+from _measure import SMALL, kind, stand_in
 from pliant.measuring.candidates import EngineError
 from pliant.measuring.isolation import Isolated
 from pliant.measuring.latency import measure
 
-# Answers as the worker does, and starts in no time, as it does without PyTorch. What goes wrong with a
-# network is its `kind`, which stands in the pickle.
-QUICK = r"""
-import json, os, re, signal, sys, time
-from pathlib import Path
-
+ANSWER = """
 kinds = {}
 
 def answer(request):
     if request["do"] == "write":
-        kind = re.search(rb"kind=([a-z ]+);", Path(request["given"]).read_bytes())[1].decode()
-        Path(request["folder"], "network").write_text(kind)
-        return {"path": str(Path(request["folder"], "network"))}
+        path = Path(request["folder"], "network")
+        path.write_text(kind_of(request["given"]))
+        return {"path": str(path)}
     if request["do"] == "load":
         kinds[request["number"]] = kind = Path(request["path"]).read_text()
         if kind == "dies":
@@ -42,25 +37,15 @@ def answer(request):
     elif kinds[request["number"]] == "dies in a round":
         os.kill(os.getpid(), signal.SIGSEGV)
     return {"seconds": 0.01}
-
-print("{}", flush=True)
-for line in sys.stdin:
-    try:
-        said = answer(json.loads(line))
-    except Exception as e:
-        said = {"error": f"{type(e).__name__}: {e}"}
-    print(json.dumps(said), flush=True)
 """
 
 
 def test_an_engine_that_fails_costs_its_row(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = use(fakes.Fake(), monkeypatch)
     monkeypatch.setattr("pliant.measuring.writing.FEW", 6)  # one child is enough here
-    monkeypatch.setattr("pliant.measuring.isolation.COMMAND", (sys.executable, "-c", QUICK))
+    monkeypatch.setattr("pliant.measuring.isolation.COMMAND", stand_in(ANSWER))
     kinds = ("well", "dies", "hangs", "raises", "dies in a round", "well too")
-    models = {kind: conv(width) for width, kind in enumerate(kinds, 1)}
-    for kind, network in models.items():
-        network.kind = f"kind={kind};"  # type: ignore[assignment]
+    models = {name: kind(name, width) for width, name in enumerate(kinds, 1)}
     limits = {"rounds": 2, "min_run_time": 0, "timeout": 2}
     rows = measure(models, against="well", input_size=SMALL, engines=[name], threads=1, **limits)
     assert {r.model: r.error.partition(" (")[0] for r in rows} == {

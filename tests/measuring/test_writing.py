@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from _measure import SMALL, kind, stand_in
 from pliant.compiling import torch_threads
 from pliant.deploy.engines import ENGINES, FileEngine
 from pliant.measuring import worker
@@ -23,14 +24,7 @@ from pliant.measuring.isolation import Isolated
 from pliant.measuring.latency import measure
 from pliant.measuring.writing import FEW, Files, Writing
 
-SMALL = (1, 8, 8)
-
-# A child that answers as the worker does, and starts in no time, as it does without PyTorch. What it
-# does with a network depends on the network's `kind`, which it finds in the pickle.
-WORKER = r"""
-import json, os, re, subprocess, sys, time
-from pathlib import Path
-
+ANSWER = """
 log = Path(os.environ["PLIANT_TEST_LOG"])
 
 def note(*words):
@@ -45,7 +39,7 @@ def wait_for(words):
     raise RuntimeError(f"no {words!r}")
 
 def write(request, given, folder):
-    kind = re.search(rb"kind=(\w+);", given.read_bytes())[1].decode()
+    kind = kind_of(given)
     note("write", kind, os.getpid(), len(list(folder.parent.glob("*.network"))))
     if kind == "crash":
         os._exit(3)
@@ -75,14 +69,6 @@ def answer(request):
         return {"seconds": 0.05 if kind == "short" else 1.0}
     note("time", request["number"], request["calls"])
     return {"seconds": 0.01}
-
-print("{}", flush=True)
-for line in sys.stdin:
-    try:
-        said = answer(json.loads(line))
-    except Exception as e:
-        said = {"error": str(e)}
-    print(json.dumps(said), flush=True)
 """
 
 
@@ -109,14 +95,8 @@ class Other(Shared):
     name = "other"
 
 
-def net(kind: str) -> nn.Module:
-    network = nn.Sequential(nn.Conv2d(1, 1, 3))
-    network.kind = f"kind={kind};"  # type: ignore[assignment]
-    return network
-
-
 def nets(*kinds: str) -> dict[str, nn.Module]:
-    return {kind: net(kind) for kind in kinds}
+    return {name: kind(name) for name in kinds}
 
 
 @pytest.fixture
@@ -125,7 +105,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
     log = tmp_path / "log"
     log.touch()
     monkeypatch.setenv("PLIANT_TEST_LOG", str(log))
-    monkeypatch.setattr("pliant.measuring.isolation.COMMAND", (sys.executable, "-c", WORKER))
+    monkeypatch.setattr("pliant.measuring.isolation.COMMAND", stand_in(ANSWER))
     monkeypatch.setattr("pliant.measuring.writing.os.cpu_count", lambda: 2)
     monkeypatch.setattr("pliant.measuring.writing.FEW", 2)
     for engine in (Fake(), Shared(), Other()):
@@ -160,7 +140,7 @@ def test_a_file_that_cannot_be_written_costs_its_row(told: Any) -> None:
     assert {r.model: (r.engine, r.error) for r in rows if r.error} == {
         "crash": ("fake", "fake (writing a file) died: exit status 3"),
         "hang": ("fake", "fake (writing a file) did not answer within 3 s"),
-        "raise": ("fake", "no luck"),
+        "raise": ("fake", "RuntimeError: no luck"),
     }
     assert {r.model: r.rounds for r in rows if not r.error} == dict.fromkeys(
         ("a", "unread", "b", "local"), 2
@@ -234,12 +214,12 @@ def test_shared_files_are_written_once_or_fail_once(told: Any) -> None:
     models = nets("a", "crash", "raise")
     options: dict[str, Any] = {"rounds": 1, "min_run_time": 0, "batch": (1, 3)}
     rows = measure(models, input_size=SMALL, engines=["shared", "other"], forms=["as built"], **options)
-    failures = ["", "shared (writing a file) died: exit status 3", "no luck"]
+    failures = ["", "shared (writing a file) died: exit status 3", "RuntimeError: no luck"]
     assert [r.error for r in rows] == failures * 4
     assert sorted(line[1] for line in told("write")) == ["a", "crash", "raise"]
     assert [line[1] for line in told("load")] == ["a"] * 4
     # Two engines and two batches had one file; what serves one alone is written for each batch.
-    measure({"b": net("b")}, input_size=SMALL, engine="fake", **options)
+    measure({"b": kind("b")}, input_size=SMALL, engine="fake", **options)
     assert [line[1] for line in told("write")][3:] == ["b", "b"]
 
 
@@ -286,7 +266,7 @@ class Echo(Fake):
 
 
 def test_a_worker_writes_what_it_is_given(tmp_path: Path) -> None:
-    network, images = net("a"), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    network, images = kind("a"), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     torch.save((network, images), tmp_path / "given")
     with torch_threads(torch.get_num_threads()):  # a worker changes its own
         found = worker._done(request_for(tmp_path / "given", tmp_path), {})

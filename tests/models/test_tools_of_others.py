@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 
 import pytest
@@ -76,8 +77,10 @@ def test_the_hubs_way_to_split_a_state_dict(network, tmp_path):
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_timms_folder_for_the_hub(network, tmp_path, safe):
-    from timm.models import save_for_hf
+    from timm.models import _hub, save_for_hf
 
+    if safe and "torch.load(" in inspect.getsource(_hub.load_state_dict_from_path):
+        pytest.skip(f"timm {timm.__version__} reads safetensors in a folder as if they were pickled")
     network, x = changed(network), images()
     # The network is of arguments that timm passes on, which are none of its own.
     name = network.pretrained_cfg["architecture"]

@@ -14,8 +14,10 @@ import yaml
 import pliant
 from _repository import ROOT, tracked
 from pliant.counting import count_macs, count_parameters
+from pliant.measuring.rows import read_rows
 from pliant.methods.mixture_of_depths import without_mod_blocks
 from pliant.models import list_networks
+from pliant.tables import with_spread
 from research.published import PAPERS, markdown
 
 # Pages that programs write whole; the others are at most so many lines.
@@ -246,3 +248,29 @@ def test_the_table_of_recovery_is_that_of_the_rows():
         for before, taught, _, alone in cells.values():
             assert f"| {before} | {taught} | {alone} |" in page
     assert [len(cells) for cells in found.values()] == [4, 1]
+
+
+def test_the_times_of_condconv_in_engines_are_those_of_the_rows():
+    engines = {
+        "eager": "eager",
+        "compile": "`torch.compile`",
+        "onnxruntime": "ONNX Runtime",
+        "openvino": "OpenVINO",
+    }
+    forms = {"plain": "as PyTorch exports it", "optimized": "`pliant.export`", "native": "`compiled=True`"}
+    places = [(n, b) for n in ("cc_mobilenetv1_050", "cc_mobilenetv2_100") for b in (1, 32)]
+    page = (ROOT / "docs" / "condconv.md").read_text()
+    table = page.partition("<!-- engines:begin -->\n")[2].partition("\n<!-- engines:end -->")[0]
+    _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    stated = {
+        (label, *place): cell for label, *cells in lines for place, cell in zip(places, cells, strict=True)
+    }
+    for row in read_rows(ROOT / "results" / "condconv-engines-cpu.csv"):
+        network, _, active = row.model.partition(" experts=8")
+        files = row.engine in ("onnxruntime", "openvino")
+        if row.model == row.against or (files and active and row.form == "plain"):
+            continue
+        label = [engines[row.engine], *[forms[row.form]] * files, *[f"`{active.strip()}`"] * bool(active)]
+        told = with_spread(row.time_ratio, row.time_ratio_iqr, 2) if row.time_ratio else "not measured"
+        assert stated.pop((", ".join(label), network, row.batch)) == told
+    assert set(stated.values()) <= {"not measured"}

@@ -120,6 +120,16 @@ def test_nothing_partial_has_a_name(root, monkeypatch):
         load_data(shard_recipe(root / "new"))
 
 
+def test_what_a_killed_process_left_is_no_shard(root):
+    for hidden in (".train-00003-of-00003.tar.0123abcd.tmp/train-00003-of-00003.tar", "._train.tar"):
+        (root / "shards" / hidden).parent.mkdir(exist_ok=True)
+        (root / "shards" / hidden).write_bytes(b"half")
+    assert {part: len(paths) for part, paths in find_shards(root / "shards").items()} == {
+        "train": 3,
+        "val": 2,
+    }
+
+
 def test_an_image_that_cannot_be_read_is_told_as_that(root, monkeypatch):
     def fails(path):
         raise OSError(5, "Input/output error")

@@ -49,26 +49,26 @@ def unbroken(tmp_path_factory):
 # Checkpoints are written after steps 3, 6, 8 (an epoch), 11, 14 and 16.
 POINTS = {
     "mid-epoch": ("on_train_batch_start", 13),
-    "mid-checkpoint": ("write_bytes", ".last-", 2),
-    "before run.json": ("replace", ".run-", 1),
+    "mid-checkpoint": ("write_bytes", "last.ckpt", 2),
+    "before run.json": ("replace", "run.json", 1),
 }
 MORE = {
-    "before recipe.json": ("replace", ".recipe-", 1),
-    "before environment.json": ("write_text", ".environment-", 1),
-    "inside images.json": ("write_text", ".images-", 1),
+    "before recipe.json": ("replace", "recipe.json", 1),
+    "before environment.json": ("write_text", "environment.json", 1),
+    "inside images.json": ("write_text", "images.json", 1),
     "before the first checkpoint": ("on_train_batch_start", 1),
-    "inside the first checkpoint": ("write_bytes", ".last-", 1),
+    "inside the first checkpoint": ("write_bytes", "last.ckpt", 1),
     "in the first epoch": ("on_train_batch_start", 5),
     "in a step's backward": ("on_after_backward", 12),
-    "between the two names": ("replace", ".last-", 5),
-    "inside an epoch's checkpoint": ("write_bytes", ".last-", 3),
-    "inside the last checkpoint": ("write_bytes", ".last-", 6),
+    "between the two names": ("replace", "last.ckpt", 5),
+    "inside an epoch's checkpoint": ("write_bytes", "last.ckpt", 3),
+    "inside the last checkpoint": ("write_bytes", "last.ckpt", 6),
     "while validating": ("on_validation_batch_start", 16),
     "before the history is written": ("on_validation_end", 8),
-    "inside metrics.csv": ("write_text", ".metrics-", 2),
+    "inside metrics.csv": ("write_text", "metrics.csv", 2),
     "after metrics.csv": ("on_train_epoch_end", 8),
     "after the last epoch": ("on_train_end", 16),
-    "inside run.json": ("write_text", ".run-", 1),
+    "inside run.json": ("write_text", "run.json", 1),
 }
 
 
@@ -225,20 +225,18 @@ def test_a_damaged_recipe_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "start", "times", "told"),
+    ("method", "name", "times"),
     [
-        ("write_bytes", ".last-", 5, "last.ckpt"),
-        ("write_text", ".metrics-", 1, "metrics.csv"),
-        ("write_text", ".run-", 1, "run.json"),
+        ("write_bytes", "last.ckpt", 5),
+        ("write_text", "metrics.csv", 1),
+        ("write_text", "run.json", 1),
     ],
 )
-def test_a_full_disk_is_told_and_nothing_is_lost(
-    unbroken, tmp_path, monkeypatch, method, start, times, told
-):
+def test_a_full_disk_is_told_and_nothing_is_lost(unbroken, tmp_path, monkeypatch, method, name, times):
     real, seen = getattr(Path, method), []
 
     def full(self, value, *args, **options):
-        seen.extend([self.name] if self.name.startswith(start) else [])
+        seen.extend([name] if self.parent.name.startswith(f".{name}.") else [])
         if len(seen) == times:
             real(self, value[: len(value) // 2], *args, **options)
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -248,7 +246,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(
     with monkeypatch.context() as patch:
         patch.setattr(Path, method, full)
         with pytest.raises(
-            NotWrittenError, match=rf"{told} cannot be written \(No space left on device\).*resume"
+            NotWrittenError, match=rf"{name} cannot be written \(No space left on device\).*resume"
         ) as caught:
             fit(recipe, tmp_path / "run", progress=False)
     assert caught.value.errno == errno.ENOSPC

@@ -2,8 +2,9 @@
 
 In evaluation a batch norm multiplies each channel by a number and adds one, which the
 convolution before it can do itself: ``s (W x + b - m) + t = (s W) x + s (b - m) + t`` with
-``s = weight / sqrt(var + eps)``. Which norms follow which convolutions is watched in one
-forward, so no family of networks has to be known.
+``s = weight / sqrt(var + eps)``. Frozen norms (torchvision's and timm's) are batch norms that always
+do so. Which norms follow which convolutions is watched in one forward, so no family of networks has
+to be known.
 
 Parts of methods say themselves whether and how they take a norm up (`pliant.parts.Part.takes_norm`).
 
@@ -18,22 +19,30 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from timm.layers.conv2d_same import Conv2dSame, Conv2dSameExport
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from pliant.parts import Network, Part, as_defined, hooked, parts
 from pliant.threaded import take_over
 
 # By exact type: a subclass may do something to its weight first (weight standardisation).
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, Conv2dSameExport, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
+_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    BatchNormAct2d,
+    FrozenBatchNorm2d,
+    FrozenBatchNormAct2d,
+)
 
 
 def fold_norms(model: Network, example: Tensor) -> Network:
@@ -146,7 +155,7 @@ class _Seen(Watching):
             self.norms.append((module, args[0], args[0]._version))
 
 
-def _pairs(model: nn.Module, seen: _Seen) -> list[tuple[_BatchNorm, nn.Module]]:
+def _pairs(model: nn.Module, seen: _Seen) -> list[tuple[nn.Module, nn.Module]]:
     """Each norm that can go, with the layer before it."""
     calls = Counter(id(module) for module, _, _ in (*seen.layers, *seen.norms))
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
@@ -160,7 +169,6 @@ def _pairs(model: nn.Module, seen: _Seen) -> list[tuple[_BatchNorm, nn.Module]]:
         layer, as_written = writer.get(id(read), (None, None))
         if (
             layer is not None
-            and isinstance(norm, _BatchNorm)
             and as_written == version
             and seen.readers[id(read)] == 1
             and calls[id(layer)] == calls[id(norm)] == 1
@@ -176,7 +184,7 @@ def _pairs(model: nn.Module, seen: _Seen) -> list[tuple[_BatchNorm, nn.Module]]:
     return found
 
 
-def _fold(layer: Any, norm: _BatchNorm) -> None:
+def _fold(layer: Any, norm: Any) -> None:
     """Give `layer` the weight and the bias that make `norm` superfluous."""
 
     def wide(tensor: Tensor | None) -> Any:
@@ -196,7 +204,7 @@ def _fold(layer: Any, norm: _BatchNorm) -> None:
 
 
 def _what_is_left(norm: nn.Module) -> nn.Module:
-    if not isinstance(norm, BatchNormAct2d):
+    if not isinstance(norm, BatchNormAct2d | FrozenBatchNormAct2d):
         return nn.Identity()
     parts = [m for m in (norm.drop, norm.act) if not isinstance(m, nn.Identity)]
     return parts[0] if len(parts) == 1 else nn.Sequential(*parts)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pliant._files import NotWrittenError, sync
+from pliant._files import NotWrittenError, scratch_folder, sync
 
 # What a system says where there is no room for a file; not every system knows a quota.
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -20,6 +20,8 @@ _BLOCK = 1 << 20  # bytes that are written at once to find out
 @contextmanager
 def workshop(path: Path, need: int = 0) -> Iterator[Path]:
     """A hidden folder beside `path` to write its files in; gone afterwards, with what is in it.
+
+    What killed processes left of `path` goes, too (`scratch_folder`).
 
     The libraries that write them say many things where the disk is full, and some say nothing and
     fail when they read. So whatever is raised, the disk is asked.
@@ -44,13 +46,15 @@ def workshop(path: Path, need: int = 0) -> Iterator[Path]:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it")
-    folder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    sizes: list[int] = []
     try:
-        folder.mkdir(parents=True)
-        yield folder
+        with scratch_folder(path) as folder:
+            try:
+                yield folder
+            except Exception:
+                sizes = [f.stat().st_size for f in folder.glob("*") if f.is_file()]
+                raise  # the folder goes before the disk is asked
     except Exception as error:
-        sizes = [f.stat().st_size for f in folder.glob("*") if f.is_file()]
-        shutil.rmtree(folder, ignore_errors=True)  # before the disk is asked
         text = f"{path} could not be written, and nothing is left of it"
         full: OSError | None = None
         if isinstance(error, OSError) and (error.errno in NO_ROOM or isinstance(error, NotWrittenError)):
@@ -68,8 +72,6 @@ def workshop(path: Path, need: int = 0) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise type(error)(error.errno, f"{text}: {error.strerror or error}") from error
         raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def lack_of_room(folder: Path, need: int) -> OSError | None:

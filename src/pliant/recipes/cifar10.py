@@ -68,8 +68,8 @@ def recover(network: str = "resnet20_mod") -> Recipe:
     It starts from the plain network's weights, ``weights=``: by default what the `short` recipe of
     the plain network left. Each method keeps what it can of them
     (`pliant.train.weights.load_weights`), and the teacher is the network before the conversion. A
-    plain network's form, trained on alike, is the control. `research.recovery.recover` (``pliant
-    recover``) reports the accuracy of each epoch, with and without the teacher.
+    plain network's form, trained on alike, is the control. ``python -m research recover``, from a
+    checkout, reports the accuracy of each epoch, with and without the teacher (`research.recovery`).
 
     Example:
         >>> recipe = recover("resnet20_mod")

@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from pliant.train.networks import begun, teaching_of
 from pliant.train.objectives import make_objective
 from pliant.train.processes import check_devices, gathered, place
 from pliant.train.processors import warn_of_narrow_convolutions
+from pliant.train.progress import Bar
 from pliant.train.recipe import Recipe
 from pliant.train.run import (
     BEST,
@@ -205,7 +206,7 @@ def _train(
     if recipe.ema is not None:
         own.insert(0, WeightAveraging(multi_avg_fn=_ema(recipe.ema)))
     if progress:
-        own.append(RichProgressBar(leave=False))
+        own.append(Bar())
     trainer = pl.Trainer(
         default_root_dir=folder,
         max_epochs=recipe.epochs,

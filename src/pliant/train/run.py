@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from pliant._files import atomic_path, writing
+from pliant._files import atomic_path, leftovers, writing
 from pliant._lock import held
 from pliant.provenance import provenance
 from pliant.train.division import Division
@@ -141,7 +141,7 @@ def write_run(run: Run) -> None:
 def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path | None]:
     """Hold a folder for a run of this process until the block ends.
 
-    Half-written files of killed processes are removed. A damaged checkpoint is set aside as
+    What killed processes left of half-written files is removed. A damaged checkpoint is set aside as
     ``damaged.ckpt``.
 
     Yields:
@@ -161,7 +161,7 @@ def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[Path | No
         check_claim(folder, recipe, resume=resume)  # another may have been quicker
         with writing(folder, advice):
             for path in _left(folder):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path)
             if not (folder / RECIPE).is_file():  # first: it says that the folder is a run's
                 write_json(folder / RECIPE, recipe.as_dict())
             if not (folder / ENVIRONMENT).is_file():
@@ -201,11 +201,9 @@ def check_claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
 
 
 def _left(folder: Path) -> list[Path]:
-    """Temporary files and folders of processes that were killed while writing."""
-    names = [Path(name) for name in (RECIPE, ENVIRONMENT, IMAGES, METRICS, RESULT)]
-    patterns = [f".{name.stem}-*{name.suffix}" for name in names]
-    patterns += [f".{BEST}.*", f"{LAST.parent}/.*{LAST.suffix}"]
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+    """Temporary folders of processes that were killed while writing."""
+    names = (RECIPE, ENVIRONMENT, IMAGES, METRICS, RESULT, BEST, LAST)
+    return [path for name in names for path in leftovers(folder / name)]
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -145,7 +145,8 @@ def find_shards(pattern: str) -> dict[str, list[Path]]:
     """
     folder = Path(pattern)
     if folder.is_dir():
-        found = sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")])
+        inside = glob.escape(str(folder))
+        found = sorted([*_matching(f"{inside}/*.tar"), *_matching(f"{inside}/*/*.tar")])
     else:
         found = [path for one in braces(pattern) for path in _matching(one)]
     if not found:
@@ -203,7 +204,8 @@ def _matching(pattern: str) -> list[Path]:
         if not Path(pattern).is_file():
             raise FileNotFoundError(f"shard {pattern} is missing")
         return [Path(pattern)]
-    return sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    # Path.glob takes no absolute pattern, and hidden files: a killed `write_shards` leaves half a shard so.
+    return sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207
 
 
 def _part(path: Path) -> str:

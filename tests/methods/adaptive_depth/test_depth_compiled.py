@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -228,6 +230,27 @@ def test_compiled_for_training_it_follows_the_networks_mode_and_leaves_its_stati
     compiled.eval()
     with at_depth(model, (True, True)), torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
+    torch._dynamo.reset()
+
+
+def test_compiled_for_training_each_module_keeps_its_own_mode():
+    """Frozen norms stay in evaluation mode while the rest of the network trains, and may thaw later."""
+    torch._dynamo.reset()
+    model, x = tiny().train(), images(4)
+    frozen = model.layer2[0].block.bn1.base.eval()
+    compiled = compile_depths(model, x, [(True, True)], backend="aot_eager")
+    eager = copy.deepcopy(model)
+    before = frozen.running_mean.clone()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for network in (model, eager):
+            set_depth(network, (True, True))
+        torch.testing.assert_close(compiled(x), eager(x))
+    for (name, buffer), want in zip(model.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(buffer, want, msg=name)
+    assert torch.equal(frozen.running_mean, before)
+    compiled.train()  # the frozen one as well
+    compiled(x)
+    assert not torch.equal(frozen.running_mean, before)
     torch._dynamo.reset()
 
 

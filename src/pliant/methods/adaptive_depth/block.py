@@ -136,7 +136,8 @@ def _recomputing() -> bool:
 
 _LOST = (
     "the depth of this forward is lost, because gradient checkpointing runs it again on other tensors; "
-    "use torch.utils.checkpoint with use_reentrant=False"
+    "use torch.utils.checkpoint with use_reentrant=False, and full backward hooks not on blocks but on the "
+    "layers inside them"
 )
 _TWO = (
     "one feature map went into a stage at two depths, and gradient checkpointing runs one of them again "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pliant import outside
 from pliant.compiling import room_to_compile
 from pliant.counting import count_macs, count_parameters
+from pliant.methods.adaptive_depth.method import cut_out
 from pliant.methods.adaptive_depth.method import subnet as subnet
 from pliant.methods.adaptive_depth.switch import (
     Default,
@@ -162,12 +163,19 @@ class CompiledDepths(nn.Module):
     Args:
         model: a network converted by `AdaptiveDepth`.
         runners: what runs at each depth, on the weights of `model`.
+        copies: for each depth the modules in its runner, each with that of `model` whose mode it follows.
     """
 
-    def __init__(self, model: nn.Module, runners: dict[Skip, nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        runners: dict[Skip, nn.Module],
+        copies: dict[Skip, list[tuple[nn.Module, nn.Module]]],
+    ) -> None:
         super().__init__()
         self.model = model
         self._runners = runners  # in a dict they are no submodules: their weights are the model's
+        self._copies = copies
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if any(fn(t) is not t for t in (*self.parameters(), *self.buffers())):
@@ -190,12 +198,12 @@ class CompiledDepths(nn.Module):
         if skip not in self._runners:
             compiled = ", ".join(map(depth_name, self._runners))
             raise ValueError(f"depth {depth_name(skip)} is not compiled; compiled are {compiled}")
-        runner, training = self._runners[skip], self.model.training
-        if runner.training != training:  # it is no submodule
-            runner.train(training)
-        gradients = training and torch.is_grad_enabled()
+        for module, source in self._copies[skip]:  # a frozen norm in a network that trains, say
+            if module.training != source.training:
+                module.training = source.training
+        gradients = self.model.training and torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            return runner(x.clone() if x.is_inference() else x)
+            return self._runners[skip](x.clone() if x.is_inference() else x)
 
 
 def compile_depths(
@@ -206,8 +214,8 @@ def compile_depths(
 ) -> CompiledDepths:
     """Compile every depth ahead, so that switching recompiles nothing.
 
-    Compiled code is for inputs of the example's shape and dtype, in the mode that the network
-    has now: evaluation, where it computes no gradients, or training.
+    Compiled code is for inputs of the example's shape and dtype, in the mode that each module of the
+    network has now: evaluation, where the network computes no gradients, or training.
 
     Args:
         model: a network converted by `AdaptiveDepth`.
@@ -226,12 +234,13 @@ def compile_depths(
         ...     fast(torch.randn(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
-    runners = {}
+    runners, copies = {}, {}
     for skip in check_skips(skips, len(find_depth(model).skip)):
-        cut = subnet(model, skip, share=True)
+        cut, copies[skip] = cut_out(model, skip, share=True)
         runners[skip] = cast("nn.Module", torch.compile(cut, **compile_options))
-    compiled = CompiledDepths(model, runners)
-    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
+    compiled = CompiledDepths(model, runners, copies)
+    training = any(module.training for module in model.modules())
+    statistics = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     with room_to_compile():  # depths share their classes' code
         for skip in runners:
             with at_depth(model, skip):

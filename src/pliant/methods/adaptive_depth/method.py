@@ -298,17 +298,26 @@ def subnet(model: Network, skip: SkipLike, *, share: bool = False) -> Network:
         >>> sum(p.numel() for p in subnet(model, "TTTT").parameters())
         17112360
     """
+    return cut_out(model, skip, share=share)[0]
+
+
+def cut_out(
+    model: Network, skip: SkipLike, *, share: bool = False
+) -> tuple[Network, list[tuple[nn.Module, nn.Module]]]:
+    """What `subnet` gives, and the modules in it, each with that of `model` which it is a copy of."""
     flags = check_skip(skip, len(find_depth(model).skip))
     memo: dict[int, Any] = {}
     if share:
         memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
     cut = copied(model, memo)
+    copies = [(memo[id(module)], module) for module in model.modules()]
     # Not by `convert`, which may copy weights, and lays them out in one memory format.
     for site in (method := Subnet(skip=flags)).survey(cut).sites:
         block = cut.get_submodule(site.path)
         substitute(cut, block, method.replace(block, site))
     record_conversion(cut, method, ())
-    return cut
+    left = set(cut.modules())
+    return cut, [pair for pair in copies if pair[0] in left]
 
 
 def base_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
