@@ -169,7 +169,7 @@ def plan(
     passed_over: list[tuple[str, PassedOver]] = []
     notes: list[str] = []
     for method in methods:
-        survey, old = _apply(bare, method)
+        survey, old = carry_out(bare, method)
         for site, kind in zip(survey.sites, old, strict=True):
             new = type(bare.get_submodule(site.path)).__name__
             detail = ", ".join(f"{k}={v}" for k, v in site.detail.items())
@@ -225,33 +225,13 @@ def convert(model: Network, *methods: Method, inplace: bool = False) -> Network:
         18105949
     """
     _check_methods(methods)
-    convert_new(skeleton(model), *methods)  # a rehearsal
-    network = model if inplace else copied(model)
-    convert_new(network, *methods)
-    return network
-
-
-def convert_new(model: nn.Module, *methods: Method) -> None:
-    """Convert a network that nobody else holds yet, in place and without a rehearsal.
-
-    An error may leave the network half converted.
-
-    Args:
-        model: as for `convert`.
-        methods: as for `convert`.
-
-    Raises:
-        ValueError: as `plan`.
-
-    Example:
-        >>> import timm, pliant
-        >>> network = timm.create_model("resnet50")
-        >>> convert_new(network, pliant.MixtureOfDepths(c=64))
-        >>> sum(p.numel() for p in network.parameters())
-        18105949
-    """
+    rehearsal = skeleton(model)
     for method in methods:
-        _apply(model, method)
+        carry_out(rehearsal, method)
+    network = model if inplace else copied(model)
+    for method in methods:
+        carry_out(network, method)
+    return network
 
 
 def mark_named(model: nn.Module) -> None:
@@ -315,7 +295,7 @@ def _check_methods(methods: tuple[object, ...]) -> None:
             raise ValueError(f"{method!r} is no method; pass an instance, for example {name}()")
 
 
-def _apply(model: nn.Module, method: Method) -> tuple[Survey, list[str]]:
+def carry_out(model: nn.Module, method: Method) -> tuple[Survey, list[str]]:
     """Carry out one method on `model` itself; all of its sites, or none.
 
     Returns:

@@ -244,7 +244,9 @@ def test_scores_are_read_as_they_were_written(tmp_path):
     write_scores(tmp_path / "again.csv", [*rows, replace(rows[0], seed=1, test_accuracy=None)])
     assert read_scores(tmp_path / "again.csv") == [*rows, replace(rows[0], seed=1, test_accuracy=None)]
     text = (tmp_path / "again.csv").read_text()
-    (tmp_path / "again.csv").write_text(text.replace(f",1,{rows[0].parameters},", f",one,{rows[0].parameters},"))
+    cells = ",{},{},".format
+    damaged = text.replace(cells(1, rows[0].parameters), cells("one", rows[0].parameters))
+    (tmp_path / "again.csv").write_text(damaged)
     with pytest.raises(ValueError, match=r"again\.csv, line 3: .*the line is damaged"):
         read_scores(tmp_path / "again.csv")
     (tmp_path / "again.csv").write_text("a,b\n1,2\n")
