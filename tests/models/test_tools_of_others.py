@@ -93,6 +93,20 @@ def test_timms_folder_for_the_hub(network, tmp_path, safe):
     assert found.pretrained_cfg["tag"] == "mine"
 
 
+def test_transformers_folder(network, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    name, x = network.pretrained_cfg["architecture"], images()
+    options = {"channels": SMALL["channels"], **OPTIONS[name]}
+    config = transformers.TimmWrapperConfig(architecture=name, model_args=options, num_labels=5)
+    model = changed(transformers.TimmWrapperForImageClassification(config)).eval()
+    if name.endswith("_adn"):
+        set_depth(model, "T")
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(x).logits, model(x).logits)
+    assert not name.endswith("_adn") or get_depth(again) == (True,)
+
+
 def test_tracing(network):
     x = images()
     traced = torch.jit.trace(network, x)

@@ -210,7 +210,7 @@ def _compile(target: Path, source: Path) -> None:
         "pliant builds %s for this machine with %s, once; it takes a minute or two and goes to %s",
         source.name,
         found[0],
-        target.parent,
+        cache(),
     )
     command = [
         *found,
