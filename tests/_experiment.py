@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import _cli
+from _runs import SMALL
 from pliant.train.recipe import Recipe
 from research.commands import app
 from research.experiments import PlannedRun, execute
@@ -12,6 +13,7 @@ from research.experiments import PlannedRun, execute
 TINY = Recipe(
     name="tiny",
     model="resnet20_cifar",
+    model_args=SMALL,
     pixels=8,
     epochs=1,
     batch=256,
@@ -23,7 +25,7 @@ PLAIN = PlannedRun(network="resnet20", family="controls", label="plain", recipe=
 REMOVED = replace(
     PLAIN,
     label="blocks removed",
-    recipe=replace(TINY, model="resnet20_cifar_mod", model_args={"selection": "none"}),
+    recipe=replace(TINY, model="resnet20_cifar_mod", model_args={**SMALL, "selection": "none"}),
 )
 ADN = replace(
     PLAIN,

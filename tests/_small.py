@@ -83,11 +83,16 @@ def settled(model: nn.Module) -> nn.Module:
 
 
 def separable(**options: Any) -> nn.Module:
-    """A stem, three depthwise-separable blocks and a classifier; all but the stem conditional."""
+    """`separable_plain` with all but the stem conditional."""
     torch.manual_seed(0)
+    method = CondConv(**{"experts": 3, "upcycle": False, "begin": 2, **options})
+    return convert(separable_plain(), method).eval()
+
+
+def separable_plain() -> nn.Module:
+    """A stem, three depthwise-separable blocks and a classifier."""
     stages = decode_arch_def([["dsa_r1_k3_s2_c8"], ["dsa_r2_k3_s2_c16"]])
-    model = EfficientNet(stages, num_classes=5, num_features=0, stem_size=8)
-    return convert(model, CondConv(**{"experts": 3, "upcycle": False, "begin": 2, **options})).eval()
+    return EfficientNet(stages, num_classes=5, num_features=0, stem_size=8)
 
 
 def images(batch: int = 4, size: int = 32) -> torch.Tensor:
@@ -95,8 +100,13 @@ def images(batch: int = 4, size: int = 32) -> torch.Tensor:
     return torch.randn(batch, 3, size, size) + torch.randn(batch, 3, 1, 1)
 
 
-def meta(name, **kwargs) -> nn.Module:
-    """A network without weights."""
+def meta(name: str, **kwargs: Any) -> nn.Module:
+    """A network without weights; a copy, because building one takes ten times as long."""
+    return copy.deepcopy(_meta(name, **kwargs))
+
+
+@cache
+def _meta(name: str, **kwargs: Any) -> nn.Module:
     return create(name, "meta", **kwargs)
 
 

@@ -169,7 +169,7 @@ def plan(
     passed_over: list[tuple[str, PassedOver]] = []
     notes: list[str] = []
     for method in methods:
-        survey, old = _apply(bare, method)
+        survey, old = carry_out(bare, method)
         for site, kind in zip(survey.sites, old, strict=True):
             new = type(bare.get_submodule(site.path)).__name__
             detail = ", ".join(f"{k}={v}" for k, v in site.detail.items())
@@ -227,10 +227,10 @@ def convert(model: Network, *methods: Method, inplace: bool = False) -> Network:
     _check_methods(methods)
     rehearsal = skeleton(model)
     for method in methods:
-        _apply(rehearsal, method)
+        carry_out(rehearsal, method)
     network = model if inplace else copied(model)
     for method in methods:
-        _apply(network, method)
+        carry_out(network, method)
     return network
 
 
@@ -295,7 +295,7 @@ def _check_methods(methods: tuple[object, ...]) -> None:
             raise ValueError(f"{method!r} is no method; pass an instance, for example {name}()")
 
 
-def _apply(model: nn.Module, method: Method) -> tuple[Survey, list[str]]:
+def carry_out(model: nn.Module, method: Method) -> tuple[Survey, list[str]]:
     """Carry out one method on `model` itself; all of its sites, or none.
 
     Returns:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import product
 
 import pytest
 import torch
@@ -50,10 +49,10 @@ def block_of(block: str, **options) -> nn.Module:
 def test_each_form_of_a_block_is_the_block(selection, block, fusion, monkeypatch):
     for end in ENDS:
         model = block_of(block, fusion=fusion, **selection, **end)
-        for (target, batch), (height, width) in product(TARGETS, [(8, 8), (5, 7)]):
+        for target, batch in TARGETS:
             formed = use_export_forms(copy.deepcopy(model), target, batch)
             assert isinstance(formed[0], MoDBlock) == (target == "program")
-            x = torch.randn(batch or 3, 16, height, width)
+            x = torch.randn(batch or 3, 16, 5, 7)
             with torch.no_grad(), monkeypatch.context() as exporting:
                 expected = model(x)
                 exporting.setattr(torch.compiler, "is_exporting", lambda: True)

@@ -51,7 +51,7 @@ SMALLEST = {
     "cc_resnet20_cifar": {"experts": 2},
     "resnet20_cifar_adn": {},
 }
-SMALL = {*SMALLEST, "mobilenetv1_w025", "cc_mobilenetv1_025", "cc_mobilenetv2_050", "mobilenetv2_adn"}
+SMALL = {*SMALLEST, "mobilenetv1_w025", "cc_mobilenetv1_025", "cc_mobilenetv2_050"}
 SMALL |= {"resnet18_adn", "vit_tiny_patch16_adn", "resnet20_cifar_mod_cc"}
 WIDER = {"reduction": 2}
 FEW = {"experts": 2}
@@ -306,7 +306,7 @@ def test_layers(name, layers):
 
 
 def test_every_option_of_the_method_is_a_keyword():
-    model = meta("resnet50_mod", c=16, order="index", fusion="original", stages=[1], inner_shortcut=True)
+    model = meta("resnet50_mod", c=16, order="index", fusion="original", stages=(1,), inner_shortcut=True)
     (done,) = conversions(model)
     assert done.sites == ("layer2.1", "layer2.3")
     assert (done.method.c, done.method.order, done.method.fusion) == (16, "index", "original")

@@ -26,8 +26,8 @@ from pliant.models import list_networks
 NETWORKS = list_networks()
 SMALL = {
     *("resnet20_cifar", "resnet20_cifar_mod", "cc_resnet20_cifar", "resnet20_cifar_adn", "resnet18_cifar"),
-    *("resnet56_cifar", "resnet18_mod", "mobilenetv1_w025", "mobilenetv1_w025_cifar", "cc_mobilenetv2_050"),
-    *("mobilenetv2_adn", "vit_tiny_patch16_adn"),
+    *("resnet18_mod", "mobilenetv1_w025", "mobilenetv1_w025_cifar", "cc_mobilenetv2_050"),
+    "vit_tiny_patch16_adn",
 }
 ALL = [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in NETWORKS]
 REAL = ["resnet20_cifar", "resnet20_cifar_mod", "cc_resnet20_cifar", "resnet20_cifar_adn"]
@@ -100,13 +100,6 @@ def check_features(found, channels, reductions, size):
     for feature, count, stride in zip(found, channels, reductions, strict=True):
         assert feature.shape[:2] == (1, count)
         assert all(a <= math.ceil(b / stride) + 1 for a, b in zip(feature.shape[2:], size, strict=True))
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_features(name):
-    model = meta(name, features_only=True).eval()
-    info, x = model.feature_info, images(model)
-    check_features(model(x), info.channels(), info.reduction(), x.shape[2:])
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -8,13 +8,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import timm
 
 from _experiment import ADN, PLAIN, REMOVED, TINY, command, executed
 from pliant.compare import read_scores, write_scores
 from pliant.deploy.engines import ENGINES
 from pliant.measuring.rows import read_rows
 from pliant.models import list_networks
+from pliant.models._build import create
 from pliant.train.recipe import differences
 from pliant.train.tasks import Classification, NonFiniteLossError
 from research import experiments
@@ -83,7 +83,7 @@ def test_all_runs_are_of_one_recipe_and_can_be_built(device):
         assert run.recipe.accelerator == {"cpu": "cpu", "cuda": "gpu"}[device]
     built = {(c.recipe.model, str(c.recipe.model_args)): c.recipe for c in runs}
     for recipe in list(built.values())[:: 1 if device == "cpu" else 8]:
-        assert timm.create_model(recipe.model, **recipe.model_args).num_classes == 10
+        assert create(recipe.model, "meta", **recipe.model_args).num_classes == 10
     labels = Counter((c.network, label, c.recipe.seed) for c in runs for label in c.labels)
     assert max(labels.values()) == 1
 
@@ -130,7 +130,7 @@ def test_variants_are_of_the_controls_recipe_and_closed():
         assert differences(plain, run.recipe, leaving_out=network) == []
         assert run.recipe.name == "cifar10.resnet20_mod.controls"
         if not VARIANTS[run.label].gone:
-            assert timm.create_model(run.recipe.model, **run.recipe.model_args).num_classes == 10
+            assert create(run.recipe.model, "meta", **run.recipe.model_args).num_classes == 10
     controls = cifar10_controls()
     known = {*VARIANTS, *(run.label for run in controls)}
     assert all(variant.control in known for variant in VARIANTS.values())
@@ -244,7 +244,9 @@ def test_scores_are_read_as_they_were_written(tmp_path):
     write_scores(tmp_path / "again.csv", [*rows, replace(rows[0], seed=1, test_accuracy=None)])
     assert read_scores(tmp_path / "again.csv") == [*rows, replace(rows[0], seed=1, test_accuracy=None)]
     text = (tmp_path / "again.csv").read_text()
-    (tmp_path / "again.csv").write_text(text.replace(",1,269434,", ",one,269434,"))
+    cells = ",{},{},".format
+    damaged = text.replace(cells(1, rows[0].parameters), cells("one", rows[0].parameters))
+    (tmp_path / "again.csv").write_text(damaged)
     with pytest.raises(ValueError, match=r"again\.csv, line 3: .*the line is damaged"):
         read_scores(tmp_path / "again.csv")
     (tmp_path / "again.csv").write_text("a,b\n1,2\n")

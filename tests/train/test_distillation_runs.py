@@ -9,15 +9,19 @@ import timm
 import torch
 from torch import nn
 
+import _runs
 import pliant
 from _images import folder_recipe, make_folder
 from _objectives import images
 from _processes import run_script
-from _runs import TINY, assert_same, killed, stopped
+from _runs import NARROW, assert_same, killed, stopped
 from pliant.checkpoint import save
 from pliant.train import Recipe, fit, override, read_run, read_state
 from pliant.train.distillation import Teaching, digest
 from pliant.train.weights import load_weights
+
+# Of all blocks: CondConv has an option `layers` of its own.
+TINY = replace(_runs.TINY, model_args=NARROW)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def test_fit_with_a_teacher(plain, tmp_path, monkeypatch, changes, terms):
 
     monkeypatch.setattr(Teaching, "_look", spy)
     seen = []
-    student = timm.create_model("resnet20_cifar_mod", in_chans=1, zero_init_last=True)
+    student = timm.create_model("resnet20_cifar_mod", in_chans=1, **recipe.model_args)
     student.register_forward_pre_hook(lambda m, a: seen.append(a[0].clone()) if m.training else None)
     run = fit(recipe, tmp_path / "run", progress=False, model=student)
     assert len(shown) == 1 + 8  # the check, and a step each
@@ -124,7 +128,7 @@ def test_a_named_teacher_of_another_width(plain, tmp_path):
 
 def test_a_converted_teacher_needs_weights_of_its_own(plain, tmp_path):
     """From those of the plain network it would start, with cores that have learned nothing."""
-    recipe = replace(TINY, teacher="resnet20_cifar_mod", teacher_weights=plain)
+    recipe = replace(TINY, teacher="resnet20_cifar_mod", teacher_args=NARROW, teacher_weights=plain)
     for name in ("resnet20_cifar_mod", "resnet20_cifar_adn"):
         with pytest.raises(ValueError, match="so they have to be its own, not those of its plain form"):
             fit(replace(recipe, teacher=name), tmp_path / "run", progress=False)
@@ -192,7 +196,7 @@ from pliant.train.distillation import digest
 if __name__ == "__main__":
     recipe = Recipe(name="d", model="resnet20_cifar_adn", pixels=8, epochs=2, devices=2, strategy="ddp",
                     accelerator="cpu", threads=1, objective="specialize", weights={str(plain)!r},
-                    teacher="plain", distill_args={{"features": 1.0}})
+                    teacher="plain", distill_args={{"features": 1.0}}, model_args={NARROW!r})
     run = fit(recipe, sys.argv[1], progress=False)
     rank, loss = os.environ["LOCAL_RANK"], run.history[-1]["train_loss"]
     print(rank, digest(run.model), loss, flush=True)

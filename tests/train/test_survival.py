@@ -107,7 +107,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(unbroken, tmp_path):
     [
         ["augmentation=rand-m9-mstd0.5", "workers=0", "model=resnet20_cifar"],
         ["model=resnet20_cifar_adn", "objective=specialize"],
-        ["model=cc_resnet20_cifar", "model_args.drop_rate=0.2", "clip=1"],
+        ["model=cc_resnet20_cifar", "model_args.layers=all", "model_args.drop_rate=0.2", "clip=1"],
     ],
     ids=["auto-augment", "both depths", "condconv"],
 )

@@ -38,8 +38,8 @@ def optimize(model: Network, example: Tensor, *, fused: bool = True, channels_la
 
     Example:
         >>> import timm, torch
-        >>> model = timm.create_model("resnet50_mod").eval()
-        >>> x = torch.randn(1, 3, 64, 64)
+        >>> model = timm.create_model("resnet20_cifar_mod").eval()
+        >>> x = torch.randn(1, 3, 32, 32)
         >>> ready = optimize(model, x)
         >>> unfused(ready)
         {}

@@ -23,7 +23,7 @@ from torch import nn
 from pliant._config import is_foreign
 from pliant._options import suggestion
 from pliant.method import Method
-from pliant.surgery import convert, inherit_conversions, mark_named
+from pliant.surgery import carry_out, inherit_conversions, mark_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,8 @@ class _Network:
         """The converted network for arguments of ``create_model``."""
         model, methods = self.parts(**kwargs)
         if methods:
-            convert(model, *methods, inplace=True)
+            for method in methods:  # the network is nobody's yet: no rehearsal
+                carry_out(model, method)
             mark_named(model)
         return model
 

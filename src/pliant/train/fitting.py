@@ -118,7 +118,7 @@ def fit(
         >>> import tempfile
         >>> recipe = Recipe(
         ...     name="tiny", model="resnet20_cifar_mod", model_args={"layers": [2, 1, 1]}, pixels=8,
-        ...     epochs=2, accelerator="cpu",
+        ...     epochs=2, batch=128, accelerator="cpu",
         ... )
         >>> with tempfile.TemporaryDirectory() as place:
         ...     run = fit(recipe, f"{place}/run", progress=False)

@@ -78,13 +78,14 @@ def read_state(place: str | os.PathLike[str]) -> SavedState:
         >>> import tempfile
         >>> from pliant.train import Recipe, fit
         >>> recipe = Recipe(
-        ...     name="tiny", model="resnet20_cifar", model_args={"layers": [1, 1, 1]}, pixels=8, epochs=1
+        ...     name="tiny", model="resnet20_cifar", model_args={"layers": [1, 1, 1]}, pixels=8, epochs=1,
+        ...     batch=512,
         ... )
         >>> with tempfile.TemporaryDirectory() as place:
         ...     run = fit(recipe, f"{place}/run", progress=False)
         ...     state = read_state(f"{place}/run")
         >>> state.recipe == recipe, state.step, state.environment["torch"] == torch.__version__
-        (True, 17, True)
+        (True, 2, True)
     """
     place = Path(place)
     path = newest(place, quiet=True) if place.is_dir() else place

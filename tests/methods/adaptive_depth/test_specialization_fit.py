@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import pliant
 from _objectives import TERMS, adaptive, images
 from _processes import run_script
-from _runs import StopAfter
+from _runs import SMALL, StopAfter
 from pliant.adaptive.scores import evaluate_depths
 from pliant.checkpoint import save
 from pliant.cli import app
@@ -29,6 +29,7 @@ from pliant.train.weights import load_weights
 TINY = Recipe(
     name="tiny",
     model="resnet20_cifar_adn",
+    model_args=SMALL,
     pixels=8,
     epochs=2,
     batch=128,
