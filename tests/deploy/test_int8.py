@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,10 @@ def test_an_engine_is_near_in_int8_and_is_not_float(
     "name", [pytest.param(n, marks=() if n == "onnxruntime" else pytest.mark.slow) for n in RUNTIMES]
 )
 def test_one_file_serves_all_batches_and_forms_are_rows(name: str) -> None:
+    # OpenVINO 2026.4 cannot compile a shorter one: it moves a scale of 32 channels behind a slice of 16.
+    short = {} if name == "openvino" else {"layers": (2, 1, 1)}
     rows = measure(
-        {"mod": fresh("resnet20_cifar_mod", layers=(2, 1, 1))},
+        {"mod": fresh("resnet20_cifar_mod", **short)},
         input_size=16,
         engines=[name, "eager"],
         dtype="int8",
@@ -104,7 +107,8 @@ def test_one_file_serves_all_batches_and_forms_are_rows(name: str) -> None:
 
 
 def exported(model: nn.Module, path: Path, **options) -> Path:
-    how = {"calibrate": _export.images(24), "batches": (1, 3), **options}
+    """A file in int8. Of networks that were not trained any answers do: classes of theirs nearly tie."""
+    how = {"calibrate": _export.images(24), "batches": (1, 3), "tolerance": math.inf, **options}
     return pliant.export(model, path, precision="int8", **how)
 
 
@@ -245,7 +249,7 @@ def test_a_fixed_batch_in_int8(tmp_path):
 
 @needs_onnx_runtime
 def test_a_file_that_answers_otherwise_is_refused_with_its_numbers(tmp_path, monkeypatch):
-    model, how = tiny(), {"calibrate": _export.images(80, 8)}
+    model, how = tiny(), {"calibrate": _export.images(80, 8), "tolerance": None}
     right = int8.quantise
     exported(model, tmp_path / "right.onnx", **how)
     assert read_report(tmp_path / "right.onnx").parity.top1_agreement >= 0.9
