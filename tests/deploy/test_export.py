@@ -166,7 +166,7 @@ def test_the_onnx_graph_is_that_of_the_plan(made):
     assert {"layer1.1.selector.index", "layer2.1.selector.logits"} <= set(outputs)
 
 
-@pytest.mark.parametrize("active", [None, 1])
+@pytest.mark.parametrize("active", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_mixed_kernels_of_any_batch_are_one_loop_a_block(made, tmp_path, active):
     """A loop for the stem and each block, its constants inside; nothing unfolds images."""
     need(".onnx")

@@ -76,10 +76,9 @@ def test_an_engine_is_near_in_int8_and_is_not_float(
     assert 1e-4 < (found - expected).abs().max() / expected.abs().max() < 0.2
 
 
+@pytest.mark.slow
 @needs_onnx_runtime
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "onnxruntime" else pytest.mark.slow) for n in RUNTIMES]
-)
+@pytest.mark.parametrize("name", RUNTIMES)
 def test_one_file_serves_all_batches_and_forms_are_rows(name: str) -> None:
     # OpenVINO 2026.4 cannot compile a shorter one: it moves a scale of 32 channels behind a slice of 16.
     short = {} if name == "openvino" else {"layers": (2, 1, 1)}

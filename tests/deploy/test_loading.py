@@ -76,7 +76,7 @@ def serve(run, callers: int, seconds: float) -> tuple[int, int]:
     return sum(answers), sum(wrong)
 
 
-@pytest.mark.parametrize("threads", [None, 1])
+@pytest.mark.parametrize("threads", [None, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_eight_callers_get_their_own_answers(made, ending, threads):
     path, _ = made(ending)

@@ -18,7 +18,7 @@ ir = pytest.importorskip("onnx_ir")
 from pliant.deploy.opsets import lower  # noqa: E402 - onnx may be missing
 
 
-@pytest.mark.parametrize("opset", [16, 17])
+@pytest.mark.parametrize("opset", [16, pytest.param(17, marks=pytest.mark.slow)])
 def test_a_file_in_an_older_opset_is_the_network(tmp_path, opset):
     """It says its opset, passes the check with its selections, and older engines can read its format."""
     need(".onnx")

@@ -33,7 +33,9 @@ def fused_blocks(model: nn.Module) -> list[FusedMoDBlock]:
     [
         ("resnet50_mod", {}, 64),
         ("resnet18_mod", {}, 64),
-        ("resnet50_mod", {"c": 16, "order": "index", "output_stride": 8}, 64),
+        pytest.param(
+            *("resnet50_mod", {"c": 16, "order": "index", "output_stride": 8}, 64), marks=pytest.mark.slow
+        ),
         ("resnet50_cifar_mod", {**NARROW, "c": 4, "blocks": "all"}, 16),
         ("resnet20_cifar_mod", {"fusion": "last"}, 16),
         ("resnet20_cifar_mod", {"fusion": "original", "order": "index"}, 16),

@@ -301,6 +301,7 @@ def test_a_training_step_is_told_of_each_device():
     assert "Training steps: not run yet." in text_of({})
 
 
+@pytest.mark.slow
 def test_page_and_figure_are_written_from_files(tmp_path):
     results, docs = tmp_path / "results", tmp_path / "docs"
     place = ("--results", str(results), "--docs", str(docs))

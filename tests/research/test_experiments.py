@@ -257,6 +257,7 @@ def test_scores_are_read_as_they_were_written(tmp_path):
 # --- times -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_networks_and_training_steps_are_timed_against_the_plain_network(tmp_path, monkeypatch):
     path, quick = tmp_path / "times.csv", Effort(rounds=1, min_run_time=0)
     options = {"threads": 1, "engines": ["eager"], "batches": [1], "effort": quick}

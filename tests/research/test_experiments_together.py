@@ -21,6 +21,7 @@ from research.experiments import EXPERIMENTS, execute, execute_together, executi
 from research.experiments.plans import key_of
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_runs(tmp_path):
     runs = [PLAIN, REMOVED]
     added = execute_together(runs, tmp_path / "rows.csv", tmp_path / "runs", 2)

@@ -119,7 +119,7 @@ def test_a_run_goes_on_within_an_epoch(changes, tmp_path):
     assert_same(fit(recipe, tmp_path / "run", resume=True, progress=False), whole)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_on_files_goes_on_within_an_epoch(tmp_path, workers):
     recipe = folder_recipe(
         make_folder(tmp_path / "a", 16), epochs=2, augmentation="rand-m9-mstd0.5", workers=workers

@@ -39,7 +39,9 @@ def _fresh_compiler():
 # --- graphs --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", EACH)
+@pytest.mark.parametrize(
+    "variant", [*EACH[:2], *(pytest.param(v, marks=pytest.mark.slow) for v in EACH[2:])]
+)
 def test_compiles_without_a_break_and_only_once(variant):
     model = network(variant)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
