@@ -406,10 +406,7 @@ def test_figure_7_draws_shares_of_all_weights(known, drawn, tmp_path):
     assert axes.get_title("left") == "conv: 2 experts, 5 images"
 
 
-@pytest.mark.parametrize(
-    ("classes", "experts"),
-    [(1, 1), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((2, 64), (12, 3)))],
-)
+@pytest.mark.parametrize(("classes", "experts"), [(1, 1), pytest.param(12, 64, marks=pytest.mark.slow)])
 def test_figures_of_any_size(classes, experts, tmp_path):
     names = [f"class {n} of a very long name, and then some more of it" for n in range(classes)]
     g = torch.Generator().manual_seed(0)
