@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pliant.deploy.inputs import Preparation, image_files, pixels_of, read_image, spread
+from pliant.deploy.inputs import Preparation, image_files, pixels_of, read_image, sampled
 
 
 @runtime_checkable
@@ -98,7 +98,7 @@ def in_whole_batches(images: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def _of_folder(folder: Path, preparation: Preparation, most: int) -> Tensor:
-    files = spread(image_files(folder, "to calibrate with"), most)
+    files = sampled(image_files(folder, "to calibrate with"), most)
     return preparation.taken(
         torch.stack([read_image(f, preparation.size, "to calibrate with") for f in files])
     )
@@ -106,7 +106,7 @@ def _of_folder(folder: Path, preparation: Preparation, most: int) -> Tensor:
 
 def _of_set(given: Images, preparation: Preparation, most: int) -> Tensor:
     read = []
-    for i in spread(range(len(given)), most):
+    for i in sampled(range(len(given)), most):
         try:
             image = given.image(i)
         except Exception as error:  # decoders raise anything for damaged files

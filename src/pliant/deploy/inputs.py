@@ -160,15 +160,15 @@ def _digits(count: int, size: Size) -> Tensor:
 
 
 def _read(folder: Path, count: int, size: Size) -> Tensor:
-    files = spread(image_files(folder, "to check with"), count)
+    files = sampled(image_files(folder, "to check with"), count)
     return torch.stack([read_image(file, size, "to check with") for file in files])
 
 
-def spread(items: Sequence[Item], count: int) -> list[Item]:
+def sampled(items: Sequence[Item], count: int) -> list[Item]:
     """`count` items all over a sequence, or all if there are fewer: sorted files stand class by class.
 
     Example:
-        >>> spread(range(10), 3), spread("ab", 3)
+        >>> sampled(range(10), 3), sampled("ab", 3)
         ([0, 3, 6], ['a', 'b'])
     """
     return [items[i * len(items) // count] for i in range(count)] if len(items) > count else list(items)
